@@ -1,0 +1,164 @@
+"""The run manifest: all that every node must share, in one immutable value whose hash names the run.
+
+What only the coordinator decides from day to day (address, quorum, deadlines) is not here: see coordinator/config.py.
+A node cannot set any of this, so it cannot diverge by a setting.
+"""
+
+import hashlib
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+RUN_ID_BYTES: Final = 16
+Hex16 = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$")]
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be right: the field, its value and what would be right are in the message."""
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the run is called and how long it lasts."""
+
+    name: Annotated[
+        str,
+        Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="A name for people; nothing depends on it."),
+    ]
+    rounds: Annotated[
+        int, Meta(ge=1, le=100_000_000, description="Rounds until the run is finished; the step decays towards it.")
+    ]
+    nonce: Annotated[
+        Hex16, Meta(description="Drawn at init, so that two runs of equal settings have different directions.")
+    ]
+
+
+class BaseModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The frozen model all nodes must hold."""
+
+    name: Annotated[
+        str, Meta(min_length=1, max_length=256, description="Name of the base, for people and for error messages.")
+    ]
+    digest: Annotated[
+        Hex16, Meta(description="BLAKE2b-128 over config.json and the safetensors files; a node with another is refused.")
+    ]
+    tokenizer_digest: Annotated[Hex16, Meta(description="BLAKE2b-128 over the tokenizer's files; likewise.")]
+
+
+class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The LoRA adapter that is trained (Hu et al. 2021, arXiv 2106.09685)."""
+
+    targets: Annotated[
+        tuple[str, ...],
+        Meta(min_length=1, max_length=64, description="Linear modules that get an adapter: last parts of their names."),
+    ]
+    rank: Annotated[int, Meta(ge=1, le=256, description="LoRA rank r.")]
+    alpha: Annotated[float, Meta(gt=0, le=1024, description="LoRA alpha; the adapter's output is scaled by alpha / rank.")]
+    train: Annotated[
+        Literal["B", "AB"],
+        Meta(description='"B": A is frozen, generated from the run id, and B starts at zero; "AB": both are trained.'),
+    ]
+    size: Annotated[int, Meta(ge=1, le=2**31, description="Number of trained parameters, from the base and the fields above.")]
+    layout_digest: Annotated[
+        Hex16, Meta(description="Digest of the canonical layout (sorted names, shapes, offsets) of these parameters.")
+    ]
+
+
+class Probing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a node measures its projected gradients (SPSA, Spall 1992)."""
+
+    epsilon: Annotated[
+        float, Meta(gt=0, le=1, description="Length of the probe: losses are taken at weights + epsilon z and weights - epsilon z.")
+    ]
+    directions: Annotated[int, Meta(ge=1, le=4096, description="Directions each node measures in a round; one byte each.")]
+    batch_size: Annotated[int, Meta(ge=1, le=65536, description="Sequences in one private batch; one batch per direction.")]
+    sequence_length: Annotated[int, Meta(ge=2, le=1_048_576, description="Tokens in a sequence.")]
+
+
+class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the coordinator turns codes into steps; nodes only see the resulting integers."""
+
+    step: Annotated[
+        float,
+        Meta(gt=0, le=4, description="Step in units of the weights: each round moves them by step times the mean of code / RMS(codes) times z."),
+    ]
+    decay: Annotated[Literal["linear", "constant"], Meta(description="How the step changes over the rounds.")]
+    smoothing: Annotated[
+        int, Meta(ge=0, le=16, description="The mean square of the codes is averaged over about 2^smoothing rounds.")
+    ]
+    first_exponent: Annotated[
+        int, Meta(ge=-64, le=63, description="Exponent of the codes in round 0: one unit of code is 2^exponent of slope. It adapts.")
+    ]
+
+
+class Parity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How nodes prove that they hold the same weights."""
+
+    digest_every: Annotated[
+        int, Meta(ge=1, le=64, description="Nodes report the digest of their weights every so many rounds.")
+    ]
+    share_loss: Annotated[
+        bool,
+        Meta(description="Whether that report also carries the node's recent mean loss. If false, only codes and digests leave a node."),
+    ]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All that every node of a run must share. Its hash is the run id, so it never changes."""
+
+    protocol: Annotated[int, Meta(ge=1, le=65535, description="Version of the protocol and of this file.")]
+    run: Run
+    base: BaseModel
+    adapter: Adapter
+    probe: Probing
+    schedule: Schedule
+    parity: Parity
+
+    def encode(self) -> bytes:
+        """The canonical bytes, MessagePack in field order: what travels and what the run id is the hash of."""
+        return msgspec.msgpack.encode(self)
+
+    @property
+    def run_id(self) -> bytes:
+        """(16,) bytes, BLAKE2b-128 of the canonical bytes."""
+        return run_id(self.encode())
+
+
+def run_id(manifest_bytes: bytes) -> bytes:
+    """The run id of a manifest's canonical bytes: (16,) bytes."""
+    return hashlib.blake2b(manifest_bytes, digest_size=RUN_ID_BYTES, person=b"zo-run").digest()
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """The manifest in canonical bytes.
+
+    Raises:
+        ManifestError: not a manifest; the message names the field.
+    """
+    try:
+        return msgspec.msgpack.decode(data, type=Manifest)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise ManifestError(f"not a run manifest: {error}") from error
+
+
+def parse_manifest(text: str) -> Manifest:
+    """The manifest written as TOML.
+
+    Raises:
+        ManifestError: not TOML, a field missing, unknown or out of range; the message names the field.
+    """
+    try:
+        return msgspec.toml.decode(text, type=Manifest)
+    except msgspec.ValidationError as error:
+        raise ManifestError(str(error).replace("`$.", "`")) from error
+    except msgspec.DecodeError as error:
+        raise ManifestError(f"not TOML: {error}") from error
+
+
+def validate(manifest: Manifest) -> Manifest:
+    """The same manifest, its ranges checked (constructors of msgspec structs do not check them).
+
+    Raises:
+        ManifestError: a field out of range; the message names the field.
+    """
+    return decode_manifest(manifest.encode())

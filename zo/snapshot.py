@@ -1,0 +1,79 @@
+"""Snapshots: weights at a round as one self-describing, lossless blob, checked against its own digest when read."""
+
+from typing import Annotated, Final
+
+import msgspec
+import numpy as np
+import zstandard
+from msgspec import Meta
+from numpy.typing import NDArray
+
+from zo.commit import DIGEST_BYTES
+from zo.manifest import RUN_ID_BYTES, Manifest
+from zo.replica import Replica
+from zo.weights import digest
+
+_FORMAT: Final = "zo-snapshot-1"
+Digest = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+
+
+class SnapshotError(ValueError):
+    """A blob that is no snapshot, is damaged, or belongs to another run."""
+
+
+class Snapshot(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """Weights at a round."""
+
+    format: str
+    run_id: Annotated[bytes, Meta(min_length=RUN_ID_BYTES, max_length=RUN_ID_BYTES)]
+    round: Annotated[int, Meta(ge=0)]
+    head: Digest
+    digest: Digest
+    weights: bytes
+    """zstd over the little-endian int32 bytes, transposed so that bytes of equal weight lie together."""
+
+
+def encode_snapshot(replica: Replica, manifest: Manifest) -> bytes:
+    """The replica as a snapshot."""
+    planes = replica.weights.astype("<i4").view(np.uint8).reshape(-1, 4).T
+    return msgspec.msgpack.encode(
+        Snapshot(
+            format=_FORMAT,
+            run_id=manifest.run_id,
+            round=replica.round,
+            head=replica.head,
+            digest=replica.digest(),
+            weights=zstandard.ZstdCompressor(level=3).compress(np.ascontiguousarray(planes).tobytes()),
+        )
+    )
+
+
+def decode_snapshot(data: bytes, manifest: Manifest) -> Replica:
+    """The replica in a snapshot.
+
+    Raises:
+        SnapshotError: not a snapshot, damaged, or of another run; the message says which.
+    """
+    try:
+        snapshot = msgspec.msgpack.decode(data, type=Snapshot)
+    except msgspec.DecodeError as error:
+        raise SnapshotError(f"not a snapshot: {error}") from error
+    if snapshot.format != _FORMAT:
+        raise SnapshotError(f"snapshot format {snapshot.format!r} is not {_FORMAT!r}")
+    if snapshot.run_id != manifest.run_id:
+        raise SnapshotError(f"snapshot of run {snapshot.run_id.hex()}, this is run {manifest.run_id.hex()}")
+    weights = _decompress(snapshot.weights, manifest.adapter.size)
+    if digest(snapshot.round, weights) != snapshot.digest:
+        raise SnapshotError(f"snapshot of round {snapshot.round} is damaged: its weights do not match its digest")
+    return Replica(manifest, weights, snapshot.round, snapshot.head)
+
+
+def _decompress(data: bytes, size: int) -> NDArray[np.int32]:
+    num_bytes = 4 * size
+    try:
+        if zstandard.frame_content_size(data) != num_bytes:
+            raise SnapshotError(f"snapshot does not hold {size} weights")
+        planes = zstandard.ZstdDecompressor().decompress(data, max_output_size=num_bytes)
+    except zstandard.ZstdError as error:
+        raise SnapshotError(f"snapshot is damaged: {error}") from error
+    return np.ascontiguousarray(np.frombuffer(planes, np.uint8).reshape(4, size).T).view("<i4").reshape(size).astype(np.int32)

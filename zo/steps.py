@@ -1,0 +1,119 @@
+"""The coordinator's rule: which step a round's codes are multiplied with, and which exponent the next round uses.
+
+All of it is integer arithmetic on the codes alone, so that a restarted coordinator, an audit and a simulation derive
+the same steps from the same ledger. Nodes never run it: they get the integers in the commit.
+"""
+
+from collections.abc import Iterable
+from math import isqrt
+from typing import Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from zo.codes import LIMIT, NO_VOTE
+from zo.commit import STEP_MAX
+from zo.manifest import Manifest
+from zo.weights import FRACTION_BITS
+
+# Mean squares are kept in units of 2^-16, so that their roots come out in units of 2^-8.
+_ONE: Final = 1 << 16
+# The exponent aims at an RMS of 32 codes: 4 RMS then just saturate, and rounding adds 1/12 to a variance of 1,024.
+# One step of the exponent is a factor of two, so any RMS within 32/sqrt(2) .. 32 sqrt(2) is as near as it gets.
+_MEAN_SQUARE_LOW: Final = 512 * _ONE
+_MEAN_SQUARE_HIGH: Final = 2048 * _ONE
+# Below this RMS the codes are rounding noise, and normalising by it would only amplify that.
+_RMS_FLOOR: Final = 1 << 8
+EXPONENT_MIN: Final = -64
+EXPONENT_MAX: Final = 63
+_MAX_MOVE: Final = 8
+
+
+class Scale(msgspec.Struct, frozen=True):
+    """What the rule remembers between rounds."""
+
+    mean_square: int
+    """Smoothed mean square of the codes, in units of 2^-16 code²; 0 before the first vote."""
+    exponent: int
+    """Exponent of the codes of the round in progress."""
+
+
+class StepRule(msgspec.Struct, frozen=True, kw_only=True):
+    """The manifest's schedule in integers."""
+
+    rounds: int
+    step: int
+    """The step before decay, in units of the weights' resolution (2^-28)."""
+    decays: bool
+    smoothing: int
+    first_exponent: int
+
+    def start(self) -> Scale:
+        """The scale before round 0."""
+        return Scale(mean_square=0, exponent=self.first_exponent)
+
+    def advance(self, scale: Scale, round: int, codes: NDArray[np.int8]) -> tuple[int, Scale]:
+        """The step for this round's codes, and the scale for the next round.
+
+        step = step(round) × 2^8 / (votes × RMS), so that `(code × step) >> 8` summed over the votes moves the
+        weights by step(round) × mean(code / RMS × z). RMS is the smoothed one, this round included.
+
+        Args:
+            scale: what the last round left.
+            round: 0 ≤ round; rounds past the end of the schedule get step 0 if it decays.
+            codes: (n,) int8, all codes of the round.
+        """
+        votes = codes[codes != NO_VOTE].astype(np.int64)
+        if votes.size == 0:
+            return 0, scale
+        mean_square = int(votes @ votes) * _ONE // votes.size
+        if scale.mean_square:
+            smoothed = scale.mean_square + ((mean_square - scale.mean_square) >> self.smoothing)
+        else:
+            smoothed = mean_square
+        remaining = max(self.rounds - round, 0)
+        schedule = self.step * remaining // self.rounds if self.decays else self.step
+        rms = max(isqrt(smoothed), _RMS_FLOOR)
+        step = min((schedule << 16) // (votes.size * rms), STEP_MAX)
+
+        move = _exponent_move(smoothed)
+        if move <= 0 and int(np.count_nonzero(np.abs(votes) == LIMIT)) * 4 > votes.size:
+            # A quarter of the codes are cut off: the true RMS is out of sight, so look for it upwards.
+            move = 2
+        exponent = min(max(scale.exponent + move, EXPONENT_MIN), EXPONENT_MAX)
+        moved = exponent - scale.exponent
+        rescaled = smoothed >> (2 * moved) if moved >= 0 else smoothed << (-2 * moved)
+        return step, Scale(mean_square=rescaled, exponent=exponent)
+
+
+def _exponent_move(mean_square: int) -> int:
+    """By how much the exponent must change for the RMS to come within a factor sqrt(2) of 32."""
+    move = 0
+    while mean_square > _MEAN_SQUARE_HIGH and move < _MAX_MOVE:
+        mean_square >>= 2
+        move += 1
+    while mean_square < _MEAN_SQUARE_LOW and move > -_MAX_MOVE:
+        mean_square <<= 2
+        move -= 1
+    return move
+
+
+def step_rule(manifest: Manifest) -> StepRule:
+    """The rule of a run."""
+    schedule = manifest.schedule
+    return StepRule(
+        rounds=manifest.run.rounds,
+        step=round(schedule.step * 2**FRACTION_BITS),
+        decays=schedule.decay == "linear",
+        smoothing=schedule.smoothing,
+        first_exponent=schedule.first_exponent,
+    )
+
+
+def replay_scale(rule: StepRule, rounds: Iterable[tuple[int, NDArray[np.int8]]]) -> Scale:
+    """The scale after the given (round, codes), from the start: what a restarted coordinator goes on with."""
+    scale = rule.start()
+    for number, codes in rounds:
+        _, scale = rule.advance(scale, number, codes)
+    return scale
