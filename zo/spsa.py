@@ -1,0 +1,66 @@
+"""SPSA: the slope of a loss along a direction, from two evaluations. How the loss is computed is the caller's.
+
+Spall 1992, "Multivariate stochastic approximation using a simultaneous perturbation gradient approximation", eq. 2.2;
+for language models MeZO (arXiv 2305.17333), definition 1. Unlike there, nothing is perturbed and restored in place:
+both views are computed from the integer weights, which stay as they are.
+"""
+
+from collections.abc import Callable, Sequence
+from math import isfinite
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zo import kernels
+from zo.directions import Direction, RunKey
+
+
+def projected_gradient(
+    loss: Callable[[NDArray[np.float32]], float],
+    weights: NDArray[np.int32],
+    key: RunKey,
+    direction: Direction,
+    epsilon: float,
+) -> tuple[float, float]:
+    """The projected gradient (L₊ − L₋) / 2ε and the mean loss (L₊ + L₋) / 2, where L± = loss(weights ± εz).
+
+    Args:
+        loss: of (size,) float32 values. The array is reused: valid during the call only.
+        weights: (size,) int32.
+        key: of the run.
+        direction: the name of z.
+        epsilon: in value units, greater than 0.
+
+    Raises:
+        ValueError: epsilon is not a positive number.
+    """
+    gradients, mean_loss = projected_gradients(loss, weights, key, [direction], epsilon)
+    return float(gradients[0]), mean_loss
+
+
+def projected_gradients(
+    loss: Callable[[NDArray[np.float32]], float],
+    weights: NDArray[np.int32],
+    key: RunKey,
+    directions: Sequence[Direction],
+    epsilon: float,
+) -> tuple[NDArray[np.float64], float]:
+    """The projected gradient along each direction, (n,) float64, and the mean of all 2n losses.
+
+    A loss that is not finite makes its gradient not finite, which `codes.encode` turns into NO_VOTE, and does not
+    count in the mean (NaN if none counts).
+
+    Raises:
+        ValueError: epsilon is not a positive number.
+    """
+    if not (isfinite(epsilon) and epsilon > 0):
+        raise ValueError(f"epsilon must be a positive number, got {epsilon}")
+    views = np.empty(weights.size, np.float32), np.empty(weights.size, np.float32)
+    losses = np.empty((len(directions), 2), np.float64)
+    for row, direction in zip(losses, directions, strict=True):
+        kernels.perturbed(weights, key, direction, epsilon, out=views)
+        row[:] = loss(views[0]), loss(views[1])
+    with np.errstate(invalid="ignore"):  # inf − inf is NaN, which is what it should be
+        gradients = (losses[:, 0] - losses[:, 1]) / (2 * epsilon)
+    finite = losses[np.isfinite(losses)]
+    return gradients, float(finite.mean()) if finite.size else float("nan")

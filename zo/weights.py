@@ -1,0 +1,116 @@
+"""The integer weights: what their bits mean, how they are digested, and that they never wrap.
+
+How they move is `kernels.apply`; by how much is `codes.coefficients`.
+"""
+
+import hashlib
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+FRACTION_BITS: Final = 28
+"""value = weights × 2^−28: range ±8, resolution 3.7e−9."""
+INT32_MAX: Final = 2**31 - 1
+DIGEST_BYTES: Final = 16
+_DIGEST_PERSON: Final = b"zo-weights"
+
+
+class WeightsOverflow(ArithmeticError):  # noqa: N818 — it names what would happen, as ZeroDivision… does
+    """An update could move a weight out of int32, which is ±8 in value."""
+
+
+def zeros(size: int) -> NDArray[np.int32]:
+    """`size` weights of value 0."""
+    return np.zeros(size, np.int32)
+
+
+def to_float(weights: NDArray[np.int32]) -> NDArray[np.float32]:
+    """The values of the weights, float32 of the same shape; rounded once (24 of up to 31 significant bits)."""
+    return weights.astype(np.float32) * np.float32(2.0**-FRACTION_BITS)
+
+
+def from_float(values: NDArray[np.floating]) -> NDArray[np.int32]:
+    """The weights nearest to these values, int32 of the same shape; ties to even.
+
+    Raises:
+        ValueError: a value is not finite or not within ±8; the message names its index in the flattened array.
+    """
+    scaled = np.rint(np.asarray(values, np.float64) * 2.0**FRACTION_BITS)
+    outside = ~(np.abs(scaled) <= INT32_MAX)  # also true for NaN
+    if outside.any():
+        index = int(np.argmax(outside))
+        value = float(np.asarray(values).reshape(-1)[index])
+        raise ValueError(f"weights must be finite and within ±8, got {value} at index {index}")
+    return scaled.astype(np.int32)
+
+
+def digest(round: int, weights: NDArray[np.int32], agent: int = 0) -> bytes:
+    """(16,) bytes for the round, the agent and every bit of the weights: two replicas are equal if these are.
+
+    BLAKE2b-128, personalised "zo-weights", over round (uint64), agent (uint32) and the int32, all little-endian.
+
+    Raises:
+        ValueError: the weights are not int32.
+    """
+    if weights.dtype != np.int32:
+        raise ValueError(f"weights must be int32, got {weights.dtype}")
+    state = hashlib.blake2b(digest_size=DIGEST_BYTES, person=_DIGEST_PERSON)
+    state.update(round.to_bytes(8, "little") + agent.to_bytes(4, "little"))
+    state.update(np.ascontiguousarray(weights, "<i4").data)
+    return state.digest()
+
+
+class Bound:
+    """A running upper bound on max |weight|: stops a run with a clear error before a weight wraps.
+
+    It grows by Σ|coefficient| per update, which needs no look at the weights; only when that passes int32 is the
+    true maximum taken anew. Check before the update, grow after it:
+
+        bound.check(weights, coefficients)
+        kernels.apply(weights, key, directions, coefficients)
+        bound.grow(coefficients)
+
+    Attributes:
+        value: the bound, in weight units (2^−28).
+    """
+
+    def __init__(self, weights: NDArray[np.int32]) -> None:
+        self.value = _largest(weights)
+
+    def check(self, weights: NDArray[np.int32], coefficients: NDArray[np.int32]) -> None:
+        """Check that an update with these coefficients cannot wrap any of these weights.
+
+        Raises:
+            WeightsOverflow: it might.
+        """
+        growth = _sum_of_magnitudes(coefficients)
+        if self.value + growth > INT32_MAX:
+            self.value = _largest(weights)
+        if self.value + growth > INT32_MAX:
+            raise WeightsOverflow(
+                f"a weight of magnitude {self.value * 2.0**-FRACTION_BITS:.3f} could move by "
+                f"{growth * 2.0**-FRACTION_BITS:.3f} and leave ±8; the step is too large or the run diverges"
+            )
+
+    def grow(self, coefficients: NDArray[np.int32]) -> None:
+        """Take note of an update that `check` let pass."""
+        self.value += _sum_of_magnitudes(coefficients)
+
+    def admit(self, weights: NDArray[np.int32], coefficients: NDArray[np.int32]) -> None:
+        """`check`, then `grow`: for a caller that applies the update right away and cannot fail in between.
+
+        Raises:
+            WeightsOverflow: as `check`; the bound still holds then.
+        """
+        self.check(weights, coefficients)
+        self.grow(coefficients)
+
+
+def _largest(weights: NDArray[np.int32]) -> int:
+    """max |weight|, 0 for no weights; −2^31 has no int32 magnitude, hence two passes and Python integers."""
+    return max(int(weights.max()), -int(weights.min())) if weights.size else 0
+
+
+def _sum_of_magnitudes(coefficients: NDArray[np.int32]) -> int:
+    return int(np.abs(coefficients.astype(np.int64)).sum())
