@@ -1,0 +1,138 @@
+"""The adapter: low-rank matrices inside the base whose trained entries are views of one flat vector.
+
+Decides how the vector and the model's tensors correspond (LoRA, arXiv 2106.09685: W + alpha / rank · B A).
+Where the numbers come from is decided elsewhere: `load` takes a view, `export` the weights of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.numpy import save_file
+
+from node.base import Base
+from zo.directions import RunKey
+from zo.initial import adapted_modules
+from zo.layout import Layout, initial_lora_A, lora_layout
+from zo.weights import to_float
+
+NAME = "default"  # PEFT's own name for a model's only adapter
+FILE = "adapter_model.safetensors"
+
+
+class Adapter:
+    """LoRA layers in a base, set as a whole from a flat float32 vector.
+
+    The base's model is changed in place: it computes base plus adapter from then on. One adapter per base.
+    """
+
+    layout: Layout
+    """Names, shapes and offsets of the trained tensors."""
+    model: torch.nn.Module
+    """The base's model with the LoRA layers in it, in evaluation mode."""
+
+    def __init__(
+        self,
+        base: Base,
+        *,
+        key: RunKey,
+        targets: Sequence[str],
+        rank: int,
+        alpha: float,
+        train: Literal["B", "AB"],
+    ) -> None:
+        """Put LoRA layers on the targeted linear modules of the base; the model still computes the base.
+
+        Args:
+            base: what to adapt.
+            key: the run's; generates the A that is frozen with train="B".
+            targets: module names, whole or from a dot on: "q_proj", "layers.0.mlp.up_proj".
+            rank: columns of B, rows of A.
+            alpha: B A is scaled by alpha / rank.
+            train: whether the vector holds B alone or A and B.
+
+        Raises:
+            ValueError: an unknown target (its near matches are named), or a base that has an adapter already.
+        """
+        if any(hasattr(module, "lora_A") for module in base.model.modules()):
+            raise ValueError(f"the base {base.path} has an adapter already; load it again for another")
+        self.layout = lora_layout(base.linear_shapes, targets, rank, train)
+        self.size = self.layout.size
+        self.config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=0.0,
+            target_modules=list(targets),
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        self.model = inject_adapter_in_model(self.config, base.model, adapter_name=NAME)
+        self.model.eval()
+        self.model.requires_grad_(False)
+
+        self._flat = torch.zeros(self.size, dtype=torch.float32)
+        self._frozen: dict[str, NDArray[np.float32]] = {}
+        for index, module_name in enumerate(adapted_modules(self.layout)):
+            out_features, in_features = base.linear_shapes[module_name]
+            module: Any = self.model.get_submodule(module_name)
+            A = initial_lora_A(key, index, (rank, in_features))
+            if train == "B":
+                self._frozen[f"{module_name}.lora_A"] = A
+            _set(module.lora_A[NAME], torch.from_numpy(A.copy()))
+            _set(module.lora_B[NAME], torch.zeros(out_features, rank))
+        for parameter in self.layout.parameters:
+            module_name, _, factor = parameter.name.rpartition(".")
+            module = self.model.get_submodule(module_name)
+            view = self._flat[parameter.offset : parameter.offset + parameter.size].view(parameter.shape)
+            view.copy_(getattr(module, factor)[NAME].weight)
+            _set(getattr(module, factor)[NAME], view)
+
+    def load(self, view: NDArray[np.float32]) -> None:
+        """Set every trained tensor: float32 (size,), in the order of the layout.
+
+        Raises:
+            ValueError: the view has another shape or type.
+        """
+        if view.shape != (self.size,) or view.dtype != np.float32:
+            raise ValueError(
+                f"the adapter takes float32 of shape ({self.size},), got {view.dtype} of shape {view.shape}"
+            )
+        self._flat.copy_(torch.from_numpy(view))
+
+    def export(self, directory: str | Path, weights: NDArray[np.int32], base_name: str) -> None:
+        """Write a plain PEFT adapter that `PeftModel.from_pretrained(base, directory)` loads.
+
+        Args:
+            directory: made if it is missing; receives adapter_config.json and adapter_model.safetensors.
+            weights: the weights of a run, int32 (size,).
+            base_name: what the adapter's configuration names as its base: a hub name or a path.
+
+        Raises:
+            ValueError: the weights do not fit the layout.
+        """
+        if weights.shape != (self.size,):
+            raise ValueError(f"the adapter has {self.size} weights, got shape {weights.shape}")
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = self._frozen | self.layout.split(to_float(weights))
+        config = LoraConfig(**{**self.config.to_dict(), "base_model_name_or_path": base_name})
+        config.inference_mode = True
+        config.target_modules = sorted(
+            config.target_modules
+        )  # a set: its order differs from process to process
+        config.save_pretrained(folder)
+        save_file(
+            {f"base_model.model.{name}.weight": np.ascontiguousarray(t) for name, t in tensors.items()},
+            folder / FILE,
+            metadata={"format": "pt"},
+        )
+
+
+def _set(linear: torch.nn.Module, values: torch.Tensor) -> None:
+    linear.weight = torch.nn.Parameter(values, requires_grad=False)

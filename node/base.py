@@ -1,0 +1,214 @@
+"""The base: a frozen, pretrained language model with its tokenizer, and the digests that name both.
+
+Decides what counts as a usable base and refuses the rest in words; what is trained on top of it is the
+adapter's business (`node.adapter`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zo.layout import base_digest
+
+# torch and transformers take seconds to import: a wrong path or digest is refused before that.
+if TYPE_CHECKING:
+    import torch
+
+READ_CHUNK_BYTES = 1 << 20
+TOKENIZER_PATTERNS = ("tokenizer.model", "vocab*", "merges*")
+HUB_PATTERNS = ("*.json", "*.safetensors", *TOKENIZER_PATTERNS)
+
+
+class BaseError(RuntimeError):
+    """The base cannot be used: what is wrong, where, and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A pretrained model that is never trained: float32, evaluation mode, no parameter wants a gradient."""
+
+    model: torch.nn.Module
+    """A transformers causal language model; `Adapter` puts its LoRA layers into it."""
+    tokenizer: Any
+    """The transformers tokenizer that belongs to the model."""
+    path: str
+    """What the base was asked for by: a directory, or the name of a model on the hub."""
+    digest: str
+    """Hex BLAKE2b-128 of config.json and every *.safetensors."""
+    tokenizer_digest: str
+    """Hex BLAKE2b-128 of the files that define the tokenizer."""
+    linear_shapes: Mapping[str, tuple[int, int]]
+    """(out_features, in_features) of every linear module, by its name in the model."""
+    max_sequence_length: int | None
+    """The longest sequence the model was made for, in tokens; None if its configuration does not say."""
+
+
+def load_base(path: str | Path, *, threads: int | None = None) -> Base:
+    """The base in a directory, or of a name that the Hugging Face hub (or its cache here) knows.
+
+    Args:
+        path: a directory with config.json, *.safetensors and tokenizer files, or a hub name.
+        threads: how many threads torch may use in this process; None leaves torch's choice.
+
+    Raises:
+        BaseError: the base is missing, gated, incomplete or broken.
+    """
+    folder = resolve(path)
+    digest = _digest_of(_base_files(folder))
+    tokenizer_digest = _digest_of(_tokenizer_files(folder))
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    shows_progress = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # the terminal belongs to the one live line of the node
+    try:
+        # What a damaged file raises depends on the format and on the library's version: any failure to read
+        # the files found above means the same to the caller.
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise BaseError(
+            f"the base in {folder} cannot be loaded: {_first_line(error)}. Fetch it again, or name another."
+        ) from error
+    finally:
+        if shows_progress:
+            transformers_logging.enable_progress_bar()
+    if missing := sorted(loading["missing_keys"]):
+        # transformers fills missing tensors with random numbers and goes on: every node with its own.
+        raise BaseError(
+            f"the base in {folder} lacks {len(missing)} of its tensors, the first is {missing[0]}. "
+            "Fetch it again: a part of the *.safetensors is missing."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise BaseError(
+            f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}. Fetch its files again."
+        ) from error
+
+    model.config.use_cache = False  # no token is generated here: keys and values would be kept for nothing
+    model.eval()
+    model.requires_grad_(False)
+    return Base(
+        model=model,
+        tokenizer=tokenizer,
+        path=str(path),
+        digest=digest,
+        tokenizer_digest=tokenizer_digest,
+        linear_shapes={
+            name: (module.out_features, module.in_features)
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        },
+        max_sequence_length=getattr(model.config, "max_position_embeddings", None),
+    )
+
+
+def read_digest(path: str | Path) -> str:
+    """The digest of a base's weights, without loading it: hex, 32 characters. Raises BaseError."""
+    return _digest_of(_base_files(resolve(path)))
+
+
+def read_tokenizer_digest(path: str | Path) -> str:
+    """The digest of a base's tokenizer, without loading it: hex, 32 characters. Raises BaseError."""
+    return _digest_of(_tokenizer_files(resolve(path)))
+
+
+def resolve(path: str | Path) -> Path:
+    """The directory that holds the files of a base; a hub name is fetched, or found in the cache.
+
+    Raises:
+        BaseError: neither a directory nor a name under which the hub or the cache has a model.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise BaseError(f"the base {path} is a file; name the directory that holds its config.json.")
+    # A hub name is NAME or OWNER/NAME: what cannot be one was meant as a directory.
+    if isinstance(path, Path) or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
+        raise BaseError(
+            f"the base {path} does not exist; name a directory with a config.json, or a hub name."
+        )
+    return _fetch(str(path))
+
+
+def _fetch(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_PATTERNS)))
+    except GatedRepoError as error:
+        raise BaseError(
+            f"the base {name} is gated: accept its licence on https://huggingface.co/{name} and log in "
+            "with `hf auth login`."
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise BaseError(
+            f"the base {name} is neither a directory here nor a model on the hub; check the spelling, "
+            "or log in with `hf auth login` if it is private."
+        ) from error
+    except Exception as error:  # offline shows in many ways: connection, time-out, proxy, not in the cache
+        raise BaseError(
+            f"the base {name} is no directory here, not in the cache, and the hub did not answer: "
+            f"{_first_line(error)}. Connect, or name a local directory."
+        ) from error
+
+
+def _base_files(folder: Path) -> list[Path]:
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise BaseError(f"{folder} holds a PEFT adapter, not a base; name the model that it was made for.")
+    if not (folder / "config.json").is_file():
+        raise BaseError(f"the base in {folder} has no config.json; name a transformers model's directory.")
+    tensors = sorted(folder.glob("*.safetensors"))
+    if not tensors:
+        raise BaseError(
+            f"the base in {folder} has no *.safetensors; load it with transformers and save it again "
+            "with `save_pretrained`."
+        )
+    return sorted([folder / "config.json", *tensors], key=lambda file: file.name)
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    whole = folder / "tokenizer.json"
+    if whole.is_file():
+        return [whole]
+    parts = {file for pattern in TOKENIZER_PATTERNS for file in folder.glob(pattern)}
+    if not parts:
+        raise BaseError(
+            f"the base in {folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab and merges); "
+            "copy the tokenizer files that belong to the model there."
+        )
+    return sorted(parts, key=lambda file: file.name)
+
+
+def _digest_of(files: Iterable[Path]) -> str:
+    try:
+        return base_digest((file.name, _chunks(file)) for file in files)
+    except OSError as error:
+        raise BaseError(f"{error.filename} cannot be read: {error.strerror}.") from error
+
+
+def _chunks(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as stream:
+        while chunk := stream.read(READ_CHUNK_BYTES):
+            yield chunk
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

@@ -1,0 +1,174 @@
+"""A node's private data: text files in, windows of tokens out. Nothing in here ever leaves the node.
+
+Decides which rows are read, how they are packed and which windows make the batch of a sample. What is left
+out is counted, never silent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+
+class DataError(ValueError):
+    """The data cannot be used: the file, the line where there is one, and what would be right."""
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One line of a .jsonl file; other fields are ignored."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Tokenised text, packed without gaps into windows of one length."""
+
+    tokens: NDArray[np.int32]
+    """(num_windows, sequence_length)."""
+    num_files: int
+    num_texts: int
+    """Rows of .jsonl files and whole .txt files."""
+    num_tokens: int
+    """Everything that was read, separators included."""
+    num_dropped: int
+    """Tokens at the end that did not fill a window."""
+
+    @property
+    def num_windows(self) -> int:
+        """How many windows there are, at least one."""
+        return len(self.tokens)
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens in a window."""
+        return int(self.tokens.shape[1])
+
+    def __str__(self) -> str:
+        """One line that says what was read and what was left out."""
+        return (
+            f"{_count(self.num_files, 'file')}, {_count(self.num_texts, 'text')}, "
+            f"{_count(self.num_tokens, 'token')}: {_count(self.num_windows, 'window')} "
+            f"of {self.sequence_length}, {_count(self.num_dropped, 'token')} at the end left out"
+        )
+
+
+def read_windows(paths: Sequence[str | Path], tokenizer: Any, sequence_length: int) -> Windows:
+    """The windows of some files, in the order given.
+
+    A .txt file is one text; every line of a .jsonl file is an object whose field "text" is one text. Texts
+    are tokenised without special tokens and joined, the tokenizer's end-of-text token between two of them.
+
+    Args:
+        paths: .txt and .jsonl files, UTF-8.
+        tokenizer: a transformers tokenizer.
+        sequence_length: tokens in a window, at least 2.
+
+    Raises:
+        DataError: a file is missing, empty, not UTF-8 or of another kind; a row is malformed (with its line);
+            or all the text together does not fill one window.
+    """
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length must be at least 2, got {sequence_length}")
+    if not paths:
+        raise DataError("no data file was named; name at least one .txt or .jsonl file")
+    files = [Path(path).expanduser() for path in paths]
+    texts = [text for file in files for text in _texts(file)]
+    rows: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    separator: list[int] = []
+    if len(rows) > 1:
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                f"{len(rows)} texts need an end-of-text token between them, which the base's tokenizer "
+                "lacks; give one .txt file"
+            )
+        separator = [tokenizer.eos_token_id]
+    joined = chain.from_iterable(chain(row, separator) for row in rows)
+    stream = np.fromiter(joined, np.int32)[: -1 if separator else None]  # not after the last text
+
+    num_windows, num_dropped = divmod(stream.size, sequence_length)
+    if num_windows == 0:
+        raise DataError(
+            f"{', '.join(map(str, files))}: {stream.size} tokens do not fill one window "
+            f"of {sequence_length}; give this node more text"
+        )
+    return Windows(
+        tokens=stream[: num_windows * sequence_length].reshape(num_windows, sequence_length),
+        num_files=len(files),
+        num_texts=len(texts),
+        num_tokens=stream.size,
+        num_dropped=num_dropped,
+    )
+
+
+def batch(windows: Windows, batch_size: int, seed: int, sample: int) -> NDArray[np.int64]:
+    """The batch of a sample: int64 (batch_size, sequence_length), always the same for the same arguments.
+
+    Different windows, unless there are fewer than `batch_size`: then all of them, as often as it takes.
+
+    Args:
+        windows: the node's own.
+        batch_size: at least 1.
+        seed: the node's own secret, not negative. Which rows met which direction is nobody else's business.
+        sample: the index of the sample, not negative.
+    """
+    rng = np.random.default_rng([seed, sample])
+    repeats, rest = divmod(batch_size, windows.num_windows)
+    whole = np.tile(np.arange(windows.num_windows), repeats)
+    chosen = np.concatenate([whole, rng.choice(windows.num_windows, size=rest, replace=False)])
+    tokens: NDArray[np.int64] = windows.tokens[chosen].astype(np.int64)
+    return tokens
+
+
+def _texts(file: Path) -> Iterator[str]:
+    kind = file.suffix.lower()
+    if kind not in (".txt", ".jsonl"):
+        raise DataError(f"{file}: data files end in .txt or .jsonl")
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{file}: no such file") from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+    text = _decode(content, file)
+    if not text.strip():
+        raise DataError(f"{file}: the file is empty")
+    return iter([text]) if kind == ".txt" else _rows(text, file)
+
+
+def _rows(text: str, file: Path) -> Iterator[str]:
+    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for the end of a line.
+    for line_number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = msgspec.json.decode(line, type=Row)
+        except msgspec.DecodeError as error:
+            raise DataError(
+                f'{file}, line {line_number}: {error}; every line is an object like {{"text": "..."}}'
+            ) from None
+        if not row.text.strip():
+            raise DataError(f"{file}, line {line_number}: the text is empty; remove the row")
+        yield row.text
+
+
+def _decode(content: bytes, file: Path) -> str:
+    try:
+        return content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        line_number = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{file}, line {line_number}: byte 0x{content[error.start]:02x} at offset {error.start} is not "
+            "UTF-8; convert the file to UTF-8"
+        ) from None
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

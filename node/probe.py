@@ -1,0 +1,160 @@
+"""Probing: what a node's own batch says about the round's directions, as one byte each.
+
+Decides how a loss is measured (two forward passes on the identical batch) and what leaves the node. Which
+directions, epsilon and exponent are the run's; the batch and the generator that rounds are the node's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
+
+from node.adapter import Adapter
+from node.data import Windows, batch
+from zo.codes import NO_VOTE, encode
+from zo.directions import Direction, RunKey
+from zo.replica import samples
+from zo.spsa import projected_gradient
+from zo.weights import to_float
+
+ROUNDING_STREAM = 1  # keeps the generator that rounds codes apart from the one that draws batches
+
+
+class Probed(NamedTuple):
+    """What a node found in one round."""
+
+    codes: NDArray[np.int8]
+    """(directions,) projected gradients in units of 2^exponent; NO_VOTE where a loss was not finite."""
+    loss: float
+    """Mean cross-entropy of the finite pairs, nats per token; NaN if there is none."""
+    seconds: float
+    """Wall time of the whole probe."""
+    forward_seconds: float
+    """The part of it spent in forward passes and losses."""
+
+    @property
+    def num_no_votes(self) -> int:
+        """Directions whose loss was not finite."""
+        return int(np.count_nonzero(self.codes == NO_VOTE))
+
+
+def mean_loss(model: torch.nn.Module, tokens: NDArray[np.int64]) -> float:
+    """Mean next-token cross-entropy in nats of windows (num_windows, sequence_length).
+
+    Every token but the first of a window is predicted from those before it.
+    """
+    ids = torch.from_numpy(tokens)
+    with torch.inference_mode():
+        # The last token predicts nothing: leaving it out saves its logits and a copy of all others.
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
+        return float(cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+
+
+def evaluate(
+    adapter: Adapter,
+    weights: NDArray[np.int32],
+    windows: Windows,
+    *,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """Mean cross-entropy over all windows, in nats per token, at the given weights.
+
+    Args:
+        adapter: base and adapter; holds `weights` afterwards.
+        weights: int32 (adapter.size,).
+        windows: held-out data.
+        batch_size: windows in one forward pass.
+        progress: called with (windows done, windows in all) after every forward pass.
+    """
+    adapter.load(to_float(weights))
+    total = 0.0
+    for start in range(0, windows.num_windows, batch_size):
+        tokens = windows.tokens[start : start + batch_size].astype(np.int64)
+        total += mean_loss(adapter.model, tokens) * len(tokens)
+        if progress is not None:
+            progress(start + len(tokens), windows.num_windows)
+    return total / windows.num_windows
+
+
+class Probe:
+    """A node's probe: its adapter, its windows, and what the run says about measuring."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        windows: Windows,
+        *,
+        key: RunKey,
+        epsilon: float,
+        directions: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        """Fix what stays the same from round to round.
+
+        Args:
+            adapter: base and adapter; its tensors are overwritten by every probe.
+            windows: the node's private data.
+            key: the run's.
+            epsilon: half the distance between the two views, in weight units.
+            directions: how many the node probes in a round.
+            batch_size: windows in the batch of one direction.
+            seed: the node's own secret: decides batches and rounding, so that a round probed again after a
+                restart gives the same codes.
+        """
+        self.adapter = adapter
+        self.windows = windows
+        self.key = key
+        self.epsilon = epsilon
+        self.directions = directions
+        self.batch_size = batch_size
+        self.seed = seed
+        self._forward_seconds = 0.0
+
+    def probe(
+        self, weights: NDArray[np.int32], round: int, node: int, exponent: int, agent: int = 0
+    ) -> Probed:
+        """The codes of one round: direction i of a round is the sample round × directions + i of the node.
+
+        g = (L(w + εz) − L(w − εz)) / 2ε on one batch per direction (Spall 1992, eq. 2.1, for a Rademacher z).
+
+        Args:
+            weights: of this round, int32 (adapter.size,); left as they are.
+            round: from 0.
+            node: the index of this node in the run.
+            exponent: of this round's codes.
+            agent: which adapter the weights are.
+        """
+        started = perf_counter()
+        self._forward_seconds = 0.0
+        gradients = np.empty(self.directions, np.float64)
+        losses = np.empty(self.directions, np.float64)
+        for i, sample in enumerate(samples(round, self.directions)):
+            tokens = batch(self.windows, self.batch_size, self.seed, sample)
+            gradients[i], losses[i] = projected_gradient(
+                partial(self._loss, tokens), weights, self.key, Direction(node, sample, agent), self.epsilon
+            )
+        finite = losses[np.isfinite(gradients)]
+        rng = np.random.default_rng([self.seed, round, ROUNDING_STREAM])
+        return Probed(
+            codes=encode(gradients, exponent, rng),
+            loss=float(finite.mean()) if finite.size else math.nan,
+            seconds=perf_counter() - started,
+            forward_seconds=self._forward_seconds,
+        )
+
+    def _loss(self, tokens: NDArray[np.int64], view: NDArray[np.float32]) -> float:
+        self.adapter.load(view)
+        started = perf_counter()
+        loss = mean_loss(self.adapter.model, tokens)
+        self._forward_seconds += perf_counter() - started
+        return loss
