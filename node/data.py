@@ -33,7 +33,6 @@ class Windows:
 
     tokens: NDArray[np.int32]
     """(num_windows, sequence_length)."""
-    num_files: int
     num_texts: int
     """Rows of .jsonl files and whole .txt files."""
     num_tokens: int
@@ -54,7 +53,7 @@ class Windows:
     def __str__(self) -> str:
         """One line that says what was read and what was left out."""
         return (
-            f"{_count(self.num_files, 'file')}, {_count(self.num_texts, 'text')}, "
+            f"{_count(self.num_texts, 'text')}, "
             f"{_count(self.num_tokens, 'token')}: {_count(self.num_windows, 'window')} "
             f"of {self.sequence_length}, {_count(self.num_dropped, 'token')} at the end left out"
         )
@@ -75,19 +74,32 @@ def read_windows(paths: Sequence[str | Path], tokenizer: Any, sequence_length: i
         DataError: a file is missing, empty, not UTF-8 or of another kind; a row is malformed (with its line);
             or all the text together does not fill one window.
     """
-    if sequence_length < 2:
-        raise ValueError(f"sequence_length must be at least 2, got {sequence_length}")
     if not paths:
         raise DataError("no data file was named; name at least one .txt or .jsonl file")
     files = [Path(path).expanduser() for path in paths]
     texts = [text for file in files for text in _texts(file)]
-    rows: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        return pack(texts, tokenizer, sequence_length)
+    except DataError as error:
+        raise DataError(f"{', '.join(map(str, files))}: {error}") from None
+
+
+def pack(texts: Sequence[str], tokenizer: Any, sequence_length: int) -> Windows:
+    """The windows of some texts, in the order given, as `read_windows` makes them.
+
+    Raises:
+        DataError: all the text together does not fill one window, or there are several texts and the
+            tokenizer has no end-of-text token to tell them apart.
+    """
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length must be at least 2, got {sequence_length}")
+    rows: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     separator: list[int] = []
     if len(rows) > 1:
         if tokenizer.eos_token_id is None:
             raise DataError(
-                f"{len(rows)} texts need an end-of-text token between them, which the base's tokenizer "
-                "lacks; give one .txt file"
+                f"{len(rows)} texts need an end-of-text token between them, which the tokenizer lacks; "
+                "give one .txt file"
             )
         separator = [tokenizer.eos_token_id]
     joined = chain.from_iterable(chain(row, separator) for row in rows)
@@ -96,12 +108,11 @@ def read_windows(paths: Sequence[str | Path], tokenizer: Any, sequence_length: i
     num_windows, num_dropped = divmod(stream.size, sequence_length)
     if num_windows == 0:
         raise DataError(
-            f"{', '.join(map(str, files))}: {stream.size} tokens do not fill one window "
-            f"of {sequence_length}; give this node more text"
+            f"{_count(stream.size, 'token')} do not fill one window of {sequence_length}; "
+            "give this node more text"
         )
     return Windows(
         tokens=stream[: num_windows * sequence_length].reshape(num_windows, sequence_length),
-        num_files=len(files),
         num_texts=len(texts),
         num_tokens=stream.size,
         num_dropped=num_dropped,

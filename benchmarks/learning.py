@@ -1,0 +1,274 @@
+"""How well a swarm learns: N virtual nodes in one process, over the code path of real ones.
+
+    python -m benchmarks.learning --model DIR --data FILE --seeds 1,2,3
+
+Every round is probe, codes, step rule, commit, replica: only sockets and files are left out. The held-out
+text is the last tenth of the file; each node trains on its own contiguous part of the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from node import base as bases
+from node.adapter import Adapter
+from node.data import Windows, pack
+from node.probe import Probe, evaluate
+from zo import manifest as manifests
+from zo.codes import NO_VOTE
+from zo.commit import Commit
+from zo.directions import run_key
+from zo.initial import initial_weights
+from zo.layout import lora_layout
+from zo.replica import Replica
+from zo.steps import step_rule
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+HELD_OUT = 0.1
+LOSS_EVERY = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What one row of the table was run with."""
+
+    nodes: int
+    rounds: int
+    directions: int
+    step: float
+    decay: Literal["linear", "constant"]
+    smoothing: int
+    train: Literal["B", "AB"]
+    rank: int
+    alpha: float
+    epsilon: float
+    batch_size: int
+    sequence_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One run: what was reached, and what it cost."""
+
+    seed: int
+    held_out_start: float
+    """Mean cross-entropy over all held-out windows before the first round, nats per token."""
+    held_out_end: float
+    curve: tuple[float, ...]
+    """Mean loss of the nodes' own batches, over every LOSS_EVERY rounds."""
+    forwards: int
+    """Forward passes of all nodes together, evaluation not counted."""
+    code_bytes: int
+    """Codes sent by all nodes together, one byte per direction."""
+    ledger_bytes: int
+    """All commits as encoded: what one node receives, without the transport's frames."""
+    no_votes: int
+    digest: str
+    """Of the weights after the last round."""
+    seconds: float
+
+
+def fold(text: str) -> str:
+    """The text with every run of white space replaced by one space.
+
+    The small story models never saw a line break: kept, it would be most of what there is to learn.
+    """
+    return " ".join(text.split())
+
+
+def split(text: str, tokenizer: object, nodes: int, sequence_length: int) -> tuple[list[Windows], Windows]:
+    """Every node's own windows, and the held-out ones."""
+    cut = round(len(text) * (1 - HELD_OUT))
+    edges = np.linspace(0, cut, nodes + 1).astype(int)
+    private = [pack([text[start:end]], tokenizer, sequence_length) for start, end in pairwise(edges)]
+    return private, pack([text[cut:]], tokenizer, sequence_length)
+
+
+def make_manifest(base: bases.Base, settings: Settings, seed: int) -> manifests.Manifest:
+    """The manifest of one run; the seed decides the run id and with it every direction."""
+    layout = lora_layout(base.linear_shapes, TARGETS, settings.rank, settings.train)
+    return manifests.validate(
+        manifests.Manifest(
+            protocol=1,
+            run=manifests.Run(
+                name="learning",
+                rounds=settings.rounds,
+                nonce=hashlib.blake2b(str(seed).encode(), digest_size=16).hexdigest(),
+            ),
+            base=manifests.BaseModel(
+                name=Path(base.path).name, digest=base.digest, tokenizer_digest=base.tokenizer_digest
+            ),
+            adapter=manifests.Adapter(
+                targets=TARGETS,
+                rank=settings.rank,
+                alpha=settings.alpha,
+                train=settings.train,
+                size=layout.size,
+                layout_digest=layout.digest().hex(),
+            ),
+            probe=manifests.Probing(
+                epsilon=settings.epsilon,
+                directions=settings.directions,
+                batch_size=settings.batch_size,
+                sequence_length=settings.sequence_length,
+            ),
+            schedule=manifests.Schedule(
+                step=settings.step, decay=settings.decay, smoothing=settings.smoothing, first_exponent=-4
+            ),
+            parity=manifests.Parity(digest_every=16, share_loss=True),
+        )
+    )
+
+
+def run(model: str, text: str, settings: Settings, seed: int) -> Row:
+    """Train once and measure."""
+    base = bases.load_base(model, threads=1)
+    private, held_out = split(text, base.tokenizer, settings.nodes, settings.sequence_length)
+    manifest = make_manifest(base, settings, seed)
+    key = run_key(manifest.run_id)
+    adapter = Adapter(
+        base, key=key, targets=TARGETS, rank=settings.rank, alpha=settings.alpha, train=settings.train
+    )
+    probes = [
+        Probe(
+            adapter,
+            windows,
+            key=key,
+            epsilon=settings.epsilon,
+            directions=settings.directions,
+            batch_size=settings.batch_size,
+            seed=seed * 1000 + node,
+        )
+        for node, windows in enumerate(private)
+    ]
+    rule = step_rule(manifest)
+    scale = rule.start()
+    replica = Replica(manifest, initial_weights(adapter.layout, key, settings.train))
+    started = perf_counter()
+    start = evaluate(adapter, replica.weights, held_out, batch_size=settings.batch_size)
+    losses: list[float] = []
+    ledger_bytes = no_votes = 0
+    for number in range(settings.rounds):
+        probed = [
+            probe.probe(replica.weights, number, node, scale.exponent) for node, probe in enumerate(probes)
+        ]
+        codes: NDArray[np.int8] = np.concatenate([each.codes for each in probed])
+        step, scale = rule.advance(scale, number, codes)
+        commit = Commit(
+            round=number,
+            steps=(step,),
+            exponents=(scale.exponent,),
+            participants=tuple(range(settings.nodes)),
+            codes=codes.tobytes(),
+            previous=replica.head,
+        )
+        replica.apply(commit)
+        losses.append(float(np.nanmean([each.loss for each in probed])))
+        ledger_bytes += len(commit.encode())
+        no_votes += int(np.count_nonzero(codes == NO_VOTE))
+    end = evaluate(adapter, replica.weights, held_out, batch_size=settings.batch_size)
+    sent = settings.nodes * settings.rounds * settings.directions
+    return Row(
+        seed=seed,
+        held_out_start=round(start, 4),
+        held_out_end=round(end, 4),
+        curve=tuple(
+            round(float(np.mean(losses[i : i + LOSS_EVERY])), 3) for i in range(0, len(losses), LOSS_EVERY)
+        ),
+        forwards=2 * sent,
+        code_bytes=sent,
+        ledger_bytes=ledger_bytes,
+        no_votes=no_votes,
+        digest=replica.digest().hex(),
+        seconds=round(perf_counter() - started, 1),
+    )
+
+
+def main() -> None:
+    """Read the command line, run once per seed, print a table or one JSON object."""
+    options = _options()
+    settings = Settings(**{name: getattr(options, name) for name in Settings.__dataclass_fields__})
+    text = Path(options.data).read_text(encoding="utf-8")
+    if not options.keep_line_breaks:
+        text = fold(text)
+    rows = []
+    for seed in options.seeds:
+        row = run(options.model, text, settings, seed)
+        rows.append(row)
+        if not options.json:
+            print(
+                f"seed {row.seed}: held-out loss {row.held_out_start:.3f} -> {row.held_out_end:.3f}, "
+                f"{row.forwards:,} forwards, {row.code_bytes:,} bytes of codes, {row.seconds:.0f} s",
+                flush=True,
+            )
+    result = {
+        "benchmark": "learning",
+        "command": f"python -m benchmarks.learning {' '.join(sys.argv[1:])}",
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "text": f"{Path(options.data).name}, line breaks {'kept' if options.keep_line_breaks else 'folded'}",
+        "settings": asdict(settings),
+        "rows": [asdict(row) for row in rows],
+        "held_out_end_worst": max(row.held_out_end for row in rows),
+    }
+    if options.json:
+        print(json.dumps(result))
+    if options.out:
+        folder = Path(options.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "learning.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.learning", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--model", required=True, help="directory of the base")
+    parser.add_argument("--data", required=True, help="a UTF-8 text; its last tenth is held out")
+    parser.add_argument(
+        "--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2, 3]
+    )
+    parser.add_argument("--nodes", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--directions", type=int, default=1, help="per node and round")
+    parser.add_argument("--step", type=float, default=0.02, help="in units of the weights")
+    parser.add_argument("--decay", choices=("linear", "constant"), default="linear")
+    parser.add_argument("--smoothing", type=int, default=2)
+    parser.add_argument("--train", choices=("B", "AB"), default="B")
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--alpha", type=float, default=8.0)
+    parser.add_argument("--epsilon", type=float, default=0.01)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--sequence-length", type=int, default=128)
+    parser.add_argument(
+        "--keep-line-breaks", action="store_true", help="do not fold white space into one space"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--out", help="directory for learning.json")
+    return parser.parse_args()
+
+
+def _commit() -> str:
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()
