@@ -20,8 +20,9 @@ COEFFICIENT_SHIFT: Final = 8
 def encode(gradients: NDArray[np.float64], exponent: int, rng: np.random.Generator) -> NDArray[np.int8]:
     """One code per projected gradient: clip(round_stochastic(g / 2^exponent), −127, 127), (n,) int8.
 
-    Stochastic rounding goes up with a probability equal to the fraction, so that within ±127 the expected code is
-    g / 2^exponent (Gupta et al. 2015, arXiv 1502.02551, section 3). One draw per gradient, voting or not.
+    Stochastic rounding goes up with a probability equal to the fraction, so that within ±127 the expected
+    code is g / 2^exponent (Gupta et al. 2015, arXiv 1502.02551, section 3). One draw per gradient, voting or
+    not.
 
     Args:
         gradients: (n,) float64; an entry that is not finite becomes NO_VOTE.

@@ -1,6 +1,7 @@
-"""Kernels compiled once per machine: when compilation happens, and whether it already has. What they compute is `kernels`."""
+"""When kernels are compiled: once per machine, and kept on disk. What they compute is `loops`."""
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Any, TypeVar, cast
 
 import numba
@@ -18,16 +19,17 @@ def inlined(function: F) -> F:
 class Kernel:
     """A Numba function with one signature, compiled on first use and then kept on disk.
 
-    Numba's own lazy dispatch would compile again, unasked, for every new combination of argument types (a read-only
-    array is one). This compiles for the one signature it was declared with and refuses others.
+    Numba's own lazy dispatch would compile again, unasked, for every new combination of argument types (a
+    read-only array is one). This compiles for the one signature it was declared with and refuses others.
 
-    The cache lies in `__pycache__` beside the source; if that cannot be written, in the user's cache directory (or in
-    NUMBA_CACHE_DIR); if there is no place at all, each process compiles for itself.
+    The cache lies in `__pycache__` beside the source; if that cannot be written, in the user's cache
+    directory (or in NUMBA_CACHE_DIR); if there is no place at all, each process compiles for itself.
     """
 
     def __init__(self, function: Callable[..., None], signature: tuple[Any, ...]) -> None:
         self._signature = signature
         self._is_loaded = False
+        self._loading = Lock()
         try:
             self._dispatcher = numba.njit(cache=True, **_OPTIONS)(function)
         except RuntimeError:  # "cannot cache function: no locator available"
@@ -41,17 +43,19 @@ class Kernel:
 
     def load(self) -> None:
         """Load from the cache or, failing that, compile (about a second) and cache."""
-        try:
-            self._dispatcher.compile(self._signature)
-        except OSError:  # a full disk costs the cache, not the run
-            if not self._dispatcher.overloads:
-                raise
-        self._dispatcher.disable_compile()
-        self._is_loaded = True
+        with self._loading:
+            if self._is_loaded:
+                return
+            try:
+                self._dispatcher.compile(self._signature)
+            except OSError:  # a full disk costs the cache, not the run
+                if not self._dispatcher.overloads:
+                    raise
+            self._dispatcher.disable_compile()
+            self._is_loaded = True
 
     def is_compiled(self) -> bool:
-        """Whether the next call runs at once: loaded already, or loadable from a cache made from this very source
-        for this machine's processor."""
+        """Whether the next call runs at once: loaded, or cached for this source and processor."""
         if self._is_loaded:
             return True
         # Numba has no public question for this; the cache of a dispatcher without one answers None.

@@ -1,4 +1,4 @@
-"""Names of directions: which (node, sample, agent) is meant. The bits that follow are `reference` and `kernels`."""
+"""Names of directions: (node, sample, agent) in a run. The bits that follow are left to `reference`."""
 
 from collections.abc import Iterable
 from typing import Final, NamedTuple, TypeAlias

@@ -42,7 +42,7 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
     size: int
 
     def digest(self) -> bytes:
-        """(16,) bytes: BLAKE2b-128, personalised "zo-layout", of [[[name, shape, offset], …], size] as MessagePack."""
+        """(16,) bytes: BLAKE2b-128 ("zo-layout") of [[[name, shape, offset], …], size] as MessagePack."""
         encoded = msgspec.msgpack.encode(self)
         return hashlib.blake2b(encoded, digest_size=DIGEST_BYTES, person=_LAYOUT_PERSON).digest()
 
@@ -127,14 +127,15 @@ def lora_layout(
 
 
 def initial_lora_A(run_key: RunKey, layout_index: int, shape: tuple[int, int]) -> NDArray[np.float32]:  # noqa: N802
-    """The frozen LoRA A of a module, (rank, in_features) float32, uniform in ±1/√in_features, equal on every machine.
+    """The frozen LoRA A of a module: (rank, in_features) float32, uniform in ±1/√in, equal on every machine.
 
-    Entry i is ((word_i >> 8) × 2^−23 − 1) × float32(1/√in): 24 random bits, exact in float32, then one rounding.
-    The range is that of torch's `kaiming_uniform_(a=√5)`, with which LoRA's authors start A.
+    Entry i is ((word_i >> 8) × 2^−23 − 1) × float32(1/√in): 24 random bits, exact in float32, then one
+    rounding. The range is that of torch's `kaiming_uniform_(a=√5)`, with which LoRA's authors start A.
 
     Args:
         run_key: of the run.
-        layout_index: index of the module among the sorted targeted modules; the `sample` of the direction INITIAL.
+        layout_index: index of the module among the sorted targeted modules; the `sample` of the direction
+            INITIAL.
         shape: (rank, in_features).
     """
     rank, in_features = shape
@@ -146,11 +147,13 @@ def initial_lora_A(run_key: RunKey, layout_index: int, shape: tuple[int, int]) -
 def base_digest(files: Iterable[tuple[str, Iterable[bytes]]]) -> str:
     """The digest that names a base model or a tokenizer, 32 hexadecimal digits.
 
-    BLAKE2b-128, personalised "zo-base", over (length of the name as little-endian uint16, name in UTF-8, BLAKE2b-256
-    of the content) of each file. The content has its own digest because its length is not known before its end.
+    BLAKE2b-128, personalised "zo-base", over (length of the name as little-endian uint16, name in UTF-8,
+    BLAKE2b-256 of the content) of each file. The content has its own digest because its length is not known
+    before its end.
 
     Args:
-        files: (name, content in chunks) of each file, sorted by name. The caller reads; chunks may be of any size.
+        files: (name, content in chunks) of each file, sorted by name. The caller reads; chunks may be of any
+            size.
 
     Raises:
         ValueError: no files, names not ascending and distinct, or a name beyond 65,535 bytes.

@@ -1,7 +1,7 @@
 """The plain NumPy reference of `kernels`: every formula once, as readable as it gets, fast nowhere.
 
-Philox4x32-10 is from Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC'11), section 3.3;
-the constants are those of its reference library Random123.
+Philox4x32-10 is from Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC'11),
+section 3.3; the constants are those of its reference library Random123.
 """
 
 from typing import Final
@@ -34,10 +34,10 @@ def check_range(start: int, size: int, per_block: int = BITS_PER_BLOCK) -> None:
         )
 
 
-def check_name(key: RunKey, direction: Direction) -> None:
-    """Raise ValueError unless key and direction consist of uint32."""
-    if not all(0 <= part <= UINT32_MAX for part in (*key, *direction)):
-        raise ValueError(f"key and direction must be uint32, got {key} and {tuple(direction)}")
+def check_uint32(*parts: int) -> None:
+    """Raise ValueError unless every part of a key or a name is a uint32."""
+    if not all(0 <= part <= UINT32_MAX for part in parts):
+        raise ValueError(f"keys and directions consist of uint32, got {parts}")
 
 
 def philox4x32(counter: NDArray[np.uint32], key: RunKey) -> NDArray[np.uint32]:
@@ -67,7 +67,7 @@ def words(key: RunKey, direction: Direction, num_words: int, start: int = 0) -> 
         ValueError: words beyond the 2^34 of a direction, or a name that is not uint32.
     """
     check_range(start, num_words, WORDS_PER_BLOCK)
-    check_name(key, direction)
+    check_uint32(*key, *direction)
     first = start // WORDS_PER_BLOCK
     past = -(-(start + num_words) // WORDS_PER_BLOCK)
     counter = np.empty((past - first, 4), np.uint32)
@@ -111,7 +111,8 @@ def apply(
         start: where in the vector `weights` begins.
 
     Raises:
-        WeightsOverflow: a sum leaves int32. (The kernel wraps there: `weights.Bound` keeps it from coming to that.)
+        WeightsOverflow: a sum leaves int32. (The kernel wraps there: `weights.Bound` keeps it from coming to
+            that.)
         ValueError: as `perturbation`.
     """
     total = weights.astype(np.int64)

@@ -1,8 +1,8 @@
-"""SPSA: the slope of a loss along a direction, from two evaluations. How the loss is computed is the caller's.
+"""SPSA: the slope of a loss along a direction from two evaluations. How a loss is computed is the caller's.
 
-Spall 1992, "Multivariate stochastic approximation using a simultaneous perturbation gradient approximation", eq. 2.2;
-for language models MeZO (arXiv 2305.17333), definition 1. Unlike there, nothing is perturbed and restored in place:
-both views are computed from the integer weights, which stay as they are.
+Spall 1992, "Multivariate stochastic approximation using a simultaneous perturbation gradient approximation",
+eq. 2.2; for language models MeZO (arXiv 2305.17333), definition 1. Unlike there, nothing is perturbed and
+restored in place: both views are computed from the integer weights, which stay as they are.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,8 +47,8 @@ def projected_gradients(
 ) -> tuple[NDArray[np.float64], float]:
     """The projected gradient along each direction, (n,) float64, and the mean of all 2n losses.
 
-    A loss that is not finite makes its gradient not finite, which `codes.encode` turns into NO_VOTE, and does not
-    count in the mean (NaN if none counts).
+    A loss that is not finite makes its gradient not finite, which `codes.encode` turns into NO_VOTE, and does
+    not count in the mean (NaN if none counts).
 
     Raises:
         ValueError: epsilon is not a positive number.

@@ -26,7 +26,7 @@ def zeros(size: int) -> NDArray[np.int32]:
 
 
 def to_float(weights: NDArray[np.int32]) -> NDArray[np.float32]:
-    """The values of the weights, float32 of the same shape; rounded once (24 of up to 31 significant bits)."""
+    """The values of the weights, float32 of the same shape; rounded once, to 24 significant bits."""
     return weights.astype(np.float32) * np.float32(2.0**-FRACTION_BITS)
 
 
@@ -34,9 +34,11 @@ def from_float(values: NDArray[np.floating]) -> NDArray[np.int32]:
     """The weights nearest to these values, int32 of the same shape; ties to even.
 
     Raises:
-        ValueError: a value is not finite or not within ±8; the message names its index in the flattened array.
+        ValueError: a value is not finite or not within ±8; the message names its index in the flattened
+            array.
     """
-    scaled = np.rint(np.asarray(values, np.float64) * 2.0**FRACTION_BITS)
+    with np.errstate(over="ignore"):  # infinity is refused below, with its index
+        scaled = np.rint(np.asarray(values, np.float64) * 2.0**FRACTION_BITS)
     outside = ~(np.abs(scaled) <= INT32_MAX)  # also true for NaN
     if outside.any():
         index = int(np.argmax(outside))
@@ -48,7 +50,8 @@ def from_float(values: NDArray[np.floating]) -> NDArray[np.int32]:
 def digest(round: int, weights: NDArray[np.int32], agent: int = 0) -> bytes:
     """(16,) bytes for the round, the agent and every bit of the weights: two replicas are equal if these are.
 
-    BLAKE2b-128, personalised "zo-weights", over round (uint64), agent (uint32) and the int32, all little-endian.
+    BLAKE2b-128, personalised "zo-weights", over round (uint64), agent (uint32) and the int32, all
+    little-endian.
 
     Raises:
         ValueError: the weights are not int32.
@@ -64,8 +67,8 @@ def digest(round: int, weights: NDArray[np.int32], agent: int = 0) -> bytes:
 class Bound:
     """A running upper bound on max |weight|: stops a run with a clear error before a weight wraps.
 
-    It grows by Σ|coefficient| per update, which needs no look at the weights; only when that passes int32 is the
-    true maximum taken anew. Check before the update, grow after it:
+    It grows by Σ|coefficient| per update, which needs no look at the weights; only when that passes int32 is
+    the true maximum taken anew. Check before the update, grow after it:
 
         bound.check(weights, coefficients)
         kernels.apply(weights, key, directions, coefficients)

@@ -1,0 +1,89 @@
+"""The projected gradient against losses whose slope is known."""
+
+import numpy as np
+import pytest
+
+from zo import reference
+from zo.codes import NO_VOTE, encode
+from zo.directions import Direction
+from zo.spsa import projected_gradient, projected_gradients
+from zo.weights import from_float, to_float
+
+KEY = (5, 6)
+DIRECTION = Direction(1, 2)
+
+
+def test_a_linear_loss_has_its_exact_slope():
+    rng = np.random.default_rng(0)
+    slope = rng.normal(size=500)
+    weights = from_float(rng.normal(size=500))
+    g, mean_loss = projected_gradient(lambda v: float(slope @ v), weights, KEY, DIRECTION, 1e-2)
+    z = reference.perturbation(KEY, DIRECTION, 500)
+    assert g == pytest.approx(float(slope @ z), rel=1e-4)
+    assert mean_loss == pytest.approx(float(slope @ to_float(weights)), rel=1e-4)
+
+
+def test_a_quadratic_loss_has_no_bias_from_its_curvature():
+    rng = np.random.default_rng(1)
+    weights = from_float(rng.normal(size=300))
+    z = reference.perturbation(KEY, DIRECTION, 300)
+    g, _ = projected_gradient(
+        lambda v: float(np.sum(v.astype(np.float64) ** 2)), weights, KEY, DIRECTION, 0.1
+    )
+    assert g == pytest.approx(float(2 * to_float(weights).astype(np.float64) @ z), rel=1e-4)
+
+
+def test_the_loss_sees_both_views_and_the_weights_are_never_touched():
+    weights = from_float(np.linspace(-1, 1, 50))
+    before = weights.copy()
+    weights.flags.writeable = False
+    seen = []
+    projected_gradient(lambda v: seen.append(v.copy()) or 0.0, weights, KEY, DIRECTION, 0.25)
+    plus, minus = reference.perturbed(before, KEY, DIRECTION, 0.25)
+    assert np.array_equal(seen[0], plus)
+    assert np.array_equal(seen[1], minus)
+    assert np.array_equal(weights, before)
+
+
+def test_a_loss_that_writes_to_its_view_changes_nothing_but_the_view():
+    weights = from_float(np.linspace(-1, 1, 50))
+
+    def greedy(values):
+        loss = float(values.sum())
+        values[:] = 1e9
+        return loss
+
+    once = projected_gradient(greedy, weights, KEY, DIRECTION, 0.25)
+    assert once == projected_gradient(lambda v: float(v.sum()), weights, KEY, DIRECTION, 0.25)
+
+
+def test_several_directions_equal_one_at_a_time():
+    weights = from_float(np.random.default_rng(2).normal(size=200))
+    names = [Direction(3, sample) for sample in range(5)]
+    loss = lambda v: float(np.cos(v).sum())  # noqa: E731
+    gradients, mean_loss = projected_gradients(loss, weights, KEY, names, 1e-2)
+    single = [projected_gradient(loss, weights, KEY, name, 1e-2) for name in names]
+    assert gradients.tolist() == [g for g, _ in single]
+    assert mean_loss == pytest.approx(np.mean([mean for _, mean in single]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_becomes_no_vote(value):
+    weights = from_float(np.zeros(10))
+    losses = iter([1.0, 3.0, value, 2.0, value, value])
+    names = [Direction(0, sample) for sample in range(3)]
+    gradients, mean_loss = projected_gradients(lambda _: next(losses), weights, KEY, names, 0.5)
+    assert gradients[0] == -2.0
+    assert encode(gradients, 0, np.random.default_rng(0)).tolist() == [-2, NO_VOTE, NO_VOTE]
+    assert mean_loss == 2.0
+
+
+def test_no_finite_loss_has_no_mean():
+    _, mean_loss = projected_gradient(lambda _: float("nan"), from_float(np.zeros(3)), KEY, DIRECTION, 0.5)
+    assert np.isnan(mean_loss)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, -1e-3, float("nan"), float("inf")])
+def test_epsilon_must_be_positive(epsilon):
+    with pytest.raises(ValueError, match="epsilon must be a positive number"):
+        projected_gradient(lambda _: 0.0, from_float(np.zeros(3)), KEY, DIRECTION, epsilon)
