@@ -69,12 +69,44 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(monkeypatch):
     assert tiny.is_compiled()
 
 
-def test_a_place_that_cannot_be_written_costs_the_cache_and_not_the_run(tmp_path):
-    (tmp_path / "file").write_text("not a directory")
-    nowhere = {"HOME": str(tmp_path / "file"), "XDG_CACHE_HOME": str(tmp_path / "file")}
-    words = output(start(COMPILE_AND_RUN, tmp_path / "file" / "cache", **nowhere))
-    assert words[0] == "True"
-    assert words[2:] == ["0", "0", "0"]
+TINY = """
+from numba import types
+from zo.compiled import kernel
+
+@kernel(types.float64[::1])
+def double(out):
+    for i in range(out.shape[0]):
+        out[i] *= 2
+"""
+USE_TINY = """
+import numpy as np, tiny
+ready, out = tiny.double.is_compiled(), np.ones(3)
+tiny.double(out)
+print(ready, out.sum(), tiny.double.is_compiled())
+"""
+
+
+def read_only_source(folder):
+    """A module whose cache cannot lie beside it, not even for root: a file is in the place of the folder."""
+    folder.mkdir()
+    (folder / "tiny.py").write_text(TINY)
+    (folder / "__pycache__").write_text("")
+    return os.pathsep.join([str(folder), str(ROOT)])
+
+
+def test_a_read_only_source_is_cached_for_the_user(tmp_path):
+    path = read_only_source(tmp_path / "source")
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": path}
+    assert output(start(USE_TINY, "", **home)) == ["False", "6.0", "True"]
+    assert output(start(USE_TINY, "", **home)) == ["True", "6.0", "True"]
+
+
+def test_no_place_for_a_cache_costs_the_cache_and_not_the_run(tmp_path):
+    path = read_only_source(tmp_path / "source")
+    (tmp_path / "file").write_text("")
+    nowhere = {"HOME": str(tmp_path / "file"), "XDG_CACHE_HOME": str(tmp_path / "file"), "PYTHONPATH": path}
+    for _ in range(2):
+        assert output(start(USE_TINY, "", **nowhere)) == ["False", "6.0", "True"]
 
 
 def test_once_compiled_always_compiled():
