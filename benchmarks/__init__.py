@@ -1,0 +1,1 @@
+"""Measurements behind every figure the documents claim; nothing imports them."""
