@@ -37,7 +37,9 @@ class Commit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
         if self.round < 0:
             raise ValueError(f"round must not be negative, got {self.round}")
         if len(self.steps) != 1 or len(self.exponents) != 1:
-            raise ValueError(f"one class of codes is known, got {len(self.steps)} steps, {len(self.exponents)} exponents")
+            raise ValueError(
+                f"one class of codes is known, got {len(self.steps)} steps, {len(self.exponents)} exponents"
+            )
         if not 0 <= self.steps[0] <= STEP_MAX:
             raise ValueError(f"step must be within 0 and {STEP_MAX}, got {self.steps[0]}")
         if not -64 <= self.exponents[0] <= 63:
@@ -47,7 +49,9 @@ class Commit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
         if bool(self.participants) != bool(self.codes) or (
             self.participants and len(self.codes) % len(self.participants)
         ):
-            raise ValueError(f"{len(self.codes)} codes do not divide among {len(self.participants)} participants")
+            raise ValueError(
+                f"{len(self.codes)} codes do not divide among {len(self.participants)} participants"
+            )
         if len(self.previous) != DIGEST_BYTES:
             raise ValueError(f"the previous digest must have {DIGEST_BYTES} bytes, got {len(self.previous)}")
 

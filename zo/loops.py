@@ -24,7 +24,9 @@ TILE: Final = LANES * BITS_PER_BLOCK
 GROUP: Final = 4
 """Directions added in one pass; measured best of 1, 2, 4, 8 and 16."""
 
-# Inside kernels every integer must have its width: Numba would widen a Python constant to int64.
+# Inside kernels every integer must have its width: Numba would widen a Python constant to int64. Globals are frozen
+# when a kernel is compiled, and a cached kernel notices a change of this file only: to change a constant that comes
+# from another one, as no run in the field allows, touch this one too.
 _u32, _u64, _i32 = np.uint32, np.uint64, np.int32
 _MASKS = np.uint32(1) << np.arange(32, dtype=np.uint32)
 _M0, _M1 = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])

@@ -23,13 +23,20 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     name: Annotated[
         str,
-        Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="A name for people; nothing depends on it."),
+        Meta(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+            description="A name for people; nothing depends on it.",
+        ),
     ]
     rounds: Annotated[
-        int, Meta(ge=1, le=100_000_000, description="Rounds until the run is finished; the step decays towards it.")
+        int,
+        Meta(
+            ge=1, le=100_000_000, description="Rounds until the run is finished; the step decays towards it."
+        ),
     ]
     nonce: Annotated[
-        Hex16, Meta(description="Drawn at init, so that two runs of equal settings have different directions.")
+        Hex16,
+        Meta(description="Drawn at init, so that two runs of equal settings have different directions."),
     ]
 
 
@@ -37,10 +44,16 @@ class BaseModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """The frozen model all nodes must hold."""
 
     name: Annotated[
-        str, Meta(min_length=1, max_length=256, description="Name of the base, for people and for error messages.")
+        str,
+        Meta(
+            min_length=1, max_length=256, description="Name of the base, for people and for error messages."
+        ),
     ]
     digest: Annotated[
-        Hex16, Meta(description="BLAKE2b-128 over config.json and the safetensors files; a node with another is refused.")
+        Hex16,
+        Meta(
+            description="BLAKE2b-128 over config.json and the safetensors files; a node with another is refused."
+        ),
     ]
     tokenizer_digest: Annotated[Hex16, Meta(description="BLAKE2b-128 over the tokenizer's files; likewise.")]
 
@@ -50,17 +63,31 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     targets: Annotated[
         tuple[str, ...],
-        Meta(min_length=1, max_length=64, description="Linear modules that get an adapter: last parts of their names."),
+        Meta(
+            min_length=1,
+            max_length=64,
+            description="Linear modules that get an adapter: last parts of their names.",
+        ),
     ]
     rank: Annotated[int, Meta(ge=1, le=256, description="LoRA rank r.")]
-    alpha: Annotated[float, Meta(gt=0, le=1024, description="LoRA alpha; the adapter's output is scaled by alpha / rank.")]
+    alpha: Annotated[
+        float, Meta(gt=0, le=1024, description="LoRA alpha; the adapter's output is scaled by alpha / rank.")
+    ]
     train: Annotated[
         Literal["B", "AB"],
-        Meta(description='"B": A is frozen, generated from the run id, and B starts at zero; "AB": both are trained.'),
+        Meta(
+            description='"B": A is frozen, generated from the run id, and B starts at zero; "AB": both are trained.'
+        ),
     ]
-    size: Annotated[int, Meta(ge=1, le=2**31, description="Number of trained parameters, from the base and the fields above.")]
+    size: Annotated[
+        int,
+        Meta(ge=1, le=2**31, description="Number of trained parameters, from the base and the fields above."),
+    ]
     layout_digest: Annotated[
-        Hex16, Meta(description="Digest of the canonical layout (sorted names, shapes, offsets) of these parameters.")
+        Hex16,
+        Meta(
+            description="Digest of the canonical layout (sorted names, shapes, offsets) of these parameters."
+        ),
     ]
 
 
@@ -68,10 +95,19 @@ class Probing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """How a node measures its projected gradients (SPSA, Spall 1992)."""
 
     epsilon: Annotated[
-        float, Meta(gt=0, le=1, description="Length of the probe: losses are taken at weights + epsilon z and weights - epsilon z.")
+        float,
+        Meta(
+            gt=0,
+            le=1,
+            description="Length of the probe: losses are taken at weights + epsilon z and weights - epsilon z.",
+        ),
     ]
-    directions: Annotated[int, Meta(ge=1, le=4096, description="Directions each node measures in a round; one byte each.")]
-    batch_size: Annotated[int, Meta(ge=1, le=65536, description="Sequences in one private batch; one batch per direction.")]
+    directions: Annotated[
+        int, Meta(ge=1, le=4096, description="Directions each node measures in a round; one byte each.")
+    ]
+    batch_size: Annotated[
+        int, Meta(ge=1, le=65536, description="Sequences in one private batch; one batch per direction.")
+    ]
     sequence_length: Annotated[int, Meta(ge=2, le=1_048_576, description="Tokens in a sequence.")]
 
 
@@ -80,14 +116,26 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     step: Annotated[
         float,
-        Meta(gt=0, le=4, description="Step in units of the weights: each round moves them by step times the mean of code / RMS(codes) times z."),
+        Meta(
+            gt=0,
+            le=4,
+            description="Step in units of the weights: each round moves them by step times the mean of code / RMS(codes) times z.",
+        ),
     ]
     decay: Annotated[Literal["linear", "constant"], Meta(description="How the step changes over the rounds.")]
     smoothing: Annotated[
-        int, Meta(ge=0, le=16, description="The mean square of the codes is averaged over about 2^smoothing rounds.")
+        int,
+        Meta(
+            ge=0, le=16, description="The mean square of the codes is averaged over about 2^smoothing rounds."
+        ),
     ]
     first_exponent: Annotated[
-        int, Meta(ge=-64, le=63, description="Exponent of the codes in round 0: one unit of code is 2^exponent of slope. It adapts.")
+        int,
+        Meta(
+            ge=-64,
+            le=63,
+            description="Exponent of the codes in round 0: one unit of code is 2^exponent of slope. It adapts.",
+        ),
     ]
 
 
@@ -99,7 +147,9 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ]
     share_loss: Annotated[
         bool,
-        Meta(description="Whether that report also carries the node's recent mean loss. If false, only codes and digests leave a node."),
+        Meta(
+            description="Whether that report also carries the node's recent mean loss. If false, only codes and digests leave a node."
+        ),
     ]
 
 

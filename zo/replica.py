@@ -32,7 +32,9 @@ class Replica:
         head: digest of the last commit applied, (16,) bytes; the run id before the first.
     """
 
-    def __init__(self, manifest: Manifest, weights: NDArray[np.int32], round: int = 0, head: bytes | None = None):
+    def __init__(
+        self, manifest: Manifest, weights: NDArray[np.int32], round: int = 0, head: bytes | None = None
+    ):
         if weights.shape != (manifest.adapter.size,) or weights.dtype != np.int32:
             raise ValueError(
                 f"weights must be int32 of {manifest.adapter.size} entries, got {weights.dtype} of {weights.shape}"
@@ -59,7 +61,9 @@ class Replica:
             )
         expected = len(commit.participants) * self._directions
         if len(commit.codes) != expected:
-            raise ChainError(f"commit of round {commit.round} has {len(commit.codes)} codes, expected {expected}")
+            raise ChainError(
+                f"commit of round {commit.round} has {len(commit.codes)} codes, expected {expected}"
+            )
         coefficients = code_rules.coefficients(np.frombuffer(commit.codes, np.int8), commit.steps[0])
         self._bound.check(self.weights, coefficients)
         return coefficients

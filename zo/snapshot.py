@@ -64,7 +64,9 @@ def decode_snapshot(data: bytes, manifest: Manifest) -> Replica:
         raise SnapshotError(f"snapshot of run {snapshot.run_id.hex()}, this is run {manifest.run_id.hex()}")
     weights = _decompress(snapshot.weights, manifest.adapter.size)
     if digest(snapshot.round, weights) != snapshot.digest:
-        raise SnapshotError(f"snapshot of round {snapshot.round} is damaged: its weights do not match its digest")
+        raise SnapshotError(
+            f"snapshot of round {snapshot.round} is damaged: its weights do not match its digest"
+        )
     return Replica(manifest, weights, snapshot.round, snapshot.head)
 
 
@@ -76,4 +78,9 @@ def _decompress(data: bytes, size: int) -> NDArray[np.int32]:
         planes = zstandard.ZstdDecompressor().decompress(data, max_output_size=num_bytes)
     except zstandard.ZstdError as error:
         raise SnapshotError(f"snapshot is damaged: {error}") from error
-    return np.ascontiguousarray(np.frombuffer(planes, np.uint8).reshape(4, size).T).view("<i4").reshape(size).astype(np.int32)
+    return (
+        np.ascontiguousarray(np.frombuffer(planes, np.uint8).reshape(4, size).T)
+        .view("<i4")
+        .reshape(size)
+        .astype(np.int32)
+    )

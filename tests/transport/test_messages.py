@@ -1,0 +1,132 @@
+"""The bytes of every message. A failure here means that nodes in the field would no longer be understood."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transport.messages import (
+    MAX_NODE_FRAME_BYTES,
+    Finished,
+    Hello,
+    History,
+    Identify,
+    Leave,
+    Progress,
+    Refuse,
+    Report,
+    Resync,
+    Welcome,
+    WireError,
+    decode_from_coordinator,
+    decode_from_node,
+    encode,
+)
+from zo.commit import Commit
+
+ID = bytes(range(16))
+ID_HEX = "c4 10" + ID.hex()
+
+FROM_NODE = [
+    (Hello(1, ID, ID, ID, 3, ID, "ada"), f"98 01 01 {ID_HEX} {ID_HEX} {ID_HEX} 03 {ID_HEX} a3 616461"),
+    (Report(round=9, codes=b"\x01\xff"), "93 02 09 c4 02 01 ff"),
+    (Progress(300, ID, None), f"94 03 cd012c {ID_HEX} c0"),
+    (Progress(300, ID, 4770), f"94 03 cd012c {ID_HEX} cd12a2"),
+    (Leave(), "91 04"),
+]
+FROM_COORDINATOR = [
+    (Welcome(1, 5, b"\x80", 7, -3), "96 10 01 05 c4 01 80 07 fd"),
+    (Refuse("base", "no"), "93 11 a4 62617365 a2 6e6f"),
+    (
+        Commit(9, (70_000,), (-4,), (1, 3), b"\x01\xff", ID),
+        f"97 12 09 91 ce00011170 91 fc 92 01 03 c4 02 01ff {ID_HEX}",
+    ),
+    (History((b"\x01", b"\x02\x03")), "92 13 92 c4 01 01 c4 02 0203"),
+    (Resync(9, ID), f"93 14 09 {ID_HEX}"),
+    (Identify(), "91 15"),
+    (Finished(9, ID), f"93 16 09 {ID_HEX}"),
+]
+
+
+@pytest.mark.parametrize(("message", "frame"), FROM_NODE, ids=lambda v: type(v).__name__)
+def test_messages_from_a_node_on_the_wire(message, frame):
+    assert encode(message).hex() == bytes.fromhex(frame).hex()
+    assert decode_from_node(bytes.fromhex(frame)) == message
+
+
+@pytest.mark.parametrize(("message", "frame"), FROM_COORDINATOR, ids=lambda v: type(v).__name__)
+def test_messages_from_the_coordinator_on_the_wire(message, frame):
+    assert encode(message).hex() == bytes.fromhex(frame).hex()
+    assert decode_from_coordinator(bytes.fromhex(frame)) == message
+
+
+@pytest.mark.parametrize("round", [0, 127, 255])
+def test_a_report_of_64_directions_has_at_most_70_bytes_in_any_round(round):
+    assert len(encode(Report(round, bytes(64)))) <= 70
+
+
+@pytest.mark.parametrize("round", [0, 299, 65_535])
+def test_a_commit_of_4_nodes_and_64_directions_has_at_most_300_bytes(round):
+    commit = Commit(round, (2**31 - 1,), (-64,), (0, 1, 2, 3), bytes(256), ID)
+    assert len(encode(commit)) <= 300
+
+
+@pytest.mark.parametrize(
+    ("frame", "reason"),
+    [
+        (b"", "truncated"),
+        (b"\xc1", "no message"),
+        (b"\x91\x63", "Invalid value 99"),
+        (b"\x93\x02\x09\xc4", "truncated"),
+        (bytes.fromhex("93 02 09 a2 01 7f"), "Expected `bytes`"),
+        (bytes.fromhex("93 02 cd0100 c4 01 01"), "<= 255"),
+        (bytes.fromhex("93 02 09 c4 00"), "length >= 1"),
+        (bytes.fromhex("94 02 09 c4 01 01 01"), "at most length 2, got 3"),
+        (bytes.fromhex("94 03 00 c4 03 010203 c0"), "length >= 16"),
+        (bytes.fromhex("91 10"), "Invalid value 16"),
+        (bytes(MAX_NODE_FRAME_BYTES + 1), "frame of 8193 bytes"),
+    ],
+)
+def test_what_is_no_message_from_a_node_is_said(frame, reason):
+    with pytest.raises(WireError, match=reason):
+        decode_from_node(frame)
+
+
+@pytest.mark.parametrize(
+    ("commit", "reason"),
+    [
+        ([18, -1, [1], [0], [0], b"a", ID], "round"),
+        ([18, 0, [], [0], [0], b"a", ID], "one class"),
+        ([18, 0, [2**31], [0], [0], b"a", ID], "step must"),
+        ([18, 0, [1], [64], [0], b"a", ID], "exponent must"),
+        ([18, 0, [1], [0], [1, 0], b"ab", ID], "ascending"),
+        ([18, 0, [1], [0], [0, 1], b"abc", ID], "do not divide"),
+        ([18, 0, [1], [0], [0], b"a", ID[:15]], "16 bytes"),
+    ],
+)
+def test_an_impossible_commit_is_no_message(commit, reason):
+    with pytest.raises(WireError, match=reason):
+        decode_from_coordinator(msgspec.msgpack.encode(commit))
+
+
+@given(st.binary(max_size=400))
+def test_any_bytes_are_a_message_or_a_wire_error(frame):
+    for decode in (decode_from_node, decode_from_coordinator):
+        try:
+            message = decode(frame)
+        except WireError:
+            continue
+        assert decode(encode(message)) == message
+
+
+@given(st.data())
+def test_a_flipped_or_cut_frame_is_a_message_or_a_wire_error(data):
+    message, _ = data.draw(st.sampled_from(FROM_NODE + FROM_COORDINATOR))
+    frame = bytearray(encode(message))
+    frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
+    cut = bytes(frame[: data.draw(st.integers(0, len(frame)))])
+    for decode in (decode_from_node, decode_from_coordinator):
+        try:
+            decode(cut)
+        except WireError:
+            continue

@@ -1,0 +1,144 @@
+"""The two ends over real sockets, CURVE included."""
+
+import socket
+import time
+
+import pytest
+import zmq
+
+from transport.keys import new_key_pair
+from transport.meter import zmtp_bytes
+from transport.sockets import Arrival, CoordinatorSocket, Link, NodeSocket, Sent, SocketError
+from transport.ticket import Ticket
+
+RUN = bytes(range(16))
+DEADLINE_S = 10.0
+
+
+@pytest.fixture
+def keys():
+    return new_key_pair()
+
+
+@pytest.fixture
+def coordinator(keys):
+    end = CoordinatorSocket("127.0.0.1", 0, keys)
+    yield end
+    end.close()
+
+
+def node_for(coordinator, keys, node_keys=None):
+    return NodeSocket(Ticket("127.0.0.1", coordinator.port, RUN, keys.public), node_keys or new_key_pair())
+
+
+def pump(coordinator, node, until):
+    """Serve both ends until `until(links, frames, arrivals)` holds; what was seen so far."""
+    links, frames, arrivals = [], [], []
+    deadline = time.monotonic() + DEADLINE_S
+    while not until(links, frames, arrivals):
+        assert time.monotonic() < deadline, (links, frames, arrivals)
+        new_links, new_frames = node.poll(0.01)
+        links += new_links
+        frames += new_frames
+        arrivals += list(coordinator.receive(0.01)) if coordinator else []
+    return links, frames, arrivals
+
+
+def test_a_frame_arrives_with_the_key_that_the_handshake_proved(coordinator, keys):
+    node_keys = new_key_pair()
+    node = node_for(coordinator, keys, node_keys)
+    links, _, _ = pump(coordinator, node, lambda links, *_: links)
+    assert links == [Link.UP]
+    assert node.send(b"hello")
+    _, _, arrivals = pump(coordinator, node, lambda _l, _f, arrivals: arrivals)
+    assert arrivals == [Arrival(arrivals[0].session, node_keys.public, b"hello")]
+    assert coordinator.send(arrivals[0].session, b"answer") is Sent.OK
+    _, frames, _ = pump(coordinator, node, lambda _l, frames, _a: frames)
+    assert frames == [b"answer"]
+    node.close()
+
+
+def test_another_server_key_is_told_apart_from_an_unreachable_coordinator(coordinator, keys):
+    stranger = node_for(coordinator, new_key_pair())
+    links, _, _ = pump(coordinator, stranger, lambda links, *_: links)
+    assert links[0] is Link.WRONG_KEY
+    stranger.close()
+
+
+def test_a_key_that_the_gate_does_not_admit_never_gets_a_frame_through(keys):
+    end = CoordinatorSocket("127.0.0.1", 0, keys, admits=lambda key: False)
+    node = node_for(end, keys)
+    _, _, arrivals = pump(end, node, lambda links, *_: links)
+    assert not node.send(b"let me in")
+    assert arrivals == []
+    node.close()
+    end.close()
+
+
+def test_a_plaintext_client_gets_no_frame_through(coordinator):
+    context = zmq.Context()
+    plain = context.socket(zmq.DEALER)
+    plain.linger = 0
+    monitor = plain.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_DISCONNECTED)
+    plain.connect(f"tcp://127.0.0.1:{coordinator.port}")
+    plain.send(b"plain")
+    deadline = time.monotonic() + DEADLINE_S
+    while not monitor.poll(10):
+        assert list(coordinator.receive(0.01)) == []
+        assert time.monotonic() < deadline
+    context.destroy(linger=0)
+
+
+def test_sending_to_a_session_that_never_was_says_gone(coordinator):
+    assert coordinator.send(b"\0nope", b"x") is Sent.GONE
+
+
+def test_a_frame_over_the_limit_costs_the_sender_its_connection(coordinator, keys):
+    node = node_for(coordinator, keys)
+    pump(coordinator, node, lambda links, *_: Link.UP in links)
+    node.send(bytes(9 * 1024))
+    links, _, arrivals = pump(coordinator, node, lambda links, *_: Link.DOWN in links)
+    assert arrivals == []
+    node.close()
+
+
+def test_messages_of_several_frames_are_dropped(coordinator, keys):
+    node = node_for(coordinator, keys)
+    pump(coordinator, node, lambda links, *_: Link.UP in links)
+    node._dealer.send_multipart([b"two", b"frames"])
+    node.send(b"one")
+    _, _, arrivals = pump(coordinator, node, lambda _l, _f, arrivals: arrivals)
+    assert [a.frame for a in arrivals] == [b"one"]
+    node.close()
+
+
+def test_a_port_in_use_is_said(coordinator, keys):
+    with pytest.raises(SocketError, match=f"127.0.0.1:{coordinator.port} is in use"):
+        CoordinatorSocket("127.0.0.1", coordinator.port, keys)
+
+
+def test_nobody_listening_is_silence_until_somebody_does(keys):
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+    node = NodeSocket(Ticket("127.0.0.1", port, RUN, keys.public), new_key_pair())
+    assert node.poll(0.3) == ([], [])
+    assert not node.send(b"into the void")
+    end = CoordinatorSocket("127.0.0.1", port, keys)
+    links, _, _ = pump(end, node, lambda links, *_: links)
+    assert links == [Link.UP]
+    node.close()
+    end.close()
+
+
+@pytest.mark.parametrize("size", [1, 64, 222, 223, 300, 5000])
+def test_the_arithmetic_of_zmtp_is_what_the_kernel_counts(coordinator, keys, size):
+    node = node_for(coordinator, keys)
+    pump(coordinator, node, lambda links, *_: Link.UP in links)
+    before = node.socket_count()
+    if before is None:
+        pytest.skip("this system has no TCP_INFO")
+    node.send(bytes(size))
+    pump(coordinator, node, lambda _l, _f, arrivals: arrivals)
+    assert node.socket_count().bytes_sent - before.bytes_sent == zmtp_bytes(size)
+    node.close()

@@ -1,0 +1,80 @@
+"""CURVE key pairs as files that only their owner can read."""
+
+import os
+import stat
+from pathlib import Path
+
+import msgspec
+import zmq
+from zmq.utils import z85
+
+
+class KeyFileError(RuntimeError):
+    """A key file that is missing, malformed or readable by others."""
+
+
+class KeyPair(msgspec.Struct, frozen=True):
+    """A Curve25519 key pair: (32,) bytes each."""
+
+    public: bytes
+    secret: bytes
+
+    def __repr__(self) -> str:
+        return f"KeyPair(public={self.public.hex()}, secret=…)"
+
+
+def new_key_pair() -> KeyPair:
+    """A fresh key pair from the system's randomness."""
+    public, secret = zmq.curve_keypair()
+    return KeyPair(z85.decode(public), z85.decode(secret))
+
+
+def public_of(secret: bytes) -> bytes:
+    """The public key that belongs to a secret key."""
+    return z85.decode(zmq.curve_public(z85.encode(secret)))
+
+
+def save_key(path: Path, pair: KeyPair) -> None:
+    """Write the secret key (the public one follows from it) with mode 0600 from its first byte on.
+
+    Raises:
+        FileExistsError: there is a file already; keys are never overwritten.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(pair.secret.hex() + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_key(path: Path) -> KeyPair:
+    """The key pair whose secret key is in `path`.
+
+    Raises:
+        KeyFileError: missing, malformed, or open to others than its owner.
+    """
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        text = path.read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeyFileError(f"cannot read the key file {path}: {error}") from error
+    if mode & 0o077:
+        raise KeyFileError(
+            f"key file {path} has mode {mode:04o}, others could read it. Run: chmod 600 {path}"
+        )
+    try:
+        secret = bytes.fromhex(text)
+    except ValueError:
+        secret = b""
+    if len(secret) != 32:
+        raise KeyFileError(
+            f"key file {path} does not hold a key of 64 hexadecimal digits; restore it from a backup"
+        )
+    return KeyPair(public_of(secret), secret)
+
+
+def load_or_make_key(path: Path) -> KeyPair:
+    """The key pair in `path`, made there first if there is none."""
+    if not path.exists():
+        save_key(path, new_key_pair())
+    return load_key(path)

@@ -1,0 +1,176 @@
+"""The messages, their bytes and their bounds. One message is one frame: a MessagePack array that starts with its tag.
+
+Tags, field order and types are the protocol: tests pin them, docs/protocol.md explains them. Everything that arrives is
+checked against these types before anybody looks at it; what does not fit is a `WireError` and changes nothing.
+"""
+
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec import Meta
+
+from zo.commit import DIGEST_BYTES, Commit
+from zo.manifest import RUN_ID_BYTES
+
+PROTOCOL_VERSION: Final = 1
+MAX_NODE_FRAME_BYTES: Final = 8 * 1024
+"""Largest frame a coordinator accepts: a report of 4,096 codes fits twice."""
+MAX_COORDINATOR_FRAME_BYTES: Final = 16 * 1024 * 1024
+"""Largest frame a node accepts: a commit of 4,096 nodes × 4,000 codes just fits."""
+HISTORY_BYTES: Final = 64 * 1024
+"""About how much of the ledger goes into one `History` frame."""
+REPORT_ROUND_MODULUS: Final = 256
+
+RunId = Annotated[bytes, Meta(min_length=RUN_ID_BYTES, max_length=RUN_ID_BYTES)]
+Digest = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+Round = Annotated[int, Meta(ge=0, le=2**40)]
+
+
+class WireError(ValueError):
+    """A frame that is no message of this protocol."""
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Base of all messages but `Commit`, which zo owns."""
+
+
+# ---- from a node -------------------------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True, tag=1):
+    """The first message of a session, and the answer to `Identify`. Who the node is, CURVE has proved already."""
+
+    protocol: Annotated[int, Meta(ge=0, le=65535)]
+    run_id: RunId
+    base: Digest
+    """Digest of the base the node holds."""
+    tokenizer: Digest
+    round: Round
+    """Number of commits the node has applied."""
+    head: Digest
+    """Digest of the last of them (the run id before the first)."""
+    name: Annotated[str, Meta(max_length=64)]
+    """For people; nothing depends on it."""
+
+
+class Report(Message, frozen=True, tag=2):
+    """One node's codes for one round. Sent again until a commit shows that it counted, or that it came too late."""
+
+    round: Annotated[int, Meta(ge=0, lt=REPORT_ROUND_MODULUS)]
+    """The round modulo 256. Unambiguous: a node is never more than the flow window ahead of what it acknowledged."""
+    codes: Annotated[bytes, Meta(min_length=1, max_length=4096)]
+    """One int8 per direction, in the order of the round's samples."""
+
+
+class Progress(Message, frozen=True, tag=3):
+    """How far a node has come, with the proof; opens the flow window for more commits."""
+
+    round: Round
+    digest: Digest
+    """Digest of the node's weights after that many commits."""
+    loss_milli: Annotated[int, Meta(ge=0, le=2**32)] | None
+    """The node's recent mean loss in thousandths, if the manifest has nodes share it."""
+
+
+class Leave(Message, frozen=True, tag=4):
+    """The node goes, in good order: rounds no longer wait for it."""
+
+
+# ---- from the coordinator ----------------------------------------------------------------------------------------
+
+
+class Welcome(Message, frozen=True, tag=16):
+    """The answer to a `Hello` that fits. History and commits follow."""
+
+    protocol: Annotated[int, Meta(ge=0, le=65535)]
+    node: Annotated[int, Meta(ge=0, le=0xFFFF_FEFF)]
+    """The node's number, the same at every visit: it names the node's directions."""
+    manifest: bytes
+    """Canonical bytes of the manifest; their hash must be the run id of the ticket."""
+    round: Round
+    """The round in progress: the number of commits in the ledger."""
+    exponent: Annotated[int, Meta(ge=-64, le=63)]
+    """Exponent of this round's codes."""
+
+
+class Refuse(Message, frozen=True, tag=17):
+    """The answer to a `Hello` that does not fit. The node stops and shows the reason."""
+
+    cause: Annotated[str, Meta(max_length=32)]
+    """One word for programs: protocol, run, base, tokenizer, fork, full, replaced."""
+    reason: Annotated[str, Meta(max_length=1024)]
+
+
+class History(Message, frozen=True, tag=19):
+    """A stretch of the ledger for a node that is behind: encoded commits, oldest first."""
+
+    frames: Annotated[tuple[bytes, ...], Meta(min_length=1)]
+
+
+class Resync(Message, frozen=True, tag=20):
+    """The digest the node reported is not the ledger's: its weights are wrong, and it starts over."""
+
+    round: Round
+    digest: Digest
+    """What the digest should have been."""
+
+
+class Identify(Message, frozen=True, tag=21):
+    """The coordinator does not know this session (it was restarted, or gave the node up): say `Hello`."""
+
+
+class Finished(Message, frozen=True, tag=22):
+    """All rounds are done. Sent to nodes that have every commit."""
+
+    round: Round
+    digest: Digest
+    """Digest of the final weights."""
+
+
+FromNode = Hello | Report | Progress | Leave
+FromCoordinator = Welcome | Refuse | Commit | History | Resync | Identify | Finished
+
+_encoder = msgspec.msgpack.Encoder()
+_from_node = msgspec.msgpack.Decoder(FromNode)
+_from_coordinator = msgspec.msgpack.Decoder(FromCoordinator)
+
+
+def encode(message: FromNode | FromCoordinator) -> bytes:
+    """The message's frame."""
+    return _encoder.encode(message)
+
+
+def decode_from_node(frame: bytes) -> FromNode:
+    """The message a node sent.
+
+    Raises:
+        WireError: too large, not MessagePack, an unknown tag, or a field out of its bounds.
+    """
+    if len(frame) > MAX_NODE_FRAME_BYTES:
+        raise WireError(f"frame of {len(frame)} bytes; a node's may have {MAX_NODE_FRAME_BYTES}")
+    message: FromNode = _decode(_from_node, frame)
+    return message
+
+
+def decode_from_coordinator(frame: bytes) -> FromCoordinator:
+    """The message a coordinator sent.
+
+    Raises:
+        WireError: as `decode_from_node`.
+    """
+    if len(frame) > MAX_COORDINATOR_FRAME_BYTES:
+        raise WireError(
+            f"frame of {len(frame)} bytes; a coordinator's may have {MAX_COORDINATOR_FRAME_BYTES}"
+        )
+    message: FromCoordinator = _decode(_from_coordinator, frame)
+    return message
+
+
+def _decode(decoder: "msgspec.msgpack.Decoder[Any]", frame: bytes) -> Any:
+    try:
+        return decoder.decode(frame)
+    except (
+        msgspec.DecodeError,
+        ValueError,
+    ) as error:  # ValueError: a commit's own checks, or bytes that are no UTF-8
+        raise WireError(f"frame of {len(frame)} bytes is no message: {error}") from error

@@ -1,0 +1,277 @@
+"""The two ends of the wire: a ROUTER for the coordinator, a DEALER for the node, both under CURVE.
+
+One frame per message, never multipart (each extra frame costs 35 bytes). Neither end decides anything: bytes in, bytes
+out, and what became of them. Facts about libzmq that shaped this file are in docs/protocol.md.
+"""
+
+import contextlib
+import enum
+import errno
+import os
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple
+
+import zmq
+from zmq.utils import z85
+from zmq.utils.monitor import recv_monitor_message
+
+from transport.keys import KeyPair
+from transport.messages import MAX_COORDINATOR_FRAME_BYTES, MAX_NODE_FRAME_BYTES
+from transport.meter import NOTHING_COUNTED, SocketCount, read_socket_count
+from transport.ticket import Ticket
+
+HEARTBEAT_INTERVAL_MS: Final = 30_000
+HEARTBEAT_TIMEOUT_MS: Final = 60_000
+_HEARTBEAT_TTL_MS: Final = 90_000
+_HANDSHAKE_MS: Final = 20_000
+_QUEUE_FRAMES: Final = 256
+_LINGER_MS: Final = 500  # a last Leave, Finished or Refuse still gets out
+_ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
+_ZAP_DOMAIN: Final = b"zo"
+
+
+class SocketError(RuntimeError):
+    """A socket that cannot be opened; the message says where and why."""
+
+
+class Sent(enum.Enum):
+    """What became of a frame."""
+
+    OK = "queued to a live connection"
+    FULL = "the peer does not read: its queue is full"
+    GONE = "the peer is no longer connected"
+
+
+class Arrival(NamedTuple):
+    """One frame at the coordinator."""
+
+    session: bytes
+    """The routing id that the server gave to the connection; a client cannot choose it."""
+    key: bytes
+    """(32,) bytes: the public key that the handshake proved."""
+    frame: bytes
+
+
+class Gate:
+    """Answers libzmq's question, once per handshake, whether a client key may enter (ZAP, RFC 27).
+
+    It runs inside the coordinator's own loop: were it to die, no handshake would complete, so it fails closed.
+    """
+
+    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", admits: Callable[[bytes], bool]) -> None:
+        self.socket = context.socket(zmq.REP)
+        self.socket.linger = 0
+        self.socket.bind(_ZAP_ENDPOINT)
+        self._admits = admits
+
+    def answer(self) -> None:
+        """Answer all questions that wait."""
+        while self.socket.poll(0):
+            parts = self.socket.recv_multipart()
+            version, request = parts[0], parts[1] if len(parts) > 1 else b""
+            status, user = b"400", b""
+            if len(parts) == 7 and version == b"1.0" and parts[2] == _ZAP_DOMAIN and parts[5] == b"CURVE":
+                key = parts[6]
+                if len(key) == 32 and self._admits(key):
+                    status, user = b"200", key.hex().encode()
+            text = b"OK" if status == b"200" else b"no access"
+            self.socket.send_multipart([b"1.0", request, status, text, user, b""])
+
+
+class CoordinatorSocket:
+    """The coordinator's end: many sessions, each bound to the key its handshake proved."""
+
+    def __init__(
+        self, host: str, port: int, keys: KeyPair, admits: Callable[[bytes], bool] = lambda _: True
+    ) -> None:
+        """Bind.
+
+        Args:
+            host: address or interface to bind; "*" for all.
+            port: TCP port; 0 lets the system choose (see `port`).
+            keys: the coordinator's key pair.
+            admits: whether a client's public key may complete the handshake.
+
+        Raises:
+            SocketError: the address cannot be bound.
+        """
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._gate = Gate(self._context, admits)
+        self._router = router = self._context.socket(zmq.ROUTER)
+        router.set(zmq.ROUTER_MANDATORY, 1)  # a frame for a gone or stalled peer is an error, not silence
+        router.set(zmq.SNDHWM, _QUEUE_FRAMES)
+        router.set(zmq.RCVHWM, _QUEUE_FRAMES)
+        router.set(zmq.MAXMSGSIZE, MAX_NODE_FRAME_BYTES)
+        router.set(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+        router.set(zmq.BACKLOG, 1024)
+        router.set(zmq.IPV6, 1)
+        router.set(zmq.CURVE_SERVER, 1)
+        router.set(zmq.CURVE_SECRETKEY, z85.encode(keys.secret))
+        router.set(zmq.ZAP_DOMAIN, _ZAP_DOMAIN)
+        router.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        shown = f"[{host}]" if ":" in host else host
+        try:
+            router.bind(f"tcp://{shown}:{port or '*'}")
+        except zmq.ZMQError as error:
+            self.close()
+            if error.errno == errno.EADDRINUSE:
+                raise SocketError(
+                    f"{host}:{port} is in use. Stop what listens there, or choose another --port"
+                ) from error
+            raise SocketError(f"cannot bind {host}:{port}: {error.strerror}") from error
+        endpoint = bytes(router.get(zmq.LAST_ENDPOINT))  # type: ignore[arg-type]
+        self.port = int(endpoint.rstrip(b"\0").rsplit(b":", 1)[1])
+        self._poller = zmq.Poller()
+        self._poller.register(router, zmq.POLLIN)
+        self._poller.register(self._gate.socket, zmq.POLLIN)
+
+    def receive(self, timeout_s: float, limit: int = 1024) -> Iterator[Arrival]:
+        """Up to `limit` frames: waits up to `timeout_s` for the first, then takes what is there."""
+        ready = dict(self._poller.poll(max(0, int(timeout_s * 1000))))
+        if self._gate.socket in ready:
+            self._gate.answer()
+        if self._router not in ready:
+            return
+        for _ in range(limit):
+            try:
+                parts = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            if len(parts) != 2:  # no message of this protocol has several frames
+                continue
+            session, frame = parts
+            yield Arrival(session.bytes, bytes.fromhex(str(frame.get("User-Id"))), frame.bytes)
+
+    def send(self, session: bytes, frame: bytes) -> Sent:
+        """Queue one frame for one session, without waiting."""
+        try:
+            self._router.send_multipart([session, frame], zmq.NOBLOCK)
+        except zmq.Again:
+            return Sent.FULL
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                return Sent.GONE
+            raise
+        return Sent.OK
+
+    def close(self) -> None:
+        """Close; queued frames have half a second to leave."""
+        self._context.destroy(linger=_LINGER_MS)
+
+
+class Link(enum.Enum):
+    """What happened to a node's connection."""
+
+    UP = "connected, and the coordinator's key is the ticket's"
+    DOWN = "disconnected; reconnecting by itself"
+    WRONG_KEY = "reached something that is not this ticket's coordinator"
+    REFUSED = "the coordinator does not admit this node's key"
+
+
+class NodeSocket:
+    """The node's end: one connection that libzmq re-establishes by itself, with growing, jittered delays."""
+
+    def __init__(self, ticket: Ticket, keys: KeyPair) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._dealer = dealer = self._context.socket(zmq.DEALER)
+        dealer.set(zmq.IMMEDIATE, 1)  # no queue while disconnected: what was not sent is decided anew
+        dealer.set(zmq.SNDHWM, _QUEUE_FRAMES)
+        dealer.set(zmq.RCVHWM, _QUEUE_FRAMES)
+        dealer.set(zmq.MAXMSGSIZE, MAX_COORDINATOR_FRAME_BYTES)
+        dealer.set(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+        # Only this side sends heartbeats; the time to live in them makes the coordinator notice a dead node as well.
+        dealer.set(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
+        dealer.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        dealer.set(zmq.HEARTBEAT_TTL, _HEARTBEAT_TTL_MS)
+        dealer.set(zmq.RECONNECT_IVL, 100)
+        dealer.set(zmq.RECONNECT_IVL_MAX, 5_000)
+        dealer.set(zmq.IPV6, 1)
+        dealer.set(zmq.CURVE_SERVERKEY, z85.encode(ticket.key))
+        dealer.set(zmq.CURVE_PUBLICKEY, z85.encode(keys.public))
+        dealer.set(zmq.CURVE_SECRETKEY, z85.encode(keys.secret))
+        self._monitor = dealer.get_monitor_socket(
+            zmq.EVENT_CONNECTED
+            | zmq.EVENT_DISCONNECTED
+            | zmq.EVENT_HANDSHAKE_SUCCEEDED
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        )
+        self._descriptor: int | None = None
+        self._trusted = False
+        self._closed_count = NOTHING_COUNTED
+        try:
+            dealer.connect(ticket.endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise SocketError(f"cannot connect to {ticket.endpoint}: {error.strerror}") from error
+        self._poller = zmq.Poller()
+        self._poller.register(dealer, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+
+    def poll(self, timeout_s: float) -> tuple[list[Link], list[bytes]]:
+        """What happened to the connection, and the frames that arrived; waits up to `timeout_s` for either."""
+        ready = dict(self._poller.poll(max(0, int(timeout_s * 1000))))
+        links = list(self._link_events()) if self._monitor in ready else []
+        frames: list[bytes] = []
+        while self._dealer in ready and len(frames) < _QUEUE_FRAMES:
+            try:
+                parts = self._dealer.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            if len(parts) == 1:
+                frames.append(parts[0])
+        return links, frames
+
+    def send(self, frame: bytes) -> bool:
+        """Queue one frame without waiting; False if there is no connection or its queue is full."""
+        try:
+            self._dealer.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def socket_count(self) -> SocketCount | None:
+        """What the kernel counted over all connections so far; None where it cannot be asked."""
+        if self._descriptor is None:
+            return self._closed_count if self._closed_count != NOTHING_COUNTED else None
+        count = read_socket_count(self._descriptor)
+        return None if count is None else self._closed_count + count
+
+    def close(self) -> None:
+        """Close; queued frames have half a second to leave."""
+        self._forget_descriptor()
+        self._dealer.disable_monitor()
+        self._monitor.close()
+        self._context.destroy(linger=_LINGER_MS)
+
+    def _link_events(self) -> Iterator[Link]:
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)
+            kind = event["event"]
+            if kind == zmq.EVENT_CONNECTED:
+                self._forget_descriptor()
+                self._trusted = False
+                # A duplicate keeps the kernel's counters readable until this side has seen the connection end.
+                with contextlib.suppress(OSError):
+                    self._descriptor = os.dup(event["value"])
+            elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._trusted = True
+                yield Link.UP
+            elif kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                yield Link.REFUSED
+            elif kind in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
+                yield Link.WRONG_KEY
+            elif kind == zmq.EVENT_DISCONNECTED:
+                had_descriptor = self._descriptor is not None
+                self._forget_descriptor()
+                # A server with another key cannot read our hello and hangs up without a word.
+                yield Link.DOWN if self._trusted or not had_descriptor else Link.WRONG_KEY
+                self._trusted = False
+
+    def _forget_descriptor(self) -> None:
+        if self._descriptor is not None:
+            count = read_socket_count(self._descriptor)
+            self._closed_count = self._closed_count + (count or NOTHING_COUNTED)
+            os.close(self._descriptor)
+            self._descriptor = None
