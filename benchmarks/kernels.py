@@ -137,8 +137,11 @@ def all_cases() -> dict[str, Case]:
 
 
 def measure(cases: Sequence[Case], num_turns: int) -> None:
-    """Let the cases take turns. The first turn of each warms up and counts the calls of the following ones."""
-    num_calls = [max(1, round(SAMPLE_S / _seconds(case, 1))) for case in cases]
+    """Let the cases take turns. Before the first, each warms up and its calls per turn are chosen."""
+    num_calls = []
+    for case in cases:
+        _seconds(case, 1)
+        num_calls.append(max(1, round(SAMPLE_S / _seconds(case, 1))))
     for _ in range(num_turns):
         for case, calls in zip(cases, num_calls, strict=True):
             case.seconds.append(_seconds(case, calls))

@@ -3,8 +3,7 @@
 What makes them fast:
 
 - Philox keeps a block's ten rounds in registers, 32 blocks side by side, a SIMD lane each;
-- four directions are added in one pass over a tile of 4,096 sums, which stays in the L1 cache until all are
-  in;
+- four directions are added in one pass over a tile of 4,096 sums, which stays in L1 until all are in;
 - a bit becomes a sign by a test against a constant vector of masks, and the −1 half is one term at the end:
   Σ c z = 2 Σ_{bit set} c − Σ c.
 
