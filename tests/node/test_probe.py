@@ -1,0 +1,188 @@
+"""Probing: the loss is the standard one, its slope is the gradient's, and what leaves is exact from there on."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from node import embedded, probe
+from node.adapter import Adapter
+from node.base import load_base
+from node.data import Windows, batch
+from node.probe import Probe, evaluate, mean_loss
+from zo import reference
+from zo.codes import NO_VOTE, encode
+from zo.directions import Direction
+from zo.weights import to_float
+
+KEY = (17, 4)
+EPSILON = 2.0**-7
+NODE = 3
+EXPONENT = -6
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    base = load_base(embedded.path(), threads=1)
+    return Adapter(base, key=KEY, targets=("q_proj", "up_proj"), rank=2, alpha=4, train="B")
+
+
+@pytest.fixture(scope="module")
+def windows():
+    tokens = np.random.default_rng(0).integers(2, 500, (11, 24)).astype(np.int32)
+    return Windows(tokens=tokens, num_texts=1, num_tokens=tokens.size, num_dropped=0)
+
+
+@pytest.fixture(scope="module")
+def weights(adapter):
+    entries = np.random.default_rng(1).integers(-(2**24), 2**24, adapter.size).astype(np.int32)
+    entries.flags.writeable = False
+    return entries
+
+
+def make_probe(adapter, windows, directions=3, **changes):
+    settings = {
+        "key": KEY,
+        "epsilon": EPSILON,
+        "directions": directions,
+        "batch_size": 4,
+        "seed": 9,
+    } | changes
+    return Probe(adapter, windows, **settings)
+
+
+def test_the_loss_is_that_of_the_library(adapter, windows):
+    ids = torch.from_numpy(windows.tokens.astype(np.int64))
+    with torch.inference_mode():
+        expected = float(adapter.model(input_ids=ids, labels=ids).loss)
+    assert mean_loss(adapter.model, ids.numpy()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_last_token_counts_and_the_future_is_not_seen(adapter, windows):
+    tokens = windows.tokens[:1].astype(np.int64)
+    changed = tokens.copy()
+    changed[0, -1] = 1 + tokens[0, -1]
+    ids = torch.from_numpy(tokens)
+    with torch.inference_mode():
+        logits = adapter.model(input_ids=ids).logits[0]
+    losses = [float(cross_entropy(logits[:-1], torch.from_numpy(each[0, 1:]))) for each in (tokens, changed)]
+    assert losses[0] != losses[1]
+    assert mean_loss(adapter.model, tokens) == pytest.approx(losses[0], rel=1e-6)
+    assert mean_loss(adapter.model, changed) == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_evaluation_weighs_every_window_alike(adapter, windows, weights):
+    seen = []
+    loss = evaluate(adapter, weights, windows, batch_size=4, progress=lambda *done: seen.append(done))
+    each = [mean_loss(adapter.model, windows.tokens[i : i + 1].astype(np.int64)) for i in range(11)]
+    assert loss == pytest.approx(float(np.mean(each)), rel=1e-6)
+    assert seen == [(4, 11), (8, 11), (11, 11)]
+
+
+def test_evaluation_is_at_the_given_weights(adapter, windows, weights):
+    first = evaluate(adapter, weights, windows, batch_size=4)
+    assert evaluate(adapter, np.zeros_like(weights), windows, batch_size=4) != first
+    assert evaluate(adapter, weights, windows, batch_size=4) == first
+
+
+def test_the_projected_gradient_is_the_directional_derivative_of_autograd(adapter, windows, weights):
+    tokens = batch(windows, 4, 9, 0)
+    adapter.load(to_float(weights))
+    parameters = {
+        p.name: adapter.model.get_submodule(p.name.removesuffix(".lora_B")).lora_B["default"].weight
+        for p in adapter.layout.parameters
+    }
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    try:
+        ids = torch.from_numpy(tokens)
+        logits = adapter.model(input_ids=ids[:, :-1], use_cache=False).logits
+        cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        gradient = np.concatenate([parameters[p.name].grad.ravel() for p in adapter.layout.parameters])
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+    directions = [Direction(NODE, sample) for sample in range(8)]
+    expected = [float(gradient @ reference.perturbation(KEY, d, adapter.size)) for d in directions]
+
+    def slope(direction):
+        plus, minus = reference.perturbed(weights, KEY, direction, EPSILON)
+        adapter.load(plus)
+        above = mean_loss(adapter.model, tokens)
+        adapter.load(minus)
+        return (above - mean_loss(adapter.model, tokens)) / (2 * EPSILON)
+
+    measured = [slope(direction) for direction in directions]
+    assert np.allclose(measured, expected, rtol=0.02, atol=0.02 * np.abs(expected).max())
+
+
+def test_a_code_is_the_encoded_slope_between_both_views_on_one_batch(adapter, windows, weights):
+    result = make_probe(adapter, windows).probe(weights, 5, NODE, EXPONENT, agent=1)
+    gradients, losses = [], []
+    for sample in (15, 16, 17):
+        tokens = batch(windows, 4, 9, sample)
+        pair = []
+        for view in reference.perturbed(weights, KEY, Direction(NODE, sample, 1), EPSILON):
+            adapter.load(view)
+            pair.append(mean_loss(adapter.model, tokens))
+        gradients.append((pair[0] - pair[1]) / (2 * EPSILON))
+        losses.append(sum(pair) / 2)
+    rng = np.random.default_rng([9, 5, probe.ROUNDING_STREAM])
+    assert np.array_equal(result.codes, encode(np.array(gradients), EXPONENT, rng))
+    assert result.codes.any()
+    assert result.loss == float(np.mean(losses))
+    assert result.num_no_votes == 0
+    assert 0 < result.forward_seconds <= result.seconds
+
+
+def test_a_round_probed_again_gives_the_same_codes(adapter, windows, weights):
+    first = make_probe(adapter, windows).probe(weights, 5, NODE, EXPONENT)
+    after_others = make_probe(adapter, windows)
+    for number in range(3):
+        after_others.probe(weights, number, NODE, EXPONENT)
+    assert np.array_equal(after_others.probe(weights, 5, NODE, EXPONENT).codes, first.codes)
+
+
+@pytest.mark.parametrize(
+    ("number", "node", "agent", "seed"), [(6, 3, 0, 9), (5, 4, 0, 9), (5, 3, 1, 9), (5, 3, 0, 10)]
+)
+def test_round_node_agent_and_seed_all_count(adapter, windows, weights, number, node, agent, seed):
+    one = make_probe(adapter, windows, directions=6).probe(weights, 5, NODE, -10)
+    other = make_probe(adapter, windows, directions=6, seed=seed).probe(weights, number, node, -10, agent)
+    assert not np.array_equal(one.codes, other.codes)
+
+
+def test_the_exponent_scales_the_codes(adapter, windows, weights):
+    fine = make_probe(adapter, windows).probe(weights, 0, NODE, -6).codes.astype(int)
+    coarse = make_probe(adapter, windows).probe(weights, 0, NODE, -4).codes.astype(int)
+    assert np.abs(fine - 4 * coarse).max() <= 4
+
+
+def test_a_loss_that_is_not_finite_is_no_vote_and_is_counted(adapter, windows, weights, monkeypatch):
+    losses = iter([3.0, 2.5, math.nan, 2.0, 1.0, math.inf])
+    monkeypatch.setattr(probe, "mean_loss", lambda model, tokens: next(losses))
+    result = make_probe(adapter, windows).probe(weights, 0, NODE, 0)
+    assert list(result.codes == NO_VOTE) == [False, True, True]
+    assert result.num_no_votes == 2
+    assert result.loss == 2.75
+
+
+def test_a_round_without_any_finite_loss_is_all_no_votes(adapter, windows, weights, monkeypatch):
+    monkeypatch.setattr(probe, "mean_loss", lambda model, tokens: math.nan)
+    result = make_probe(adapter, windows).probe(weights, 0, NODE, 0)
+    assert list(result.codes) == [NO_VOTE] * 3
+    assert math.isnan(result.loss)
+
+
+def test_a_model_that_overflows_gives_no_votes(adapter, windows, weights):
+    embedding = adapter.model.get_input_embeddings().weight
+    before = embedding[2:].clone()
+    embedding[2:] = math.nan
+    try:
+        result = make_probe(adapter, windows).probe(weights, 0, NODE, EXPONENT)
+    finally:
+        embedding[2:] = before
+    assert result.num_no_votes == 3
