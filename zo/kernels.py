@@ -1,12 +1,12 @@
 """The fast paths, equal to `reference` bit for bit at every size, start and thread count.
 
 This module checks arguments, divides work among threads and answers for compilation; the arithmetic is in
-`loops`. Threads work on separate ranges: sums are integers and directions are named, so no split can change a
-bit.
+`loops`. Threads work on separate ranges: sums are integers and directions are named, so no split changes a bit.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, Final
@@ -181,14 +181,18 @@ def _in_ranges(run: Callable[[int, int], None], size: int, work_each: int) -> No
     num_tiles = -(-size // loops.TILE)
     num_pieces = min(num_threads * PIECES_PER_THREAD, num_tiles)
     edges = [min(num_tiles * i // num_pieces * loops.TILE, size) for i in range(num_pieces + 1)]
-    pieces = pairwise(edges)
+    pieces = deque(pairwise(edges))
 
-    def work(pieces: Iterator[tuple[int, int]]) -> None:
-        for low, high in pieces:
+    def work() -> None:
+        while True:
+            try:
+                low, high = pieces.popleft()  # atomic; no piece may be applied twice
+            except IndexError:
+                return
             run(low, high)
 
     with ThreadPoolExecutor(num_threads - 1) as pool:
-        others = [pool.submit(work, pieces) for _ in range(num_threads - 1)]
-        work(pieces)
+        others = [pool.submit(work) for _ in range(num_threads - 1)]
+        work()
         for other in others:
             other.result()

@@ -79,7 +79,7 @@ def layout(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
     return Layout(tuple(parameters), offset)
 
 
-def targeted_modules(module_names: Iterable[str], targets: Sequence[str]) -> list[str]:
+def _targeted(module_names: Iterable[str], targets: Sequence[str]) -> list[str]:
     """The sorted names of the modules that a target means: equal to it, or ending in "." and it.
 
     Raises:
@@ -106,7 +106,7 @@ def lora_layout(
 
     Args:
         linear_shapes: module name to (out_features, in_features).
-        targets: names of modules, full or last parts (`targeted_modules`).
+        targets: full names of modules, or what follows a "." in them.
         rank: of the factors, at least 1.
         train: "B" for `MODULE.lora_B` (out, rank) alone, "AB" also for `MODULE.lora_A` (rank, in).
 
@@ -118,7 +118,7 @@ def lora_layout(
     if train not in ("B", "AB"):
         raise ValueError(f'train must be "B" or "AB", got {train!r}')
     shapes: dict[str, tuple[int, ...]] = {}
-    for module in targeted_modules(linear_shapes, targets):
+    for module in _targeted(linear_shapes, targets):
         out_features, in_features = linear_shapes[module]
         shapes[f"{module}.lora_B"] = (out_features, rank)
         if train == "AB":
