@@ -124,7 +124,8 @@ def apply(weights, key0, key1, directions, coefficients, start):  # type: ignore
         count = min(TILE - skip, size - done)
         num_blocks = (skip + count + _BLOCK_MASK) >> _BLOCK_SHIFT
         first = _u32(block)
-        sums[: num_blocks * BITS_PER_BLOCK] = 0
+        for j in range(num_blocks * BITS_PER_BLOCK):
+            sums[j] = 0
         grouped = n - n % GROUP
         for i in range(0, grouped, GROUP):
             for g in range(GROUP):
@@ -198,7 +199,9 @@ def perturbation(key0, key1, node, sample, agent, start, out):  # type: ignore[n
         num_blocks = (skip + count + _BLOCK_MASK) >> _BLOCK_SHIFT
         _blocks(words, _u32(block), _u32(sample), _u32(node), _u32(agent), _u32(key0), _u32(key1))
         _spread(entries, words, np.int8(1), np.int8(-1), num_blocks)
-        out[done : done + count] = entries[skip : skip + count]
+        target, source = out[done : done + count], entries[skip : skip + count]
+        for j in range(count):
+            target[j] = source[j]
         done += count
         block += LANES
         skip = 0
