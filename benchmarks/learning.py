@@ -11,9 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,9 +18,9 @@ from time import perf_counter
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from benchmarks import machine
 from node import base as bases
 from node.adapter import Adapter
 from node.data import Windows, pack
@@ -217,10 +214,11 @@ def main() -> None:
             )
     result = {
         "benchmark": "learning",
-        "command": f"python -m benchmarks.learning {' '.join(sys.argv[1:])}",
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "commit": _commit(),
+        "command": machine.command("benchmarks.learning"),
+        "cpu": machine.cpu(),
+        "versions": machine.versions(["numpy", "torch", "transformers", "peft"]),
+        "commit": machine.commit(),
+        "base": {"name": Path(options.model).name, "digest": bases.read_digest(options.model)},
         "text": f"{Path(options.data).name}, line breaks {'kept' if options.keep_line_breaks else 'folded'}",
         "settings": asdict(settings),
         "rows": [asdict(row) for row in rows],
@@ -261,13 +259,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--out", help="directory for learning.json")
     return parser.parse_args()
-
-
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":
