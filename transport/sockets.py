@@ -119,7 +119,7 @@ class CoordinatorSocket:
                     f"{host}:{port} is in use. Stop what listens there, or choose another --port"
                 ) from error
             raise SocketError(f"cannot bind {host}:{port}: {error.strerror}") from error
-        endpoint = bytes(router.get(zmq.LAST_ENDPOINT))  # type: ignore[arg-type]
+        endpoint = bytes(router.get(zmq.LAST_ENDPOINT))
         self.port = int(endpoint.rstrip(b"\0").rsplit(b":", 1)[1])
         self._poller = zmq.Poller()
         self._poller.register(router, zmq.POLLIN)

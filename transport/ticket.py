@@ -66,7 +66,8 @@ def parse_ticket(text: str) -> Ticket:
         run_id = b""
     if len(run_id) != RUN_ID_BYTES or len(run_text) != 2 * RUN_ID_BYTES:
         raise TicketError(
-            f"the ticket's run must be {2 * RUN_ID_BYTES} hexadecimal digits, got {len(run_text)} characters: {_shown(run_text)}"
+            f"the ticket's run must be {2 * RUN_ID_BYTES} hexadecimal digits, "
+            f"got {len(run_text)} characters: {_shown(run_text)}"
         )
     if not key_text:
         raise TicketError("the ticket has no key after '#'. If it was typed into a shell, put it in quotes")

@@ -119,7 +119,8 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(
             gt=0,
             le=4,
-            description="Step in units of the weights: each round moves them by step times the mean of code / RMS(codes) times z.",
+            description="Step in units of the weights: each round moves them by step times the mean of "
+            "code / RMS(codes) times z.",
         ),
     ]
     decay: Annotated[Literal["linear", "constant"], Meta(description="How the step changes over the rounds.")]
@@ -148,7 +149,8 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     share_loss: Annotated[
         bool,
         Meta(
-            description="Whether that report also carries the node's recent mean loss. If false, only codes and digests leave a node."
+            description="Whether that report also carries the node's recent mean loss. "
+            "If false, only codes and digests leave a node."
         ),
     ]
 

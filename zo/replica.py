@@ -57,7 +57,7 @@ class Replica:
             raise ChainError(f"commit of round {commit.round} where round {self.round} is due")
         if commit.previous != self.head:
             raise ChainError(
-                f"commit of round {commit.round} follows {commit.previous.hex()}, but this replica is at {self.head.hex()}"
+                f"commit of round {commit.round} follows {commit.previous.hex()}, this replica is at {self.head.hex()}"
             )
         expected = len(commit.participants) * self._directions
         if len(commit.codes) != expected:

@@ -1,0 +1,82 @@
+"""The audit: replays a ledger from its first commit and proves, or refutes, everything that it claims."""
+
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+
+from coordinator.ledger import Ledger
+from zo.commit import decode_commit
+from zo.manifest import Manifest
+from zo.replica import Replica
+from zo.steps import step_rule
+
+
+class AuditError(RuntimeError):
+    """A ledger that does not prove what it claims; the message names the first round at which."""
+
+
+class Audit(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replay proved."""
+
+    run: str
+    rounds: int
+    """Commits replayed."""
+    digests_proven: int
+    """Recorded digests that the replay reproduced."""
+    digest: str
+    """Digest of the final weights."""
+    head: str
+    """Digest of the last commit, which stands for the whole chain."""
+
+
+def audit(
+    manifest: Manifest, initial: Replica, ledger: Ledger, progress: Callable[[int, int], None]
+) -> Audit:
+    """Replay the whole ledger: the chain, every step by the manifest's rule, every recorded digest.
+
+    Args:
+        manifest: of the run.
+        initial: the weights of round 0; moved on by the replay.
+        ledger: of the run.
+        progress: called with (commits replayed, commits in all).
+
+    Raises:
+        AuditError: something does not hold.
+        LedgerError: the file is damaged.
+    """
+    total = ledger.num_commits()
+    rule = step_rule(manifest)
+    scale = rule.start()
+    recorded = {checkpoint.round: checkpoint for checkpoint in ledger.checkpoints()}
+    proven = 0
+    for number, frame in enumerate(ledger.frames(0, total)):
+        try:
+            commit = decode_commit(frame)
+            initial.apply(commit, frame)
+        except (ValueError, ArithmeticError) as error:
+            raise AuditError(f"round {number}: {error}") from error
+        step, scale = rule.advance(scale, number, np.frombuffer(commit.codes, np.int8))
+        if commit.steps != (step,) or commit.exponents != (scale.exponent,):
+            raise AuditError(
+                f"round {number}: step {commit.steps[0]} and exponent {commit.exponents[0]} are not those of the "
+                f"manifest's rule, {step} and {scale.exponent}"
+            )
+        checkpoint = recorded.pop(initial.round, None)
+        if checkpoint is not None:
+            if checkpoint.digest != initial.digest():
+                raise AuditError(
+                    f"round {number}: the replayed weights have digest {initial.digest().hex()}, "
+                    f"recorded is {checkpoint.digest.hex()}"
+                )
+            proven += 1
+        progress(initial.round, total)
+    if recorded:
+        raise AuditError(f"a digest is recorded for round {min(recorded)}, but the ledger ends at {total}")
+    return Audit(
+        run=manifest.run_id.hex(),
+        rounds=total,
+        digests_proven=proven,
+        digest=initial.digest().hex(),
+        head=initial.head.hex(),
+    )

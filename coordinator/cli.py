@@ -1,0 +1,339 @@
+"""`zo-coordinator`: the only place of the coordinator that speaks to a person, prints and exits."""
+
+import contextlib
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from coordinator import base as base_files
+from coordinator.audit import AuditError, audit
+from coordinator.config import ConfigError, ServiceConfig
+from coordinator.config import validate as validate_config
+from coordinator.display import duration, replay_progress, status_line, status_view
+from coordinator.ledger import LedgerError, StorageError
+from coordinator.rundir import BusyError, RunDirectory, RunDirectoryError
+from coordinator.service import Service, restore
+from coordinator.status import Status, read_status
+from transport.exits import HELP, Exit
+from transport.keys import KeyFileError
+from transport.messages import PROTOCOL_VERSION
+from transport.sockets import CoordinatorSocket, SocketError
+from transport.ticket import Ticket, reachable_host
+from zo import kernels
+from zo.directions import run_key
+from zo.initial import initial_weights
+from zo.layout import lora_layout
+from zo.manifest import (
+    Adapter,
+    BaseModel,
+    Manifest,
+    ManifestError,
+    Parity,
+    Probing,
+    Run,
+    Schedule,
+    validate,
+)
+from zo.replica import Replica
+from zo.snapshot import SnapshotError
+from zo.weights import WeightsOverflow
+
+app = typer.Typer(
+    name="zo-coordinator",
+    help="Order the bytes of a swarm into a ledger: one model, fine-tuned together, one byte per projected gradient.",
+    epilog=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.", show_default=False)]
+
+_EXIT_BY_ERROR: dict[type[Exception], Exit] = {
+    RunDirectoryError: Exit.INPUT,
+    ManifestError: Exit.INPUT,
+    ConfigError: Exit.INPUT,
+    base_files.BaseFilesError: Exit.BASE,
+    KeyFileError: Exit.INPUT,
+    BusyError: Exit.BUSY,
+    SocketError: Exit.BUSY,
+    LedgerError: Exit.DAMAGED,
+    SnapshotError: Exit.DAMAGED,
+    AuditError: Exit.DAMAGED,
+    StorageError: Exit.STORAGE,
+    WeightsOverflow: Exit.OVERFLOW,
+}
+
+
+@contextlib.contextmanager
+def _failures_explained() -> Iterator[None]:
+    """Turn the errors we know into one line and their exit code; anything else is a bug and shows its trace."""
+    try:
+        yield
+    except tuple(_EXIT_BY_ERROR) as error:
+        code = next(code for kind, code in _EXIT_BY_ERROR.items() if isinstance(error, kind))
+        err.print(
+            f"zo-coordinator: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
+        raise typer.Exit(code) from None
+
+
+@app.command(
+    epilog="Example: zo-coordinator init my-run --model ./my-model --rounds 300 --directions 8\n\n" + HELP,
+)
+def init(
+    run: RunArgument,
+    model: Annotated[
+        Path,
+        typer.Option(
+            help="Directory of the base model: config.json, *.safetensors, tokenizer.", show_default=False
+        ),
+    ],
+    rounds: Annotated[int, typer.Option(help="Rounds until the run is finished.")] = 300,
+    directions: Annotated[
+        int, typer.Option(help="Directions each node measures in a round; one byte each.")
+    ] = 1,
+    step: Annotated[
+        float, typer.Option(help="How far a round moves the weights; decays linearly to zero.")
+    ] = 0.02,
+    constant_step: Annotated[bool, typer.Option(help="Keep the step constant instead.")] = False,
+    epsilon: Annotated[float, typer.Option(help="Length of the probe in each direction.")] = 0.01,
+    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 4,
+    alpha: Annotated[float, typer.Option(help="LoRA alpha.")] = 8.0,
+    train: Annotated[
+        Literal["B", "AB"], typer.Option(help="B: freeze A, train B from zero. AB: train both.")
+    ] = "B",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Linear module to adapt; repeat it. Default: the projections of attention and MLP."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a node's batch.")] = 8,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
+    digest_every: Annotated[int, typer.Option(help="Nodes report a digest every so many rounds.")] = 16,
+    share_loss: Annotated[
+        bool, typer.Option(help="Nodes add their mean training loss to that report, for the display.")
+    ] = True,
+    quorum: Annotated[int, typer.Option(help="Least number of reports that make a round.")] = 1,
+    host: Annotated[str, typer.Option(help="Address to listen on; * for all.")] = ServiceConfig().host,
+    port: Annotated[int, typer.Option(help="TCP port to listen on.")] = ServiceConfig().port,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run, for people.", show_default="the directory's")
+    ] = None,
+) -> None:
+    """Make a run directory: manifest, configuration, key and an empty ledger.
+
+    Reads the base's files without loading it. Nodes whose base differs from it are refused.
+    """
+    with _failures_explained():
+        directory = RunDirectory(run)
+        targets = tuple(target or _default_targets(base_files.linear_shapes(model)))
+        try:
+            layout = lora_layout(base_files.linear_shapes(model), targets, rank, train)
+        except ValueError as error:
+            raise ManifestError(str(error)) from error
+        manifest = validate(
+            Manifest(
+                protocol=PROTOCOL_VERSION,
+                run=Run(name=name or run.resolve().name, rounds=rounds, nonce=secrets.token_hex(16)),
+                base=BaseModel(
+                    name=model.resolve().name,
+                    digest=base_files.digest(model),
+                    tokenizer_digest=base_files.tokenizer_digest(model),
+                ),
+                adapter=Adapter(
+                    targets=targets,
+                    rank=rank,
+                    alpha=alpha,
+                    train=train,
+                    size=layout.size,
+                    layout_digest=layout.digest().hex(),
+                ),
+                probe=Probing(
+                    epsilon=epsilon,
+                    directions=directions,
+                    batch_size=batch_size,
+                    sequence_length=sequence_length,
+                ),
+                schedule=Schedule(
+                    step=step, decay="constant" if constant_step else "linear", smoothing=3, first_exponent=-4
+                ),
+                parity=Parity(digest_every=digest_every, share_loss=share_loss),
+            )
+        )
+        config = validate_config(ServiceConfig(host=host, port=port, quorum=quorum))
+        weights = initial_weights(layout, run_key(manifest.run_id), manifest.adapter.train)
+        directory.create(manifest, config, Replica(manifest, weights))
+    out.print(f"Made {run}: run {manifest.run_id.hex()}", highlight=False)
+    out.print(
+        f"{layout.size:,} trained parameters on {manifest.base.name}; {rounds} rounds of {directions} "
+        f"direction{'s' * (directions > 1)} a node",
+        highlight=False,
+    )
+    out.print(f"Next: zo-coordinator serve {run}", highlight=False)
+
+
+def _default_targets(shapes: dict[str, tuple[int, int]]) -> list[str]:
+    """The projections of the Llama family that this base has; all of its linear modules' names if it has none."""
+    known = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    last_parts = {name.rpartition(".")[2] for name in shapes}
+    found = [name for name in known if name in last_parts]
+    if not found:
+        raise ManifestError(
+            f"none of {', '.join(known)} is in this base; name modules with --target, "
+            f"among {', '.join(sorted(last_parts))}"
+        )
+    return found
+
+
+@app.command(epilog="Example: zo-coordinator serve my-run --host 0.0.0.0 --port 7411\n\n" + HELP)
+def serve(
+    run: RunArgument,
+    host: Annotated[str | None, typer.Option(help="Listen here instead of coordinator.toml's host.")] = None,
+    port: Annotated[int | None, typer.Option(help="Listen here instead of coordinator.toml's port.")] = None,
+    advertise: Annotated[
+        str | None,
+        typer.Option(help="Host to print in the ticket, where nodes see another (NAT, container)."),
+    ] = None,
+    stay: Annotated[
+        bool, typer.Option("--stay", help="Go on serving the finished run to nodes that come late.")
+    ] = False,
+) -> None:
+    """Serve a run: print its ticket, order the nodes' bytes, stop when all rounds are done.
+
+    On a directory that was served before it goes on where the ledger ends. Ctrl-C stops it; nothing is lost.
+    """
+    with _failures_explained():
+        directory = RunDirectory(run)
+        manifest = directory.manifest()
+        changes = {"host": host, "port": port, "advertise": advertise}
+        given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+        config = validate_config(msgspec.structs.replace(directory.config(), **given))
+        keys = directory.keys()
+        stopping = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stopping.set())
+        with directory.lock(), directory.ledger(manifest) as ledger:
+            if not kernels.is_compiled():
+                err.print("compiling the kernels, once for this machine …", style="dim")
+                kernels.compile_kernels()
+            with replay_progress(err) as bar:
+                task = bar.add_task("replaying", total=None)
+                replica, scale, origin = restore(
+                    directory,
+                    manifest,
+                    ledger,
+                    lambda done, total: bar.update(task, completed=done, total=total),
+                )
+            if replica.round:
+                err.print(f"continuing at round {replica.round}, from {origin}", style="dim", highlight=False)
+            end = CoordinatorSocket(config.host, config.port, keys)
+            try:
+                ticket = Ticket(
+                    config.advertise or reachable_host(config.host), end.port, manifest.run_id, keys.public
+                )
+                out.print(str(ticket), style="bold", highlight=False, soft_wrap=True)
+                sys.stdout.flush()
+                service = Service(directory, manifest, config, ledger, replica, scale, end)
+                _serve(service, stopping, stay)
+            finally:
+                end.close()
+
+
+def _serve(service: Service, stopping: threading.Event, stay: bool) -> None:
+    if not err.is_terminal:
+        last = 0.0
+
+        def show_line(status: Status, reason: str) -> None:
+            nonlocal last
+            if time.monotonic() - last >= 10 or status.round == status.rounds:
+                last = time.monotonic()
+                err.print(status_line(status, reason), highlight=False, soft_wrap=True)
+
+        service.run(stopping.is_set, stay, show_line)
+    else:
+        with Live(console=err, auto_refresh=False) as live:
+            service.run(
+                stopping.is_set, stay, lambda status, why: live.update(status_line(status, why), refresh=True)
+            )
+    service.close()
+    status = service.status
+    done = "finished" if status.round >= status.rounds else "stopped"
+    err.print(f"{done} at round {status.round}/{status.rounds}, digest {status.digest}", highlight=False)
+
+
+@app.command(epilog="Example: zo-coordinator status my-run --watch\n\n" + HELP)
+def status(
+    run: RunArgument,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every second until Ctrl-C.")] = False,
+) -> None:
+    """Show where a run stands: round, members, digests, loss, bytes. Never disturbs the coordinator."""
+    with _failures_explained():
+        directory = RunDirectory(run)
+        manifest = directory.manifest()
+        with directory.ledger(manifest, read_only=True) as ledger:
+            if json:
+                while True:
+                    print(msgspec.json.encode(read_status(manifest, ledger)).decode(), flush=True)
+                    if not watch:
+                        return
+                    time.sleep(1)
+            elif watch:
+                with Live(console=out, auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
+                    while True:
+                        live.update(status_view(read_status(manifest, ledger)), refresh=True)
+                        time.sleep(1)
+            else:
+                out.print(status_view(read_status(manifest, ledger)), highlight=False)
+
+
+@app.command(epilog="Example: zo-coordinator verify my-run\n\n" + HELP)
+def verify(
+    run: RunArgument,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Replay the whole ledger and prove the chain, every step and every recorded digest."""
+    with _failures_explained():
+        directory = RunDirectory(run)
+        manifest = directory.manifest()
+        started = time.monotonic()
+        with directory.ledger(manifest, read_only=True) as ledger, replay_progress(err) as bar:
+            task = bar.add_task("verifying", total=None)
+            proof = audit(
+                manifest,
+                directory.initial(manifest),
+                ledger,
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        if json:
+            print(msgspec.json.encode(proof).decode())
+            return
+        out.print(
+            f"verified: {proof.rounds} commits in one chain, every step by the rule, {proof.digests_proven} digests "
+            f"reproduced ({duration(time.monotonic() - started)})",
+            highlight=False,
+        )
+        out.print(f"digest {proof.digest}\nhead   {proof.head}", highlight=False)
+
+
+def main() -> None:
+    """The entry point of `zo-coordinator`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

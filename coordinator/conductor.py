@@ -1,0 +1,428 @@
+"""The conductor: messages and the time in, effects out. All of the coordinator's decisions, none of its I/O.
+
+The service carries out the effects in their order. `Persist` comes before every `Send` that shows its commit (law 4); a
+service that cannot persist must stop, and then nobody has seen anything.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from coordinator import pace
+from coordinator.config import ServiceConfig
+from coordinator.membership import Event, Member, Presence
+from coordinator.rounds import Outcome, Round, Verdict, decide, receive
+from transport.messages import (
+    HISTORY_BYTES,
+    PROTOCOL_VERSION,
+    Finished,
+    FromCoordinator,
+    FromNode,
+    Hello,
+    History,
+    Identify,
+    Leave,
+    Progress,
+    Refuse,
+    Report,
+    Resync,
+    Welcome,
+    encode,
+)
+from zo.commit import Commit
+from zo.manifest import Manifest
+from zo.replica import Replica
+from zo.steps import Scale, step_rule
+
+_REMEMBERED_ROUNDS: Final = 256
+
+
+class Send(msgspec.Struct, frozen=True):
+    """Queue a frame for a session."""
+
+    session: bytes
+    kind: str
+    """The message's type, for the meter."""
+    frame: bytes
+
+
+class Persist(msgspec.Struct, frozen=True):
+    """Make a commit durable. If that fails, stop."""
+
+    commit: Commit
+    frame: bytes
+
+
+class PersistCheckpoint(msgspec.Struct, frozen=True):
+    """Record the digest of the weights after `round` commits, and the step rule's memory there."""
+
+    round: int
+    digest: bytes
+    scale: Scale
+
+
+class Enrol(msgspec.Struct, frozen=True):
+    """Make a new node's number durable, before it learns it."""
+
+    node: int
+    key: bytes
+    name: str
+
+
+class Note(msgspec.Struct, frozen=True):
+    """Something that a person may want to read later."""
+
+    kind: str
+    node: int | None
+    text: str
+
+
+Effect = Send | Persist | PersistCheckpoint | Enrol | Note
+
+
+class Conductor:
+    """One run's decisions.
+
+    Attributes:
+        members: by node number, everyone ever admitted.
+        replica: the coordinator's own copy of the weights.
+        last_reason: why the last round closed, or what the present one waits for.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        config: ServiceConfig,
+        replica: Replica,
+        scale: Scale,
+        members: Iterable[Member],
+        head_after: Callable[[int], bytes],
+        digest_at: Callable[[int], bytes | None],
+        read_history: Callable[[int, int], list[bytes]],
+        now: float,
+    ) -> None:
+        """Go on where the ledger ends.
+
+        Args:
+            manifest: of the run.
+            config: of this service.
+            replica: at the end of the ledger.
+            scale: what the step rule left there.
+            members: everyone ever admitted, all gone.
+            head_after: the chain's head after so many commits, all of them durable.
+            digest_at: the digest of the weights after so many commits, if it was recorded.
+            read_history: (first, last) -> encoded commits first..last-1, as many of them as fit one message.
+            now: in seconds, on any clock that only moves forward.
+        """
+        self.manifest = manifest
+        self.config = config
+        self.replica = replica
+        self.members = {member.node: member for member in members}
+        self.last_reason = ""
+        self._rule = step_rule(manifest)
+        self._scale = scale
+        self._head_after = head_after
+        self._digest_at = digest_at
+        self._read_history = read_history
+        self._node_by_key = {member.key: member.node for member in self.members.values()}
+        self._node_by_session: dict[bytes, int] = {}
+        self._opened_at: deque[tuple[int, float]] = deque(maxlen=_REMEMBERED_ROUNDS)
+        self._round = Round(replica.round, now)
+        self._opened_at.append((replica.round, now))
+        self._unsettled: tuple[Commit, bytes] | None = None
+
+    # ---- what the service may ask ---------------------------------------------------------------------------------
+
+    @property
+    def round(self) -> int:
+        """The round in progress: the number of commits made."""
+        return self._round.number
+
+    @property
+    def exponent(self) -> int:
+        """Exponent of the codes of the round in progress."""
+        return self._scale.exponent
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all rounds of the manifest are done."""
+        return self.round >= self.manifest.run.rounds
+
+    @property
+    def present(self) -> list[Member]:
+        """Members that are not gone."""
+        return [m for m in self.members.values() if m.presence is not Presence.GONE]
+
+    def session_member(self, session: bytes) -> Member | None:
+        """Whose session this is; None if it is nobody's."""
+        node = self._node_by_session.get(session)
+        return None if node is None else self.members[node]
+
+    def wake_at(self) -> float | None:
+        """When the next tick is due, on the clock of `now`; None if only messages can change anything."""
+        if self.is_over or len(self._round.codes_by_node) < self.config.quorum:
+            return None
+        return self._round.opened_at_s + self._wait_s()
+
+    # ---- events ---------------------------------------------------------------------------------------------------
+
+    def on_message(self, session: bytes, key: bytes, message: FromNode, now: float) -> list[Effect]:
+        """A message of a session whose handshake proved `key`."""
+        if isinstance(message, Hello):
+            return [*self._hello(session, key, message), *self._pass_on(now)]
+        member = self.session_member(session)
+        if member is None or member.key != key:
+            return [] if isinstance(message, Leave) else [_send(session, Identify())]
+        member.note(Event.HEARD)
+        match message:
+            case Report():
+                effects = self._report(member, message, now)
+            case Progress():
+                effects = self._progress(member, message)
+            case Leave():
+                effects = self._lose(member, Event.LEFT, "left")
+        return [*effects, *self._pass_on(now)]
+
+    def on_tick(self, now: float) -> list[Effect]:
+        """Time has passed."""
+        return self._pass_on(now)
+
+    def on_unsent(self, session: bytes, now: float) -> list[Effect]:
+        """A frame could not be queued: the session is gone, or its reader is stuck. It may say `Hello` again."""
+        member = self.session_member(session)
+        if member is None:
+            return []
+        return [*self._lose(member, Event.LOST, "lost its connection"), *self._pass_on(now)]
+
+    def settle(self) -> list[Effect]:
+        """Bring the coordinator's own replica up to the last commit.
+
+        Called after the effects are carried out: nodes have their commit and compute while this does.
+        """
+        if self._unsettled is None:
+            return []
+        commit, frame = self._unsettled
+        self._unsettled = None
+        self.replica.apply(commit, frame)
+        if self.replica.round % self.manifest.parity.digest_every and not self.is_over:
+            return []
+        digest = self.replica.digest()
+        effects: list[Effect] = [PersistCheckpoint(self.replica.round, digest, self._scale)]
+        if self.is_over:
+            effects.append(Note("finished", None, f"all {self.round} rounds are done, digest {digest.hex()}"))
+            for member in self.present:
+                effects.extend(self._feed(member))
+        return effects
+
+    # ---- sessions -------------------------------------------------------------------------------------------------
+
+    def _hello(self, session: bytes, key: bytes, hello: Hello) -> Iterator[Effect]:
+        refusal = self._refusal(key, hello)
+        if refusal is not None:
+            yield Note("refused", self._node_by_key.get(key), f"{hello.name or 'a node'}: {refusal.reason}")
+            yield _send(session, refusal)
+            return
+        node = self._node_by_key.get(key)
+        if node is None:
+            node = max(self.members, default=-1) + 1
+            self.members[node] = Member(node=node, key=key, name=hello.name)
+            self._node_by_key[key] = node
+            yield Enrol(node, key, hello.name)
+        member = self.members[node]
+        if member.session is not None and member.session != session:
+            del self._node_by_session[member.session]
+            yield Note("replaced", node, f"node {node} opened a new session; the old one is closed")
+            reason = f"another process joined with the key of node {node}; the newest session stays"
+            yield _send(member.session, Refuse("replaced", reason))
+        member.name = hello.name
+        member.session = session
+        member.acknowledged = member.cursor = hello.round
+        member.is_finished = False
+        member.latency = None
+        self._node_by_session[session] = node
+        was = member.presence
+        member.note(Event.HELLO)
+        if was is Presence.GONE:
+            behind = self.round - hello.round
+            yield Note(
+                "joined", node, f"node {node} ({member.name}) joined at round {self.round}, {behind} behind"
+            )
+        welcome = Welcome(PROTOCOL_VERSION, node, self.manifest.encode(), self.round, self.exponent)
+        yield _send(session, welcome)
+        yield from self._feed(member)
+
+    def _refusal(self, key: bytes, hello: Hello) -> Refuse | None:
+        base = self.manifest.base
+        if hello.protocol != PROTOCOL_VERSION:
+            return Refuse(
+                "protocol",
+                f"the coordinator speaks protocol {PROTOCOL_VERSION}, this node {hello.protocol}; update the older one",
+            )
+        if hello.run_id != self.manifest.run_id:
+            return Refuse(
+                "run",
+                f"the ticket is for run {hello.run_id.hex()}, this coordinator serves {self.manifest.run_id.hex()}",
+            )
+        if hello.base.hex() != base.digest:
+            return Refuse(
+                "base",
+                f"this node's base has digest {hello.base.hex()}, the run's base {base.name!r} has {base.digest}",
+            )
+        if hello.tokenizer.hex() != base.tokenizer_digest:
+            return Refuse(
+                "tokenizer",
+                f"this node's tokenizer has digest {hello.tokenizer.hex()}, the run's has {base.tokenizer_digest}",
+            )
+        if hello.round > self.round or self._head_after(hello.round) != hello.head:
+            return Refuse(
+                "fork",
+                f"this node's state at round {hello.round} is not part of this ledger (now at round {self.round}). "
+                "Was the run directory restored from an old backup? Delete the node's state to start over",
+            )
+        is_new = key not in self._node_by_key
+        if is_new and len(self.members) >= self.config.capacity:
+            return Refuse(
+                "full", f"the run has {len(self.members)} nodes, its capacity is {self.config.capacity}"
+            )
+        return None
+
+    def _lose(self, member: Member, event: Event, what: str) -> list[Effect]:
+        if member.session is not None:
+            self._node_by_session.pop(member.session, None)
+        member.note(event)
+        return [Note(event.name.lower(), member.node, f"node {member.node} ({member.name}) {what}")]
+
+    # ---- what nodes say -------------------------------------------------------------------------------------------
+
+    def _report(self, member: Member, report: Report, now: float) -> list[Effect]:
+        number = member.resolve(report.round)
+        if number is None:
+            return []  # of a round it acknowledged long ago, or was never asked for
+        member.acknowledge(number)
+        self._round, verdict, reason = receive(
+            self._round, member.node, number, report.codes, self.manifest.probe.directions
+        )
+        if verdict is Verdict.MISFIT:
+            return [Note("misfit", member.node, reason)]
+        if verdict in (Verdict.COUNTED, Verdict.LATE):
+            self._learn_latency(member, number, now)
+            member.note(Event.REPORTED)
+        return self._feed(member)
+
+    def _progress(self, member: Member, progress: Progress) -> list[Effect]:
+        member.acknowledge(progress.round)
+        if progress.loss_milli is not None:
+            member.loss = progress.loss_milli / 1000
+        expected = self._digest_at(progress.round)
+        if expected is not None:
+            member.digest_round, member.digest = progress.round, progress.digest
+            if expected != progress.digest:
+                member.num_divergences += 1
+                text = (
+                    f"node {member.node} ({member.name}) differs at round {progress.round}: it has digest "
+                    f"{progress.digest.hex()}, the ledger gives {expected.hex()}; told to start over"
+                )
+                session = member.session
+                effects: list[Effect] = [Note("diverged", member.node, text)]
+                if session is not None:
+                    effects.append(_send(session, Resync(progress.round, expected)))
+                return [*effects, *self._lose(member, Event.LOST, "must resynchronise")]
+        return self._feed(member)
+
+    def _learn_latency(self, member: Member, number: int, now: float) -> None:
+        opened_at = next((at for round, at in self._opened_at if round == number), None)
+        if opened_at is None:
+            return
+        sample = now - opened_at
+        typical = self._typical_s()
+        if typical is not None:
+            # One long silence (a suspended laptop) is no measure of speed: not to be held against a member.
+            sample = min(sample, 2 * max(self.config.patience * typical, pace.MIN_WAIT_S))
+        member.latency = pace.observe(member.latency, sample)
+
+    # ---- rounds ---------------------------------------------------------------------------------------------------
+
+    def _live(self) -> list[Member]:
+        return [m for m in self.members.values() if m.presence is Presence.LIVE and m.cursor == self.round]
+
+    def _typical_s(self) -> float | None:
+        return pace.typical_s({m.node: m.latency for m in self._live() if m.latency is not None})
+
+    def _awaited(self) -> dict[int, pace.Latency | None]:
+        typical, patience = self._typical_s(), self.config.patience
+        return {
+            m.node: m.latency for m in self._live() if pace.is_worth_waiting_for(m.latency, typical, patience)
+        }
+
+    def _wait_s(self) -> float:
+        return pace.wait_s(self._awaited(), self._typical_s(), self.config.patience, self.config.max_wait_s)
+
+    def _pass_on(self, now: float) -> list[Effect]:
+        """Close the round if it is over, and send its commit to everyone who has all before it."""
+        if self.is_over:
+            return []
+        awaited = frozenset(self._awaited())
+        outcome, self.last_reason = decide(self._round, awaited, self.config.quorum, self._wait_s(), now)
+        if outcome is Outcome.WAIT:
+            return []
+        effects = self.settle()
+        closed = self._round
+        participants = tuple(sorted(closed.codes_by_node))
+        codes = b"".join(closed.codes_by_node[node] for node in participants)
+        step, self._scale = self._rule.advance(self._scale, closed.number, np.frombuffer(codes, np.int8))
+        commit = Commit(
+            closed.number, (step,), (self._scale.exponent,), participants, codes, self.replica.head
+        )
+        self.replica.check(commit)
+        frame = commit.encode()
+        effects.append(Persist(commit, frame))
+        self._unsettled = commit, frame
+        missing = awaited - set(participants)
+        for node in sorted(missing):
+            self.members[node].note(Event.MISSED)
+            effects.append(Note("missed", node, self.last_reason))
+        self._round = Round(closed.number + 1, now)
+        self._opened_at.append((self._round.number, now))
+        for member in self.present:
+            if member.session is not None and member.cursor == closed.number and member.room():
+                member.cursor += 1
+                effects.append(Send(member.session, "Commit", frame))
+        return effects
+
+    def _feed(self, member: Member) -> list[Effect]:
+        """What a member that is behind may be sent now, and the word that the run is over."""
+        effects: list[Effect] = []
+        if member.session is None:
+            return effects
+        # Commits that are being persisted in this very batch of effects reach it through `_pass_on`.
+        while member.cursor < self.round and member.room():
+            last = min(self.round, member.cursor + member.room())
+            frames = self._read_history(member.cursor, last)
+            if not frames:
+                break
+            member.cursor += len(frames)
+            effects.append(_send(member.session, History(tuple(frames))))
+        settled = self._unsettled is None and self.is_over
+        if settled and member.cursor == self.round and not member.is_finished:
+            member.is_finished = True
+            effects.append(_send(member.session, Finished(self.round, self.replica.digest())))
+        return effects
+
+
+def _send(session: bytes, message: FromCoordinator) -> Send:
+    return Send(session, type(message).__name__, encode(message))
+
+
+def history_slice(frames: Iterable[bytes]) -> list[bytes]:
+    """As many leading frames as fit into one `History` message, at least one if there is one."""
+    taken: list[bytes] = []
+    size = 0
+    for frame in frames:
+        if taken and size + len(frame) > HISTORY_BYTES:
+            break
+        taken.append(frame)
+        size += len(frame)
+    return taken

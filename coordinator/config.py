@@ -1,0 +1,75 @@
+"""How this coordinator is operated: what may change between two `serve`s of one run, unlike the manifest."""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from transport.ticket import DEFAULT_PORT
+
+
+class ConfigError(ValueError):
+    """A service configuration that cannot be right."""
+
+
+class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The fields of coordinator.toml."""
+
+    host: Annotated[
+        str, Meta(min_length=1, description='Address to listen on; "*" for all. Command line: --host.')
+    ] = "*"
+    port: Annotated[int, Meta(ge=1, le=65535, description="TCP port. Command line: --port.")] = DEFAULT_PORT
+    advertise: Annotated[
+        str,
+        Meta(
+            description="Host name or address to print in the ticket, where nodes see another than this machine does "
+            "(behind NAT, in a container). Empty: found out."
+        ),
+    ] = ""
+    quorum: Annotated[int, Meta(ge=1, le=4096, description="Least number of reports that make a round.")] = 1
+    patience: Annotated[
+        float,
+        Meta(
+            ge=1,
+            le=1000,
+            description="A round waits for a node that is up to this many times slower than the typical one. "
+            "Reports of slower nodes count when they come in time, but nobody waits for them.",
+        ),
+    ] = 4.0
+    max_wait_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=86400,
+            description="Longest wait for a missing report once a quorum has come, in seconds.",
+        ),
+    ] = 60.0
+    capacity: Annotated[int, Meta(ge=1, le=4096, description="Most nodes that may ever join this run.")] = (
+        1024
+    )
+
+
+def parse_config(text: str) -> ServiceConfig:
+    """The configuration written as TOML.
+
+    Raises:
+        ConfigError: not TOML, a field unknown or out of range; the message names it.
+    """
+    try:
+        return msgspec.toml.decode(text, type=ServiceConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error).replace("`$.", "`")) from error
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"not TOML: {error}") from error
+
+
+def validate(config: ServiceConfig) -> ServiceConfig:
+    """The same configuration, its ranges checked.
+
+    Raises:
+        ConfigError: a field is out of range; the message names it.
+    """
+    try:
+        return msgspec.convert(msgspec.to_builtins(config), ServiceConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error).replace("`$.", "`")) from error

@@ -1,0 +1,85 @@
+"""How a run looks in a terminal: one live line for `serve`, a table for `status`."""
+
+import time
+
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from coordinator.status import MemberStatus, Status
+
+
+def si_bytes(count: float) -> str:
+    """A byte count for people: 999 B, 1.2 kB, 3.4 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """A duration for people: 42 s, 3 min, 2 h 5 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def status_line(status: Status, reason: str) -> Text:
+    """The one line that `serve` keeps up to date."""
+    parts = [f"round {status.round}/{status.rounds}", f"{status.live} live"]
+    if status.loss is not None:
+        parts.append(f"loss {status.loss:.3f}")
+    parts.append(f"up {si_bytes(status.payload_bytes_up)} down {si_bytes(status.payload_bytes_down)}")
+    left = status.rounds - status.round
+    if left and status.live and status.rounds_per_s > 0:
+        parts.append(f"{status.rounds_per_s:.1f} rounds/s, {duration(left / status.rounds_per_s)} left")
+    elif left and not status.live:
+        parts.append("waiting for nodes")
+    elif left:
+        parts.append(reason.partition(": ")[2])
+    return Text(" · ".join(parts), overflow="ellipsis", no_wrap=True)
+
+
+def status_view(status: Status) -> RenderableType:
+    """What `status` shows: the run, then one row for each node."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("node", "name", "presence", "round", "digest", "loss", "up", "down"):
+        table.add_column(
+            title, justify="right" if title in ("node", "round", "loss", "up", "down") else "left"
+        )
+    for member in status.members:
+        table.add_row(*_row(member))
+    age = time.time() - status.updated_at
+    serving = f"served, status {duration(age)} old" if status.serving else "not served"
+    head = Text(f"{status.name}  run {status.run}  ({serving})\n", style="bold")
+    head.append(f"round {status.round}/{status.rounds}", style="not bold")
+    if status.digest:
+        head.append(f"  digest {status.digest} at round {status.digest_round}", style="not bold")
+    if status.loss is not None:
+        head.append(f"  loss {status.loss:.3f}", style="not bold")
+    payload = f"{si_bytes(status.payload_bytes_up)} up, {si_bytes(status.payload_bytes_down)} down"
+    sockets = f"{si_bytes(status.zmtp_bytes_up)} up, {si_bytes(status.zmtp_bytes_down)} down"
+    head.append(f"\npayload {payload}; with ZMTP and CURVE {sockets}\n", style="not bold")
+    return Group(head, table if status.members else Text("nobody has joined yet"))
+
+
+def _row(member: MemberStatus) -> tuple[str, ...]:
+    digest = "" if member.digest is None else f"{member.digest[:12]}… @{member.digest_round}"
+    loss = "" if member.loss is None else f"{member.loss:.3f}"
+    up, down = si_bytes(member.payload_bytes_up), si_bytes(member.payload_bytes_down)
+    return (str(member.node), member.name, member.presence, str(member.round), digest, loss, up, down)
+
+
+def replay_progress(console: Console) -> Progress:
+    """A progress bar with an ETA for the replay of commits."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )

@@ -1,0 +1,267 @@
+"""The ledger: commits, digests, members and events of one run, durable in SQLite before anybody sees them.
+
+WAL with synchronous=FULL: when `append` returns, the commit survives a power cut. Readers (`status`, `verify`) never
+block the writer. It stores bytes and chains them; it decides nothing.
+"""
+
+import contextlib
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Self
+
+import msgspec
+
+from zo.commit import chain_digest
+from zo.steps import Scale
+
+FORMAT: Final = "zo-ledger-1"
+_SCHEMA: Final = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE commits (round INTEGER PRIMARY KEY, frame BLOB NOT NULL);
+CREATE TABLE checkpoints (
+    round INTEGER PRIMARY KEY, digest BLOB NOT NULL, mean_square INTEGER NOT NULL, exponent INTEGER NOT NULL);
+CREATE TABLE members (
+    node INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, name TEXT NOT NULL, enrolled_at REAL NOT NULL);
+CREATE TABLE events (
+    id INTEGER PRIMARY KEY, at REAL NOT NULL, round INTEGER NOT NULL, kind TEXT NOT NULL, node INTEGER,
+    text TEXT NOT NULL);
+CREATE TABLE status (id INTEGER PRIMARY KEY CHECK (id = 1), json BLOB NOT NULL);
+"""
+
+
+class LedgerError(RuntimeError):
+    """A ledger that is missing, damaged, of another version or of another run."""
+
+
+class StorageError(RuntimeError):
+    """The ledger could not be written: disk full, read-only or failing. What was written before is intact."""
+
+
+class Checkpoint(NamedTuple):
+    """The digest of the weights after `round` commits, and the step rule's memory there."""
+
+    round: int
+    digest: bytes
+    scale: Scale
+
+
+class Enrolment(NamedTuple):
+    """A node that was admitted."""
+
+    node: int
+    key: bytes
+    name: str
+
+
+class LedgerEvent(msgspec.Struct, frozen=True):
+    """Something that happened."""
+
+    at: float
+    """Seconds since the epoch."""
+    round: int
+    kind: str
+    node: int | None
+    text: str
+
+
+class Ledger:
+    """One run's ledger file."""
+
+    def __init__(self, path: Path, run_id: bytes, *, create: bool = False, read_only: bool = False) -> None:
+        """Open.
+
+        Args:
+            path: of the SQLite file.
+            run_id: what the ledger must belong to.
+            create: make a new one; there must be none.
+            read_only: refuse to write, and leave the writer undisturbed.
+
+        Raises:
+            LedgerError: missing, damaged, of another version or run.
+            StorageError: it cannot be written.
+        """
+        if create == path.exists():
+            raise LedgerError(f"{path} {'exists already' if create else 'does not exist'}")
+        mode = "ro" if read_only else "rwc"
+        try:
+            self._db = sqlite3.connect(
+                f"{path.resolve().as_uri()}?mode={mode}", uri=True, isolation_level=None
+            )
+            if not read_only:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("PRAGMA busy_timeout=5000")
+            if create:
+                with self._transaction():
+                    for statement in _SCHEMA.split(";"):
+                        self._db.execute(statement)
+                    self._db.executemany(
+                        "INSERT INTO meta VALUES (?, ?)", [("format", FORMAT.encode()), ("run_id", run_id)]
+                    )
+            meta = dict(self._db.execute("SELECT key, value FROM meta"))
+        except sqlite3.DatabaseError as error:
+            if _is_storage(error):
+                raise StorageError(f"cannot open {path} for writing: {error}") from error
+            raise LedgerError(f"{path} is not a ledger, or is damaged: {error}") from error
+        if meta.get("format") != FORMAT.encode():
+            found = bytes(meta.get("format", b"none")).decode(errors="replace")
+            raise LedgerError(f"{path} has format {found!r}, this version reads {FORMAT!r}")
+        if meta.get("run_id") != run_id:
+            raise LedgerError(
+                f"{path} belongs to run {bytes(meta['run_id']).hex()}, the manifest beside it says {run_id.hex()}. "
+                "The manifest of a run must not be edited: restore it, or `init` a new run"
+            )
+        self.path = path
+        self._run_id = run_id
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    # ---- writing --------------------------------------------------------------------------------------------------
+
+    def append(self, round: int, frame: bytes) -> None:
+        """Make a commit durable.
+
+        Raises:
+            StorageError: it is not; the ledger is as before.
+        """
+        self._write("INSERT INTO commits VALUES (?, ?)", round, frame)
+
+    def checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Record the digest at a round. Raises StorageError."""
+        round, digest, scale = checkpoint
+        self._write(
+            "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?)",
+            round,
+            digest,
+            scale.mean_square,
+            scale.exponent,
+        )
+
+    def enrol(self, enrolment: Enrolment) -> None:
+        """Record a new node. Raises StorageError."""
+        self._write("INSERT INTO members VALUES (?, ?, ?, ?)", *enrolment, time.time())
+
+    def note(self, round: int, kind: str, node: int | None, text: str) -> None:
+        """Record an event. Raises StorageError."""
+        self._write(
+            "INSERT INTO events (at, round, kind, node, text) VALUES (?, ?, ?, ?, ?)",
+            time.time(),
+            round,
+            kind,
+            node,
+            text,
+        )
+
+    def set_status(self, status: bytes) -> None:
+        """Replace the status that readers see: JSON. Raises StorageError."""
+        self._write("INSERT OR REPLACE INTO status VALUES (1, ?)", status)
+
+    # ---- reading --------------------------------------------------------------------------------------------------
+
+    def num_commits(self) -> int:
+        """How many commits there are."""
+        return int(self._one("SELECT COALESCE(MAX(round) + 1, 0) FROM commits")[0])
+
+    def frames(self, first: int = 0, last: int | None = None) -> Iterator[bytes]:
+        """The encoded commits first..last-1, in order.
+
+        Raises:
+            LedgerError: one is missing.
+        """
+        end = self.num_commits() if last is None else last
+        rows = self._read(
+            "SELECT round, frame FROM commits WHERE round >= ? AND round < ? ORDER BY round", first, end
+        )
+        due = first
+        for round, frame in rows:
+            if round != due:
+                break
+            yield frame
+            due += 1
+        if due < end:
+            raise LedgerError(f"{self.path}: commit {due} is missing")
+
+    def head_after(self, num_commits: int) -> bytes:
+        """The chain's head after so many commits: the last one's digest, or the run id."""
+        return chain_digest(next(self.frames(num_commits - 1, num_commits))) if num_commits else self._run_id
+
+    def checkpoints(self) -> Iterator[Checkpoint]:
+        """All recorded digests, by round."""
+        for round, digest, mean_square, exponent in self._read("SELECT * FROM checkpoints ORDER BY round"):
+            yield Checkpoint(round, digest, Scale(mean_square, exponent))
+
+    def last_checkpoint(self) -> Checkpoint | None:
+        """The newest recorded digest."""
+        row = next(iter(self._read("SELECT * FROM checkpoints ORDER BY round DESC LIMIT 1")), None)
+        return None if row is None else Checkpoint(row[0], row[1], Scale(row[2], row[3]))
+
+    def digest_at(self, round: int) -> bytes | None:
+        """The recorded digest after `round` commits, if there is one."""
+        row = next(iter(self._read("SELECT digest FROM checkpoints WHERE round = ?", round)), None)
+        return None if row is None else bytes(row[0])
+
+    def members(self) -> list[Enrolment]:
+        """Everyone ever admitted."""
+        return [Enrolment(*row) for row in self._read("SELECT node, key, name FROM members ORDER BY node")]
+
+    def events(self, limit: int) -> list[LedgerEvent]:
+        """The newest events, oldest first."""
+        rows = self._read("SELECT at, round, kind, node, text FROM events ORDER BY id DESC LIMIT ?", limit)
+        return [LedgerEvent(*row) for row in rows][::-1]
+
+    def status(self) -> bytes | None:
+        """The last status written: JSON."""
+        row = next(iter(self._read("SELECT json FROM status")), None)
+        return None if row is None else bytes(row[0])
+
+    # ---- SQLite ---------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise
+
+    def _write(self, statement: str, *values: Any) -> None:
+        try:
+            with self._transaction():
+                self._db.execute(statement, values)
+        except sqlite3.DatabaseError as error:
+            raise StorageError(
+                f"cannot write {self.path}: {error}. What was acknowledged is safe; make room or repair the disk, "
+                "then serve again"
+            ) from error
+
+    def _read(self, statement: str, *values: Any) -> Iterator[Any]:
+        try:
+            yield from self._db.execute(statement, values)
+        except sqlite3.DatabaseError as error:
+            raise LedgerError(f"{self.path} is damaged: {error}") from error
+
+    def _one(self, statement: str) -> Any:
+        return next(self._read(statement))
+
+
+def _is_storage(error: sqlite3.DatabaseError) -> bool:
+    return (error.sqlite_errorcode & 0xFF) in (
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_BUSY,
+    )

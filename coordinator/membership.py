@@ -1,0 +1,103 @@
+"""Members: who is here, how far each has come, and how far ahead of its acknowledgements it may be sent commits.
+
+The transition table is the whole of the presence logic; an event that has no arrow from a state changes nothing.
+"""
+
+import enum
+from dataclasses import dataclass, field
+from typing import Final
+
+from coordinator.pace import Latency
+from transport.messages import REPORT_ROUND_MODULUS
+from transport.meter import Count
+
+FLOW_WINDOW: Final = 128
+"""Commits a node may be sent beyond what it acknowledged. Nodes acknowledge at least every 64 rounds; and it must stay
+below 256, so that the round of a report modulo 256 names one round."""
+
+
+class Presence(enum.Enum):
+    """Where a member stands."""
+
+    JOINING = "joining"
+    LIVE = "live"
+    SILENT = "silent"
+    GONE = "gone"
+
+
+class Event(enum.Enum):
+    """What can happen to a member."""
+
+    HELLO = "said hello: it may still have a model to load and commits to catch up on"
+    REPORTED = "reported, in time or late"
+    HEARD = "any message"
+    MISSED = "let a deadline pass"
+    LOST = "the connection is gone, or nobody reads at its other end"
+    LEFT = "said that it goes"
+
+
+TRANSITIONS: Final = {
+    (Presence.GONE, Event.HELLO): Presence.JOINING,
+    (Presence.JOINING, Event.REPORTED): Presence.LIVE,
+    (Presence.JOINING, Event.LOST): Presence.GONE,
+    (Presence.JOINING, Event.LEFT): Presence.GONE,
+    (Presence.LIVE, Event.HELLO): Presence.JOINING,
+    (Presence.LIVE, Event.MISSED): Presence.SILENT,
+    (Presence.LIVE, Event.LOST): Presence.GONE,
+    (Presence.LIVE, Event.LEFT): Presence.GONE,
+    (Presence.SILENT, Event.HELLO): Presence.JOINING,
+    (Presence.SILENT, Event.HEARD): Presence.LIVE,
+    (Presence.SILENT, Event.LOST): Presence.GONE,
+    (Presence.SILENT, Event.LEFT): Presence.GONE,
+}
+
+
+def transition(presence: Presence, event: Event) -> Presence:
+    """Where a member stands after an event."""
+    return TRANSITIONS.get((presence, event), presence)
+
+
+@dataclass(kw_only=True)
+class Member:
+    """A node that has been admitted at least once."""
+
+    node: int
+    key: bytes
+    """(32,) bytes: the CURVE public key that is this node."""
+    name: str
+    presence: Presence = Presence.GONE
+    session: bytes | None = None
+    """Routing id of its connection; None while it is gone."""
+    acknowledged: int = 0
+    """Commits it is known to have applied."""
+    cursor: int = 0
+    """Commits it has been sent: acknowledged ≤ cursor ≤ acknowledged + FLOW_WINDOW."""
+    latency: Latency | None = None
+    digest_round: int | None = None
+    digest: bytes | None = None
+    """The last digest it reported, and of which round."""
+    loss: float | None = None
+    num_divergences: int = 0
+    up: Count = field(default_factory=Count)
+    down: Count = field(default_factory=Count)
+    is_finished: bool = False
+    """Whether it has been told that the run is over."""
+
+    def note(self, event: Event) -> None:
+        """Move along the transition table."""
+        self.presence = transition(self.presence, event)
+        if self.presence is Presence.GONE:
+            self.session = None
+
+    def room(self) -> int:
+        """How many more commits it may be sent now."""
+        return max(0, self.acknowledged + FLOW_WINDOW - self.cursor)
+
+    def acknowledge(self, round: int) -> None:
+        """Take note that it has applied `round` commits; more than it was sent is not believed."""
+        self.acknowledged = max(self.acknowledged, min(round, self.cursor))
+
+    def resolve(self, round_modulo: int) -> int | None:
+        """The round a report is for: the one in acknowledged..cursor that fits modulo 256; None if none does."""
+        round = self.acknowledged + (round_modulo - self.acknowledged) % REPORT_ROUND_MODULUS
+        return round if round <= self.cursor else None

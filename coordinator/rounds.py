@@ -1,0 +1,83 @@
+"""One round: who has reported, and whether it is over. Pure; time is an argument, the reason is text for the log."""
+
+import enum
+from collections.abc import Mapping
+
+import msgspec
+
+
+class Verdict(enum.Enum):
+    """What became of a report."""
+
+    COUNTED = "counted"
+    DUPLICATE = "counted before"
+    LATE = "its round is closed"
+    MISFIT = "wrong number of codes"
+
+
+class Outcome(enum.Enum):
+    """What to do with a round now."""
+
+    WAIT = "wait"
+    CLOSE = "close"
+
+
+class Round(msgspec.Struct, frozen=True):
+    """A round in progress."""
+
+    number: int
+    opened_at_s: float
+    codes_by_node: Mapping[int, bytes] = {}
+
+
+def receive(
+    collection: Round, node: int, number: int, codes: bytes, directions: int
+) -> tuple[Round, Verdict, str]:
+    """The round after a report; the report's own round `number` may be another. The first report stands.
+
+    Args:
+        collection: the round in progress.
+        node: who reports.
+        number: the round the report is for; never past the one in progress, since nobody can know that one.
+        codes: its codes.
+        directions: how many codes the manifest asks for.
+    """
+    if number != collection.number:
+        return (
+            collection,
+            Verdict.LATE,
+            f"round {number}: report of node {node} came in round {collection.number}",
+        )
+    if len(codes) != directions:
+        reason = f"round {number}: node {node} sent {len(codes)} codes, the manifest asks for {directions}"
+        return collection, Verdict.MISFIT, reason
+    if node in collection.codes_by_node:
+        return collection, Verdict.DUPLICATE, f"round {number}: node {node} reported before"
+    reports = {**collection.codes_by_node, node: codes}
+    return msgspec.structs.replace(collection, codes_by_node=reports), Verdict.COUNTED, ""
+
+
+def decide(
+    collection: Round, awaited: frozenset[int], quorum: int, wait_s: float, now: float
+) -> tuple[Outcome, str]:
+    """Whether the round is over, and the reason in words fit for the log.
+
+    It closes when a quorum has reported and nobody who is awaited is missing, or `wait_s` has passed.
+
+    Args:
+        collection: the round.
+        awaited: nodes that the round waits for.
+        quorum: least number of reports.
+        wait_s: how long after its opening, in seconds, a quorum is enough.
+        now: in seconds, on the clock of `opened_at_s`.
+    """
+    reported = len(collection.codes_by_node)
+    missing = sorted(awaited - collection.codes_by_node.keys())
+    counts = f"{reported} of {len(awaited | collection.codes_by_node.keys())} reported, quorum {quorum}"
+    if reported < quorum:
+        return Outcome.WAIT, f"round {collection.number}: waiting for a quorum ({counts})"
+    if not missing:
+        return Outcome.CLOSE, f"round {collection.number}: closed ({counts})"
+    if now - collection.opened_at_s >= wait_s:
+        return Outcome.CLOSE, f"round {collection.number}: closed without {missing} ({counts})"
+    return Outcome.WAIT, f"round {collection.number}: waiting for {missing} ({counts})"

@@ -1,0 +1,175 @@
+"""The run directory: manifest, configuration, key, ledger and snapshots of one run, and who may write them."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from coordinator.config import ServiceConfig, parse_config
+from coordinator.ledger import Ledger, StorageError
+from transport.keys import KeyPair, load_key, new_key_pair, save_key
+from transport.messages import PROTOCOL_VERSION
+from zo.manifest import Manifest, ManifestError, parse_manifest
+from zo.replica import Replica
+from zo.snapshot import SnapshotError, decode_snapshot, encode_snapshot
+from zo.toml import documented_toml
+
+_MANIFEST_TITLE: Final = (
+    "The manifest of this run: what all its nodes share. Its hash is the run id, so it cannot be edited; "
+    "`zo-coordinator init` makes a new one."
+)
+_CONFIG_TITLE: Final = (
+    "How this coordinator is operated. May be edited; read at the start of `zo-coordinator serve`."
+)
+
+
+class RunDirectoryError(ValueError):
+    """A directory that is no run directory, or cannot become one."""
+
+
+class BusyError(RuntimeError):
+    """The run directory is being served by another process."""
+
+
+class RunDirectory:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest_path = path / "manifest.toml"
+        self.config_path = path / "coordinator.toml"
+        self.key_path = path / "coordinator.key"
+        self.ledger_path = path / "ledger.sqlite"
+        self.initial_path = path / "initial.zo"
+        self.snapshot_path = path / "snapshot.zo"
+
+    def create(self, manifest: Manifest, config: ServiceConfig, initial: Replica) -> None:
+        """Make the directory and everything in it; its manifest last, so that half a directory is none.
+
+        Raises:
+            RunDirectoryError: there is something already.
+            StorageError: it cannot be written.
+        """
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunDirectoryError(
+                f"{self.path} exists already; choose another directory, or remove it first"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            save_key(self.key_path, new_key_pair())
+            Ledger(self.ledger_path, manifest.run_id, create=True).close()
+            write_atomically(self.initial_path, encode_snapshot(initial, manifest))
+            write_atomically(self.config_path, documented_toml(config, _CONFIG_TITLE).encode())
+            write_atomically(self.manifest_path, documented_toml(manifest, _MANIFEST_TITLE).encode())
+        except OSError as error:
+            raise StorageError(f"cannot write the run directory {self.path}: {error}") from error
+
+    def manifest(self) -> Manifest:
+        """The manifest.
+
+        Raises:
+            RunDirectoryError: there is none.
+            ManifestError: it is wrong, or of another version of the protocol.
+        """
+        manifest = parse_manifest(self._read(self.manifest_path))
+        if manifest.protocol != PROTOCOL_VERSION:
+            raise ManifestError(
+                f"{self.manifest_path} is of protocol version {manifest.protocol}, this program speaks "
+                f"{PROTOCOL_VERSION}; use the version that made it"
+            )
+        return manifest
+
+    def config(self) -> ServiceConfig:
+        """The service configuration. Raises RunDirectoryError, ConfigError."""
+        return parse_config(self._read(self.config_path))
+
+    def keys(self) -> KeyPair:
+        """The coordinator's keys. Raises KeyFileError."""
+        return load_key(self.key_path)
+
+    def ledger(self, manifest: Manifest, *, read_only: bool = False) -> Ledger:
+        """The ledger. Raises LedgerError, StorageError."""
+        return Ledger(self.ledger_path, manifest.run_id, read_only=read_only)
+
+    def initial(self, manifest: Manifest) -> Replica:
+        """The weights of round 0.
+
+        Raises:
+            SnapshotError: damaged, or of another run.
+            RunDirectoryError: missing.
+        """
+        try:
+            return decode_snapshot(self.initial_path.read_bytes(), manifest)
+        except OSError as error:
+            raise RunDirectoryError(f"cannot read {self.initial_path}: {error}") from error
+
+    def newest(self, manifest: Manifest, ledger: Ledger) -> tuple[Replica, str]:
+        """The newest state from which to replay, and in words which one it is.
+
+        The snapshot is a short cut only: one that is missing, damaged or not part of the ledger is passed over.
+        """
+        reason = "there is no snapshot yet"
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                replica = decode_snapshot(self.snapshot_path.read_bytes(), manifest)
+                if replica.round <= ledger.num_commits() and ledger.head_after(replica.round) == replica.head:
+                    return replica, f"snapshot of round {replica.round}"
+                reason = f"snapshot of round {replica.round} is not part of the ledger"
+            except SnapshotError as error:
+                reason = str(error)
+        return self.initial(manifest), f"start of the run ({reason})"
+
+    def save_snapshot(self, replica: Replica, manifest: Manifest) -> None:
+        """Write the snapshot from which the next start goes on. Raises StorageError."""
+        try:
+            write_atomically(self.snapshot_path, encode_snapshot(replica, manifest))
+        except OSError as error:
+            raise StorageError(f"cannot write {self.snapshot_path}: {error}") from error
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory for writing.
+
+        Raises:
+            BusyError: another process holds it.
+        """
+        try:
+            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise StorageError(f"cannot write the run directory {self.path}: {error}") from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BusyError(
+                    f"{self.path} is being served by another process; stop that one first"
+                ) from error
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _read(self, path: Path) -> str:
+        try:
+            return path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunDirectoryError(
+                f"{self.path} is not a run directory: cannot read {path.name} ({error}). "
+                "Make one with `zo-coordinator init`"
+            ) from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that at every instant there is either the old or the new one, whole. Raises OSError."""
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

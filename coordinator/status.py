@@ -1,0 +1,91 @@
+"""What a run tells about itself: the type behind `status --json`, stored in the ledger once a second."""
+
+import msgspec
+
+from coordinator.ledger import Ledger
+from zo.manifest import Manifest
+
+
+class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One node."""
+
+    node: int
+    name: str
+    key: str
+    """Its public key, hexadecimal."""
+    presence: str
+    round: int
+    """Commits it is known to have applied in this session."""
+    digest_round: int | None
+    digest: str | None
+    """The last digest it reported, and of which round."""
+    loss: float | None
+    """The recent mean loss it reported, if the manifest has nodes share it."""
+    latency_s: float | None
+    divergences: int
+    """How often its digest differed from the ledger's."""
+    messages_up: int
+    payload_bytes_up: int
+    zmtp_bytes_up: int
+    messages_down: int
+    payload_bytes_down: int
+    zmtp_bytes_down: int
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """One run. "Up" is from nodes to the coordinator. Counts go on over restarts of the coordinator."""
+
+    run: str
+    name: str
+    serving: bool
+    """Whether a coordinator said so at `updated_at`."""
+    round: int
+    """Commits in the ledger."""
+    rounds: int
+    digest: str
+    """Digest of the weights after `digest_round` commits."""
+    digest_round: int
+    live: int
+    members: list[MemberStatus]
+    payload_bytes_up: int
+    payload_bytes_down: int
+    zmtp_bytes_up: int
+    zmtp_bytes_down: int
+    loss: float | None
+    """Mean of the losses that members reported last."""
+    rounds_per_s: float
+    malformed_frames: int
+    updated_at: float
+    """Seconds since the epoch."""
+
+
+def read_status(manifest: Manifest, ledger: Ledger) -> Status:
+    """The newest status in a ledger; for a run that was never served, what its files say.
+
+    Raises:
+        LedgerError: the ledger is damaged.
+    """
+    stored = ledger.status()
+    if stored is not None:
+        status = msgspec.json.decode(stored, type=Status)
+        return msgspec.structs.replace(status, round=ledger.num_commits())
+    checkpoint = ledger.last_checkpoint()
+    return Status(
+        run=manifest.run_id.hex(),
+        name=manifest.run.name,
+        serving=False,
+        round=ledger.num_commits(),
+        rounds=manifest.run.rounds,
+        digest=checkpoint.digest.hex() if checkpoint else "",
+        digest_round=checkpoint.round if checkpoint else 0,
+        live=0,
+        members=[],
+        payload_bytes_up=0,
+        payload_bytes_down=0,
+        zmtp_bytes_up=0,
+        zmtp_bytes_down=0,
+        loss=None,
+        rounds_per_s=0.0,
+        malformed_frames=0,
+        updated_at=0.0,
+    )

@@ -1,0 +1,350 @@
+"""The node's service: one loop that receives, hands to the session, does what it says, and probes when there is time.
+
+What a probe is, it does not know: the `Trainer` it is given does. So the same service runs with a language model on a
+gateway and with a small NumPy loss in a test of a thousand faults.
+"""
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from node.session import Applied, Effect, End, Open, Session, Stage, StartOver, Transmit
+from node.state import StateDirectory
+from transport.exits import Exit
+from transport.messages import Report, WireError, decode_from_coordinator, encode
+from transport.meter import Meter, SocketCount
+from transport.sockets import Link, NodeSocket
+from transport.ticket import Ticket
+from zo.manifest import Manifest
+from zo.replica import Replica
+
+SAVE_EVERY_S: Final = 10.0
+_POLL_S: Final = 0.5
+_WRONG_KEY_TRIES: Final = 3
+
+
+class ProbeResult(Protocol):
+    """What a probe gives."""
+
+    @property
+    def codes(self) -> NDArray[np.int8]:
+        """(directions,) int8."""
+
+    @property
+    def loss(self) -> float:
+        """Mean loss in nats, NaN if none was finite."""
+
+    @property
+    def num_no_votes(self) -> int:
+        """Directions without a finite loss."""
+
+
+class Trainer(Protocol):
+    """What can measure a loss at given weights: a model with private data, or a stand-in for it."""
+
+    def initial_weights(self) -> NDArray[np.int32]:
+        """The weights of round 0."""
+
+    def probe(self, weights: NDArray[np.int32], round: int, node: int, exponent: int) -> ProbeResult:
+        """The codes of a round; `weights` are left as they are."""
+
+    def evaluate(self, weights: NDArray[np.int32]) -> float | None:
+        """Held-out loss in nats; None if there is nothing held out."""
+
+
+class NodeError(RuntimeError):
+    """The node cannot go on; carries the exit code."""
+
+    def __init__(self, code: Exit, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+class Leaving(BaseException):
+    """Ctrl-C or SIGTERM in a place that may be interrupted."""
+
+
+@dataclass
+class View:
+    """What a display may show."""
+
+    stage: Stage = Stage.CONNECTING
+    node: int | None = None
+    round: int = 0
+    rounds: int = 0
+    behind: int = 0
+    members: int = 0
+    loss: float | None = None
+    held_out: float | None = None
+    lag_s: float | None = None
+    """From the last report to its commit."""
+    num_directions: int = 0
+    """Directions reported by this process."""
+    num_no_votes: int = 0
+    num_late: int = 0
+    meter: Meter = field(default_factory=Meter)
+    socket: SocketCount | None = None
+    notice: str = ""
+
+
+class NodeService:
+    """One node's part in a run, from connecting to its end."""
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        state: StateDirectory,
+        base_digest: str,
+        tokenizer_digest: str,
+        open_trainer: Callable[[Manifest], Trainer],
+        *,
+        name: str,
+        connect_timeout_s: float,
+        evaluate_every: int,
+        show: Callable[[View], None],
+        log: Callable[[dict[str, object]], None],
+    ) -> None:
+        """Prepare; `run` does the work.
+
+        Args:
+            ticket: of the run.
+            state: locked by the caller.
+            base_digest: hexadecimal, of the base this node will load.
+            tokenizer_digest: hexadecimal.
+            open_trainer: loads model and data once the manifest is known.
+            name: for people.
+            connect_timeout_s: how long to try for a first contact.
+            evaluate_every: measure the held-out loss every so many rounds; 0 for never.
+            show: called when there is something new to see.
+            log: called with one record for every round.
+        """
+        self._ticket = ticket
+        self._state = state
+        self._open_trainer = open_trainer
+        self._connect_timeout_s = connect_timeout_s
+        self._evaluate_every = evaluate_every
+        self._show = show
+        self._log = log
+        saved = state.load(ticket.run_id)
+        self._session = Session(
+            ticket.run_id,
+            bytes.fromhex(base_digest),
+            bytes.fromhex(tokenizer_digest),
+            name,
+            saved[1] if saved else None,
+        )
+        self._socket = NodeSocket(ticket, state.keys())
+        self._trainer: Trainer | None = None
+        self._manifest: Manifest | None = None
+        self._may_interrupt = False
+        self._wants_to_leave = False
+        self._was_up = False
+        self._wrong_key_tries = 0
+        self._saved_at = time.monotonic()
+        self._reported_at: float | None = None
+        self._end: End | None = None
+        self.view = View()
+
+    def run(self) -> str:
+        """Take part until the run is over, or until Ctrl-C or SIGTERM; why it ended.
+
+        Raises:
+            NodeError: the node cannot go on.
+            StateError: its state cannot be written.
+            Whatever `open_trainer` raises.
+        """
+        previous = {
+            number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            with contextlib.suppress(Leaving):
+                self._loop()
+            if self._end is None:
+                self._carry_out(self._session.leave())
+                self._save()
+                return f"left at round {self.view.round}; join again to go on"
+            self._save()
+            if self._end.code is not Exit.OK:
+                raise NodeError(self._end.code, self._end.reason)
+            return self._end.reason
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self.view.socket = self._socket.socket_count()
+            self._socket.close()
+
+    def _loop(self) -> None:
+        started = time.monotonic()
+        while self._end is None and not self._wants_to_leave:
+            with self._interruptible():
+                links, frames = self._socket.poll(0.0 if self._session.next_probe() else _POLL_S)
+            for link in links:
+                self._on_link(link)
+            for frame in frames:
+                self._on_frame(frame)
+            if self._end is not None:
+                return
+            now = time.monotonic()
+            if not self._was_up and now - started > self._connect_timeout_s:
+                raise NodeError(
+                    Exit.UNREACHABLE,
+                    f"nobody answers at {self._ticket.host}:{self._ticket.port} for {self._connect_timeout_s:.0f} s. "
+                    "Is the coordinator running, and is the port open between here and there?",
+                )
+            self._carry_out(self._session.on_tick(now))
+            # Frames that wait come first: a commit among them may have closed the round already.
+            wanted = self._session.next_probe() if not frames else None
+            if wanted is not None:
+                self._probe(*wanted)
+            if now - self._saved_at > SAVE_EVERY_S:
+                self._save()
+            self._refresh()
+
+    def _on_link(self, link: Link) -> None:
+        if link is Link.UP:
+            self._was_up = True
+            self.view.notice = ""
+            self._carry_out(self._session.on_link_up())
+        elif link is Link.DOWN:
+            self.view.notice = "connection lost, reconnecting"
+            self._session.on_link_down()
+        else:
+            self._session.on_link_down()
+            self._wrong_key_tries += 1
+            # Once may be a coordinator that is just going down.
+            if not self._was_up and self._wrong_key_tries >= _WRONG_KEY_TRIES:
+                if link is Link.REFUSED:
+                    raise NodeError(Exit.REFUSED, "the coordinator does not admit this node's key")
+                raise NodeError(
+                    Exit.WRONG_KEY,
+                    f"what answers at {self._ticket.host}:{self._ticket.port} does not have the ticket's key. "
+                    "Is the ticket of this coordinator, and of this run?",
+                )
+
+    def _on_frame(self, frame: bytes) -> None:
+        try:
+            message = decode_from_coordinator(frame)
+        except WireError as error:
+            raise NodeError(
+                Exit.REFUSED, f"the coordinator sent what this version does not understand: {error}"
+            ) from error
+        self.view.meter.count_down(type(message).__name__, len(frame))
+        self._carry_out(self._session.on_message(message, time.monotonic()))
+
+    def _carry_out(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Transmit(message):
+                    frame = encode(message)
+                    if self._socket.send(frame):
+                        self.view.meter.count_up(type(message).__name__, len(frame))
+                        if isinstance(message, Report):
+                            self._reported_at = time.monotonic()
+                case Open(manifest):
+                    self._open(manifest)
+                case StartOver(reason):
+                    self.view.notice = f"starting over: {reason}"
+                    self._carry_out(self._session.opened(self._fresh_replica()))
+                case Applied():
+                    self._applied(effect)
+                case End():
+                    self._end = effect
+
+    def _open(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._state.save_manifest(manifest)
+        self.view.rounds = manifest.run.rounds
+        self.view.notice = "loading the base"
+        self._show(self.view)
+        with self._interruptible():
+            self._trainer = self._open_trainer(manifest)
+        self.view.notice = ""
+        if self._session.replica is None:
+            self._carry_out(self._session.opened(self._fresh_replica()))
+
+    def _fresh_replica(self) -> Replica:
+        assert self._manifest is not None
+        assert self._trainer is not None
+        return Replica(self._manifest, self._trainer.initial_weights())
+
+    def _probe(self, round: int, exponent: int) -> None:
+        session, trainer = self._session, self._trainer
+        assert session.replica is not None
+        assert session.node is not None
+        assert trainer is not None
+        self._refresh()
+        with self._interruptible():
+            if self._evaluate_every and round % self._evaluate_every == 0:
+                self.view.held_out = trainer.evaluate(session.replica.weights)
+                self._log({"round": round, "held_out": self.view.held_out, **self._bytes()})
+            probed = trainer.probe(session.replica.weights, round, session.node, exponent)
+        self.view.num_directions += probed.codes.size
+        self.view.num_no_votes += probed.num_no_votes
+        self._carry_out(session.on_probed(round, probed.codes, probed.loss, time.monotonic()))
+
+    def _applied(self, applied: Applied) -> None:
+        if applied.own_codes and self._reported_at is not None:
+            self.view.lag_s = time.monotonic() - self._reported_at
+        self.view.num_late += applied.was_late
+        self.view.members = len(applied.commit.participants)
+        self._log(
+            {
+                "round": applied.commit.round,
+                "loss": self._session.loss,
+                "members": self.view.members,
+                "counted": applied.own_codes,
+                **self._bytes(),
+            }
+        )
+
+    def _bytes(self) -> dict[str, int]:
+        up, down = self.view.meter.total_up, self.view.meter.total_down
+        return {
+            "payload_up": up.payload_bytes,
+            "payload_down": down.payload_bytes,
+            "zmtp_up": up.zmtp_bytes,
+            "zmtp_down": down.zmtp_bytes,
+        }
+
+    def _refresh(self) -> None:
+        session, view = self._session, self.view
+        view.stage, view.node, view.loss, view.behind = (
+            session.stage,
+            session.node,
+            session.loss,
+            session.behind,
+        )
+        view.round = session.replica.round if session.replica else 0
+        view.socket = self._socket.socket_count()
+        self._show(view)
+
+    def _save(self) -> None:
+        self._saved_at = time.monotonic()
+        if self._manifest is not None and self._session.replica is not None:
+            self._state.save(self._session.replica, self._manifest)
+
+    # ---- leaving --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Where a signal may strike at once: waiting, loading, measuring; never sending, applying or saving."""
+        if self._wants_to_leave:
+            raise Leaving
+        self._may_interrupt = True
+        try:
+            yield
+        finally:
+            self._may_interrupt = False
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self._wants_to_leave = True
+        if self._may_interrupt:
+            self._may_interrupt = False
+            raise Leaving

@@ -1,0 +1,114 @@
+"""A node's state directory: its key, the manifest and the newest weights, and the lock that makes it one node's."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from transport.keys import KeyPair, load_or_make_key
+from zo.manifest import Manifest, ManifestError, parse_manifest
+from zo.replica import Replica
+from zo.snapshot import decode_snapshot, encode_snapshot
+from zo.toml import documented_toml
+
+
+class StateError(RuntimeError):
+    """A state directory that cannot be used; the message says why."""
+
+
+class StateBusyError(RuntimeError):
+    """Another process uses the state directory."""
+
+
+class StateDirectory:
+    """Where a node keeps what it must not lose. Everything but the key can be had again from the coordinator."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest_path = path / "manifest.toml"
+        self.snapshot_path = path / "snapshot.zo"
+        self.log_path = path / "log.jsonl"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Make the directory if need be, and hold it.
+
+        Raises:
+            StateError: it cannot be made or written.
+            StateBusyError: another process holds it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise StateError(f"cannot write the state directory {self.path}: {error.strerror}") from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StateBusyError(
+                    f"another node uses the state directory {self.path}; "
+                    "to run a second node on this machine, give it its own --name"
+                ) from error
+            yield
+        finally:
+            os.close(descriptor)
+
+    def keys(self) -> KeyPair:
+        """The node's keys, made at first use. Raises KeyFileError."""
+        return load_or_make_key(self.path / "node.key")
+
+    def private_seed(self) -> int:
+        """A secret number that only this node knows, from its key: it decides batches and rounding."""
+        secret = self.keys().secret
+        return int.from_bytes(hashlib.blake2b(secret, digest_size=8, person=b"zo-private").digest(), "little")
+
+    def load(self, run_id: bytes) -> tuple[Manifest, Replica] | None:
+        """What was saved for this run; None if nothing was, or if it cannot be trusted: it can be had again."""
+        try:
+            manifest = parse_manifest(self.manifest_path.read_text("utf-8"))
+            if manifest.run_id != run_id:
+                return None
+            return manifest, decode_snapshot(self.snapshot_path.read_bytes(), manifest)
+        except (OSError, UnicodeDecodeError, ManifestError, ValueError):
+            return None
+
+    def save_manifest(self, manifest: Manifest) -> None:
+        """Keep the manifest. Raises StateError."""
+        self._write(self.manifest_path, documented_toml(manifest, "The manifest of the run.").encode())
+
+    def save(self, replica: Replica, manifest: Manifest) -> None:
+        """Keep the weights. Raises StateError."""
+        self._write(self.snapshot_path, encode_snapshot(replica, manifest))
+
+    def _write(self, path: Path, data: bytes) -> None:
+        temporary = path.with_name(path.name + ".new")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise StateError(f"cannot write {path}: {error.strerror}") from error
+
+
+def load_result(path: Path) -> tuple[Manifest, Replica]:
+    """The manifest and the newest weights in a node's state directory or a coordinator's run directory.
+
+    Raises:
+        StateError: there are none, or they are damaged; the message says which.
+    """
+    directory = StateDirectory(path)
+    try:
+        manifest = parse_manifest(directory.manifest_path.read_text("utf-8"))
+        return manifest, decode_snapshot(directory.snapshot_path.read_bytes(), manifest)
+    except OSError as error:
+        raise StateError(
+            f"{path} holds no weights yet: cannot read {error.filename} ({error.strerror}). "
+            "Name a node's state directory or a coordinator's run directory"
+        ) from error
+    except ValueError as error:
+        raise StateError(f"{path}: {error}") from error
