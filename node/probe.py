@@ -76,10 +76,21 @@ def evaluate(
         progress: called with (windows done, windows in all) after every forward pass.
     """
     adapter.load(to_float(weights))
+    return mean_loss_over(adapter.model, windows, batch_size=batch_size, progress=progress)
+
+
+def mean_loss_over(
+    model: torch.nn.Module,
+    windows: Windows,
+    *,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """Mean cross-entropy over all windows, in nats per token, of the model as it is. Arguments as `evaluate`."""
     total = 0.0
     for start in range(0, windows.num_windows, batch_size):
         tokens = windows.tokens[start : start + batch_size].astype(np.int64)
-        total += mean_loss(adapter.model, tokens) * len(tokens)
+        total += mean_loss(model, tokens) * len(tokens)
         if progress is not None:
             progress(start + len(tokens), windows.num_windows)
     return total / windows.num_windows

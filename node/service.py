@@ -179,6 +179,7 @@ class NodeService:
                 signal.signal(number, handler)
             self.view.socket = self._socket.socket_count()
             self._socket.close()
+            self._log({"ended": self.view.round, **self._bytes(), **self._wire_bytes()})
 
     def _loop(self) -> None:
         started = time.monotonic()
@@ -312,6 +313,12 @@ class NodeService:
             "zmtp_up": up.zmtp_bytes,
             "zmtp_down": down.zmtp_bytes,
         }
+
+    def _wire_bytes(self) -> dict[str, int]:
+        count = self.view.socket
+        if count is None:
+            return {}
+        return {"wire_up": count.wire_bytes_sent, "wire_down": count.wire_bytes_received}
 
     def _refresh(self) -> None:
         session, view = self._session, self.view

@@ -1,0 +1,356 @@
+"""`zo-node`: the only place of the node that speaks to a person, prints and exits."""
+
+import contextlib
+import json as json_format
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from node import embedded
+from node.base import BaseError, load_base, read_digest, read_tokenizer_digest
+from node.data import DataError
+from node.display import summary, view_line
+from node.service import NodeError, NodeService, View
+from node.state import StateBusyError, StateDirectory, StateError, load_result
+from transport.exits import HELP, Exit
+from transport.keys import KeyFileError
+from transport.sockets import SocketError
+from transport.ticket import TicketError, parse_ticket
+from zo import kernels
+from zo.manifest import Manifest
+
+# torch, transformers and peft take seconds to import; the modules that need them are imported where they are used, so
+# that a wrong ticket or an unreachable coordinator is said at once.
+
+app = typer.Typer(
+    name="zo-node",
+    help="Take part in fine-tuning one language model together; only bytes of projected gradients leave this machine.",
+    epilog=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+_EXIT_BY_ERROR: dict[type[Exception], Exit] = {
+    TicketError: Exit.INPUT,
+    DataError: Exit.INPUT,
+    KeyFileError: Exit.INPUT,
+    BaseError: Exit.BASE,
+    StateError: Exit.STORAGE,
+    StateBusyError: Exit.BUSY,
+    SocketError: Exit.UNREACHABLE,
+}
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Base model: directory or Hugging Face name. Default: the small one that comes with this program.",
+        show_default=False,
+    ),
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Threads to compute with.", show_default="all cores")
+]
+
+
+@contextlib.contextmanager
+def _failures_explained() -> Iterator[None]:
+    """Turn the errors we know into one line and their exit code; anything else is a bug and shows its trace."""
+    try:
+        yield
+    except NodeError as error:
+        _fail(error, error.code)
+    except tuple(_EXIT_BY_ERROR) as error:
+        _fail(error, next(code for kind, code in _EXIT_BY_ERROR.items() if isinstance(error, kind)))
+
+
+def _fail(error: Exception, code: Exit) -> None:
+    err.print(f"zo-node: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(code) from None
+
+
+def default_state(run_id: bytes, name: str) -> Path:
+    """Where a node keeps its state unless it is told otherwise."""
+    root = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return root / "zo-node" / run_id.hex()[:12] / name
+
+
+@app.command(
+    epilog="Example: zo-node join 'zo://192.0.2.7:7411/…#…' --data notes.txt --data letters.jsonl\n\n" + HELP
+)
+def join(
+    ticket: Annotated[
+        str,
+        typer.Argument(
+            metavar="TICKET", help="The line that `zo-coordinator serve` printed.", show_default=False
+        ),
+    ],
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            help="Private training text: .txt, or .jsonl with a field 'text'. Repeat it for several files.",
+            show_default=False,
+        ),
+    ],
+    model: ModelOption = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of this node, for people.", show_default="the host's name")
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="Where to keep key and weights.", show_default="~/.local/state/zo-node/RUN/NAME"),
+    ] = None,
+    eval_data: Annotated[
+        list[Path] | None,
+        typer.Option("--eval", help="Held-out text to measure the loss on; stays here too."),
+    ] = None,
+    eval_every: Annotated[int, typer.Option(min=1, help="Measure it every so many rounds.")] = 50,
+    threads: ThreadsOption = None,
+    connect_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds to try to reach the coordinator for the first time.")
+    ] = 30.0,
+) -> None:
+    """Join a run and train until it ends or Ctrl-C; joining again goes on where this node left.
+
+    Nothing of the data leaves this machine but one byte per direction (and, if the run's manifest says so, a mean loss).
+    """
+    with _failures_explained():
+        parsed = parse_ticket(ticket)
+        name = (name or socket.gethostname())[:64]
+        directory = StateDirectory((state or default_state(parsed.run_id, name)).expanduser())
+        path = model or str(embedded.path())
+        for file in [*data, *(eval_data or [])]:
+            if not file.expanduser().is_file():
+                raise DataError(f"{file}: no such file")
+        with directory.lock(), _log(directory.log_path) as log, _live_line() as show:
+            base_digest, tokenizer_digest = read_digest(path), read_tokenizer_digest(path)
+            _compile_kernels()
+            num_threads = threads or len(os.sched_getaffinity(0))
+
+            def open_trainer(manifest: Manifest) -> Any:
+                from node.language import LanguageTrainer, read_data
+
+                base = load_base(path, threads=num_threads)
+                windows = read_data(data, base, manifest)
+                err.print(f"training data: {windows}", style="dim", highlight=False)
+                held_out = read_data(eval_data, base, manifest) if eval_data else None
+                return LanguageTrainer(
+                    manifest,
+                    base,
+                    windows,
+                    held_out,
+                    private_seed=directory.private_seed(),
+                    threads=num_threads,
+                )
+
+            service = NodeService(
+                parsed,
+                directory,
+                base_digest,
+                tokenizer_digest,
+                open_trainer,
+                name=name,
+                connect_timeout_s=connect_timeout,
+                evaluate_every=eval_every if eval_data else 0,
+                show=show,
+                log=log,
+            )
+            try:
+                reason = service.run()
+            except NodeError as error:
+                if error.code is Exit.BASE and model is None:
+                    raise NodeError(error.code, f"{error}. Name the run's base with --model") from error
+                raise
+        err.print(reason, highlight=False)
+        err.print(summary(service.view), highlight=False)
+        err.print(f"state in {directory.path}", style="dim", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: zo-node export my-run -o my-adapter --model ./my-model\n\n" + HELP)
+def export(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="A node's state directory or a coordinator's run directory.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Directory to write the adapter to.", show_default=False)
+    ],
+    model: ModelOption = None,
+) -> None:
+    """Write the newest weights as a plain PEFT adapter, for PeftModel.from_pretrained."""
+    with _failures_explained():
+        manifest, replica = load_result(source)
+        path = model or str(embedded.path())
+        _check_base(path, manifest, model)
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise DataError(f"{output} exists already; choose another directory")
+        from node.language import adapt
+
+        adapter = adapt(load_base(path, threads=1), manifest)
+        try:
+            adapter.export(output, replica.weights, path)
+        except OSError as error:
+            raise StateError(f"cannot write {output}: {error}") from error
+        out.print(f"round {replica.round}, digest {replica.digest().hex()}", highlight=False)
+        out.print(
+            f"wrote {output}: PeftModel.from_pretrained(base, {str(output)!r})",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@app.command(
+    epilog="Example: zo-node evaluate --adapter my-adapter --data held-out.txt --model ./my-model\n\n" + HELP
+)
+def evaluate(
+    data: Annotated[
+        list[Path], typer.Option(help="Text to measure the loss on: .txt or .jsonl.", show_default=False)
+    ],
+    model: ModelOption = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A PEFT adapter directory.", show_default="the base alone")
+    ] = None,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows in one forward pass.")] = 8,
+    threads: ThreadsOption = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure the loss of the base, with or without an adapter, as plain transformers and PEFT compute it."""
+    with _failures_explained():
+        from node.data import read_windows
+        from node.probe import mean_loss_over
+
+        base = load_base(model or str(embedded.path()), threads=threads or len(os.sched_getaffinity(0)))
+        windows = read_windows(data, base.tokenizer, sequence_length)
+        measured = base.model
+        if adapter is not None:
+            measured = _with_adapter(base.model, adapter)
+        columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=err, transient=True) as bar:
+            task = bar.add_task("", total=windows.num_windows)
+            loss = mean_loss_over(
+                measured,
+                windows,
+                batch_size=batch_size,
+                progress=lambda done, _: bar.update(task, completed=done),
+            )
+        if json:
+            print(
+                json_format.dumps(
+                    {"loss": loss, "windows": windows.num_windows, "tokens": windows.tokens.size}
+                )
+            )
+        else:
+            out.print(f"loss {loss:.4f} nats per token over {windows.num_windows} windows", highlight=False)
+
+
+@app.command(epilog="Example: zo-node demo --output demo-out\n\n" + HELP)
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for everything it makes.")] = Path(
+        "demo-out"
+    ),
+    rounds: Annotated[int, typer.Option(min=12, help="Rounds to train.")] = 240,
+    directions: Annotated[int, typer.Option(min=1, help="Directions a node and round.")] = 4,
+) -> None:
+    """Fine-tune the embedded model with four processes on this machine; one is killed, another joins late.
+
+    A coordinator and the nodes talk over real, encrypted connections on 127.0.0.1. Ends with exit code 12 if the
+    held-out loss did not fall or any two digests differ.
+    """
+    from node.demo import DemoError, run_demo
+
+    with _failures_explained():
+        try:
+            passed = run_demo(output, rounds=rounds, directions=directions, console=out)
+        except DemoError as error:
+            _fail(error, Exit.MISMATCH)
+        if not passed:
+            raise typer.Exit(1)
+
+
+def _check_base(path: str, manifest: Manifest, model: str | None) -> None:
+    digest = read_digest(path)
+    if digest != manifest.base.digest:
+        cure = "" if model else ". Name the run's base with --model"
+        raise BaseError(
+            f"the base {path} has digest {digest}, the run's base {manifest.base.name!r} has "
+            f"{manifest.base.digest}{cure}"
+        )
+
+
+def _with_adapter(model: Any, adapter: Path) -> Any:
+    from peft import PeftModel
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise BaseError(f"{adapter} is not a PEFT adapter: it has no adapter_config.json")
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).eval()
+    except Exception as error:  # PEFT raises many kinds for a broken file
+        raise BaseError(f"cannot load the adapter {adapter}: {error}") from error
+
+
+def _compile_kernels() -> None:
+    if not kernels.is_compiled():
+        err.print("compiling the kernels, once for this machine …", style="dim")
+        kernels.compile_kernels()
+
+
+@contextlib.contextmanager
+def _log(path: Path) -> Iterator[Callable[[dict[str, object]], None]]:
+    try:
+        file = path.open("a", buffering=1)
+    except OSError as error:
+        raise StateError(f"cannot write {path}: {error.strerror}") from error
+    with file:
+        yield lambda record: print(json_format.dumps({"at": round(time.time(), 3), **record}), file=file)
+
+
+@contextlib.contextmanager
+def _live_line() -> Iterator[Callable[[View], None]]:
+    """A line that renews itself in a terminal, or one line every ten seconds where there is none."""
+    shown_at = 0.0
+    if err.is_terminal:
+        with Live(console=err, auto_refresh=False) as live:
+
+            def show(view: View) -> None:
+                nonlocal shown_at
+                if time.monotonic() - shown_at > 0.1:
+                    shown_at = time.monotonic()
+                    live.update(view_line(view), refresh=True)
+
+            yield show
+        return
+
+    def show_rarely(view: View) -> None:
+        nonlocal shown_at
+        if time.monotonic() - shown_at > 10:
+            shown_at = time.monotonic()
+            err.print(view_line(view), highlight=False, soft_wrap=True)
+            sys.stderr.flush()
+
+    yield show_rarely
+
+
+def main() -> None:
+    """The entry point of `zo-node`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""How a node looks in a terminal: one live line."""
+
+from rich.text import Text
+
+from node.service import View
+from node.session import Stage
+
+
+def si_bytes(count: float) -> str:
+    """A byte count for people: 999 B, 1.2 kB, 3.4 MB."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def view_line(view: View) -> Text:
+    """The line that `join` keeps up to date."""
+    if view.notice:
+        return Text(f"round {view.round}/{view.rounds} · {view.notice}" if view.rounds else view.notice)
+    if view.stage in (Stage.CONNECTING, Stage.GREETING):
+        return Text("connecting …")
+    parts = [f"node {view.node}", f"round {view.round}/{view.rounds}"]
+    if view.behind:
+        parts.append(f"catching up, {view.behind} behind")
+    if view.loss is not None:
+        parts.append(f"loss {view.loss:.3f}")
+    if view.held_out is not None:
+        parts.append(f"held out {view.held_out:.3f}")
+    if view.members:
+        parts.append(f"{view.members} member{'s' * (view.members != 1)}")
+    up, down = view.meter.total_up.payload_bytes, view.meter.total_down.payload_bytes
+    parts.append(f"up {si_bytes(up)} down {si_bytes(down)}")
+    if view.num_directions:
+        parts.append(f"{up / view.num_directions:.1f} B/direction")
+    if view.lag_s is not None:
+        parts.append(f"lag {view.lag_s * 1000:.0f} ms")
+    if view.num_late:
+        parts.append(f"{view.num_late} late")
+    if view.num_no_votes:
+        parts.append(f"{view.num_no_votes} without a finite loss")
+    return Text(" · ".join(parts), overflow="ellipsis", no_wrap=True)
+
+
+def summary(view: View) -> str:
+    """What this node cost, for the end of `join`."""
+    up, down = view.meter.total_up, view.meter.total_down
+    lines = [
+        f"{'':10}{'up':>10}{'down':>10}",
+        f"{'payload':10}{si_bytes(up.payload_bytes):>10}{si_bytes(down.payload_bytes):>10}",
+        f"{'ZMTP':10}{si_bytes(up.zmtp_bytes):>10}{si_bytes(down.zmtp_bytes):>10}   with CURVE",
+    ]
+    if view.socket is not None:
+        count = view.socket
+        sent, received = si_bytes(count.bytes_sent), si_bytes(count.bytes_received)
+        wire_up, wire_down = si_bytes(count.wire_bytes_sent), si_bytes(count.wire_bytes_received)
+        lines.append(
+            f"{'socket':10}{sent:>10}{received:>10}   counted by the kernel, handshakes and heartbeats too"
+        )
+        lines.append(f"{'wire':10}{wire_up:>10}{wire_down:>10}   estimated: 66 bytes of headers a segment")
+    return "\n".join(lines)

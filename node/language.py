@@ -1,0 +1,115 @@
+"""The trainer of a real node: base, adapter and private data, put together as a manifest asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from node.adapter import Adapter
+from node.base import Base, BaseError
+from node.data import DataError, Windows, read_windows
+from node.probe import Probe, Probed, evaluate
+from zo import kernels
+from zo.directions import run_key
+from zo.initial import initial_weights
+from zo.manifest import Manifest
+
+
+class LanguageTrainer:
+    """Measures the loss of a causal language model on private text."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        base: Base,
+        windows: Windows,
+        held_out: Windows | None,
+        *,
+        private_seed: int,
+        threads: int,
+    ) -> None:
+        """Put the adapter into the base, and check that both are the run's.
+
+        Args:
+            manifest: of the run.
+            base: freshly loaded.
+            windows: private training data, of the manifest's sequence length.
+            held_out: what `evaluate` measures; None if nothing.
+            private_seed: decides batches and rounding; never leaves the node.
+            threads: for the integer kernels; torch's are set when the base is loaded.
+
+        Raises:
+            BaseError: the adapter that the manifest describes does not come out of this base.
+        """
+        kernels.set_threads(threads)
+        self._manifest = manifest
+        self._held_out = held_out
+        self._adapter = adapt(base, manifest)
+        self._probe = Probe(
+            self._adapter,
+            windows,
+            key=run_key(manifest.run_id),
+            epsilon=manifest.probe.epsilon,
+            directions=manifest.probe.directions,
+            batch_size=manifest.probe.batch_size,
+            seed=private_seed,
+        )
+
+    def initial_weights(self) -> NDArray[np.int32]:
+        """The weights of round 0: (size,) int32."""
+        key = run_key(self._manifest.run_id)
+        return initial_weights(self._adapter.layout, key, self._manifest.adapter.train)
+
+    def probe(self, weights: NDArray[np.int32], round: int, node: int, exponent: int) -> Probed:
+        """The codes of a round."""
+        return self._probe.probe(weights, round, node, exponent)
+
+    def evaluate(self, weights: NDArray[np.int32]) -> float | None:
+        """Held-out loss in nats per token; None if nothing is held out."""
+        if self._held_out is None:
+            return None
+        batch_size = self._manifest.probe.batch_size
+        return evaluate(self._adapter, weights, self._held_out, batch_size=batch_size)
+
+
+def adapt(base: Base, manifest: Manifest) -> Adapter:
+    """The manifest's adapter inside the base.
+
+    Raises:
+        BaseError: the base does not have the modules, or its layout is not the manifest's.
+    """
+    wanted = manifest.adapter
+    try:
+        adapter = Adapter(
+            base,
+            key=run_key(manifest.run_id),
+            targets=wanted.targets,
+            rank=wanted.rank,
+            alpha=wanted.alpha,
+            train=wanted.train,
+        )
+    except ValueError as error:
+        raise BaseError(f"the run's adapter does not fit the base {base.path}: {error}") from error
+    if adapter.layout.digest().hex() != wanted.layout_digest:
+        raise BaseError(
+            f"the run trains {wanted.size} parameters, on this base they would be {adapter.size}, or laid out "
+            "otherwise: the coordinator read the base's files differently from the loaded model"
+        )
+    return adapter
+
+
+def read_data(paths: Sequence[Path], base: Base, manifest: Manifest) -> Windows:
+    """The windows of some files, as long as the manifest says.
+
+    Raises:
+        DataError: the data cannot be used, or the base cannot take sequences of that length.
+    """
+    length = manifest.probe.sequence_length
+    if base.max_sequence_length is not None and length > base.max_sequence_length:
+        raise DataError(
+            f"the manifest asks for sequences of {length} tokens, the base takes {base.max_sequence_length}"
+        )
+    return read_windows(paths, base.tokenizer, length)
