@@ -33,7 +33,7 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True):
 def audit(
     manifest: Manifest, initial: Replica, ledger: Ledger, progress: Callable[[int, int], None]
 ) -> Audit:
-    """Replay the whole ledger: the chain, every step by the manifest's rule, every recorded digest.
+    """Replay the whole ledger: the chain, every step by the manifest's rule, every recorded digest and scale.
 
     Args:
         manifest: of the run.
@@ -68,6 +68,10 @@ def audit(
                 raise AuditError(
                     f"round {number}: the replayed weights have digest {initial.digest().hex()}, "
                     f"recorded is {checkpoint.digest.hex()}"
+                )
+            if checkpoint.scale != scale:
+                raise AuditError(
+                    f"round {number}: the step rule's memory is {scale}, recorded is {checkpoint.scale}"
                 )
             proven += 1
         progress(initial.round, total)

@@ -133,6 +133,8 @@ class Conductor:
         self._round = Round(replica.round, now)
         self._opened_at.append((replica.round, now))
         self._unsettled: tuple[Commit, bytes] | None = None
+        # A stop between a commit and its checkpoint leaves a digest out: it is made up for at the first `settle`.
+        self._owes_checkpoint = self._wants_checkpoint() and digest_at(replica.round) is None
 
     # ---- what the service may ask ---------------------------------------------------------------------------------
 
@@ -202,13 +204,14 @@ class Conductor:
 
         Called after the effects are carried out: nodes have their commit and compute while this does.
         """
-        if self._unsettled is None:
+        if self._unsettled is not None:
+            commit, frame = self._unsettled
+            self._unsettled = None
+            self.replica.apply(commit, frame)
+            self._owes_checkpoint = self._wants_checkpoint()
+        if not self._owes_checkpoint:
             return []
-        commit, frame = self._unsettled
-        self._unsettled = None
-        self.replica.apply(commit, frame)
-        if self.replica.round % self.manifest.parity.digest_every and not self.is_over:
-            return []
+        self._owes_checkpoint = False
         digest = self.replica.digest()
         effects: list[Effect] = [PersistCheckpoint(self.replica.round, digest, self._scale)]
         if self.is_over:
@@ -216,6 +219,11 @@ class Conductor:
             for member in self.present:
                 effects.extend(self._feed(member))
         return effects
+
+    def _wants_checkpoint(self) -> bool:
+        """Whether the digest of the replica's round is one that the ledger records."""
+        round = self.replica.round
+        return round > 0 and (round % self.manifest.parity.digest_every == 0 or self.is_over)
 
     # ---- sessions -------------------------------------------------------------------------------------------------
 
@@ -372,11 +380,10 @@ class Conductor:
         closed = self._round
         participants = tuple(sorted(closed.codes_by_node))
         codes = b"".join(closed.codes_by_node[node] for node in participants)
-        step, self._scale = self._rule.advance(self._scale, closed.number, np.frombuffer(codes, np.int8))
-        commit = Commit(
-            closed.number, (step,), (self._scale.exponent,), participants, codes, self.replica.head
-        )
-        self.replica.check(commit)
+        step, scale = self._rule.advance(self._scale, closed.number, np.frombuffer(codes, np.int8))
+        commit = Commit(closed.number, (step,), (scale.exponent,), participants, codes, self.replica.head)
+        self.replica.check(commit)  # before anything has changed: a commit that overflows is never made
+        self._scale = scale
         frame = commit.encode()
         effects.append(Persist(commit, frame))
         self._unsettled = commit, frame

@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from transport.ticket import DEFAULT_PORT
+from zo.toml import explain
 
 
 class ConfigError(ValueError):
@@ -58,7 +59,7 @@ def parse_config(text: str) -> ServiceConfig:
     try:
         return msgspec.toml.decode(text, type=ServiceConfig)
     except msgspec.ValidationError as error:
-        raise ConfigError(str(error).replace("`$.", "`")) from error
+        raise ConfigError(explain(error, msgspec.toml.decode(text), ServiceConfig)) from error
     except msgspec.DecodeError as error:
         raise ConfigError(f"not TOML: {error}") from error
 
@@ -69,7 +70,8 @@ def validate(config: ServiceConfig) -> ServiceConfig:
     Raises:
         ConfigError: a field is out of range; the message names it.
     """
+    plain = msgspec.to_builtins(config)
     try:
-        return msgspec.convert(msgspec.to_builtins(config), ServiceConfig)
+        return msgspec.convert(plain, ServiceConfig)
     except msgspec.ValidationError as error:
-        raise ConfigError(str(error).replace("`$.", "`")) from error
+        raise ConfigError(explain(error, plain, ServiceConfig)) from error

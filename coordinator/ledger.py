@@ -89,6 +89,9 @@ class Ledger:
             self._db = sqlite3.connect(
                 f"{path.resolve().as_uri()}?mode={mode}", uri=True, isolation_level=None
             )
+        except sqlite3.Error as error:
+            raise StorageError(f"cannot open {path}: {error}") from error
+        try:
             if not read_only:
                 self._db.execute("PRAGMA journal_mode=WAL")
                 self._db.execute("PRAGMA synchronous=FULL")
@@ -102,13 +105,16 @@ class Ledger:
                     )
             meta = dict(self._db.execute("SELECT key, value FROM meta"))
         except sqlite3.DatabaseError as error:
+            self.close()
             if _is_storage(error):
                 raise StorageError(f"cannot open {path} for writing: {error}") from error
             raise LedgerError(f"{path} is not a ledger, or is damaged: {error}") from error
         if meta.get("format") != FORMAT.encode():
+            self.close()
             found = bytes(meta.get("format", b"none")).decode(errors="replace")
             raise LedgerError(f"{path} has format {found!r}, this version reads {FORMAT!r}")
         if meta.get("run_id") != run_id:
+            self.close()
             raise LedgerError(
                 f"{path} belongs to run {bytes(meta['run_id']).hex()}, the manifest beside it says {run_id.hex()}. "
                 "The manifest of a run must not be edited: restore it, or `init` a new run"
@@ -258,7 +264,7 @@ class Ledger:
 
 
 def _is_storage(error: sqlite3.DatabaseError) -> bool:
-    return (error.sqlite_errorcode & 0xFF) in (
+    return (getattr(error, "sqlite_errorcode", 0) & 0xFF) in (
         sqlite3.SQLITE_FULL,
         sqlite3.SQLITE_READONLY,
         sqlite3.SQLITE_IOERR,

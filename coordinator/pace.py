@@ -6,7 +6,7 @@ than that is not waited for, and whose reports come in time all the same still c
 """
 
 from collections.abc import Mapping
-from statistics import median
+from statistics import median_low
 from typing import Final
 
 import msgspec
@@ -36,8 +36,11 @@ def observe(latency: Latency | None, sample_s: float) -> Latency:
 
 
 def typical_s(latency_by_node: Mapping[int, Latency]) -> float | None:
-    """The median member's mean time to report; None while nobody has reported."""
-    return median(latency.mean_s for latency in latency_by_node.values()) if latency_by_node else None
+    """The median member's mean time to report, of two the faster one's; None while nobody has reported.
+
+    The faster one's, because of two nodes the slow one would otherwise raise what counts as typical to its own pace.
+    """
+    return median_low(latency.mean_s for latency in latency_by_node.values()) if latency_by_node else None
 
 
 def is_worth_waiting_for(latency: Latency | None, typical: float | None, patience: float) -> bool:

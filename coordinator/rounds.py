@@ -78,6 +78,6 @@ def decide(
         return Outcome.WAIT, f"round {collection.number}: waiting for a quorum ({counts})"
     if not missing:
         return Outcome.CLOSE, f"round {collection.number}: closed ({counts})"
-    if now - collection.opened_at_s >= wait_s:
+    if now >= collection.opened_at_s + wait_s:  # the very sum that a service sleeps until
         return Outcome.CLOSE, f"round {collection.number}: closed without {missing} ({counts})"
     return Outcome.WAIT, f"round {collection.number}: waiting for {missing} ({counts})"

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from coordinator.config import ServiceConfig, parse_config
+import msgspec
+
+from coordinator.config import ConfigError, ServiceConfig, parse_config
 from coordinator.ledger import Ledger, StorageError
 from transport.keys import KeyPair, load_key, new_key_pair, save_key
 from transport.messages import PROTOCOL_VERSION
@@ -73,17 +75,25 @@ class RunDirectory:
             RunDirectoryError: there is none.
             ManifestError: it is wrong, or of another version of the protocol.
         """
-        manifest = parse_manifest(self._read(self.manifest_path))
-        if manifest.protocol != PROTOCOL_VERSION:
+        text = self._read(self.manifest_path)
+        protocol = _protocol(text)
+        if protocol not in (None, PROTOCOL_VERSION):
             raise ManifestError(
-                f"{self.manifest_path} is of protocol version {manifest.protocol}, this program speaks "
+                f"{self.manifest_path} is of protocol version {protocol}, this program speaks "
                 f"{PROTOCOL_VERSION}; use the version that made it"
             )
-        return manifest
+        try:
+            return parse_manifest(text)
+        except ManifestError as error:
+            raise ManifestError(f"{self.manifest_path}: {error}") from error
 
     def config(self) -> ServiceConfig:
         """The service configuration. Raises RunDirectoryError, ConfigError."""
-        return parse_config(self._read(self.config_path))
+        text = self._read(self.config_path)
+        try:
+            return parse_config(text)
+        except ConfigError as error:
+            raise ConfigError(f"{self.config_path}: {error}") from error
 
     def keys(self) -> KeyPair:
         """The coordinator's keys. Raises KeyFileError."""
@@ -111,14 +121,15 @@ class RunDirectory:
         The snapshot is a short cut only: one that is missing, damaged or not part of the ledger is passed over.
         """
         reason = "there is no snapshot yet"
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                replica = decode_snapshot(self.snapshot_path.read_bytes(), manifest)
-                if replica.round <= ledger.num_commits() and ledger.head_after(replica.round) == replica.head:
-                    return replica, f"snapshot of round {replica.round}"
-                reason = f"snapshot of round {replica.round} is not part of the ledger"
-            except SnapshotError as error:
-                reason = str(error)
+        try:
+            replica = decode_snapshot(self.snapshot_path.read_bytes(), manifest)
+            if replica.round <= ledger.num_commits() and ledger.head_after(replica.round) == replica.head:
+                return replica, f"snapshot of round {replica.round}"
+            reason = f"snapshot of round {replica.round} is not part of the ledger"
+        except FileNotFoundError:
+            pass
+        except (OSError, SnapshotError) as error:
+            reason = str(error)
         return self.initial(manifest), f"start of the run ({reason})"
 
     def save_snapshot(self, replica: Replica, manifest: Manifest) -> None:
@@ -158,6 +169,14 @@ class RunDirectory:
                 f"{self.path} is not a run directory: cannot read {path.name} ({error}). "
                 "Make one with `zo-coordinator init`"
             ) from error
+
+
+def _protocol(text: str) -> object:
+    """The protocol version that a manifest claims, whatever else is in it; None if it claims none."""
+    try:
+        return msgspec.toml.decode(text).get("protocol")
+    except msgspec.DecodeError:
+        return None
 
 
 def write_atomically(path: Path, data: bytes) -> None:

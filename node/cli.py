@@ -242,7 +242,7 @@ def evaluate(
         if adapter is not None:
             measured = _with_adapter(base.model, adapter)
         columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=err, transient=True) as bar:
+        with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
             task = bar.add_task("", total=windows.num_windows)
             loss = mean_loss_over(
                 measured,

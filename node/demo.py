@@ -139,9 +139,9 @@ def _start_coordinator(swarm: _Swarm, rounds: int, directions: int) -> str:
     log = swarm.directory / "coordinator.log"
     deadline = time.monotonic() + _STARTUP_S
     while time.monotonic() < deadline and swarm.coordinator.poll() is None:
-        first = log.read_text("utf-8").partition("\n")[0]
-        if first.startswith("zo://") and "#" in first:
-            return first
+        for line in log.read_text("utf-8").split("\n")[:-1]:  # the last one may still be being written
+            if line.startswith("zo://"):
+                return line
         time.sleep(0.05)
     raise DemoError(f"the coordinator did not start; see {log}")
 

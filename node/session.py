@@ -4,7 +4,8 @@
     any state --link down--> CONNECTING          any state --Finished, Refuse--> ENDED
 
 A frame that does not fit the state changes nothing. What was reported is kept until a commit of that round shows that
-it counted or came too late, and is sent again on every new connection and after `RESEND_S` of silence.
+it counted or came too late, and is sent again on every new connection and after `RESEND_S` of silence. Where it is the
+coordinator's turn, `Hello` is said again after `GREET_S` of silence: it may have taken this node for gone.
 """
 
 import enum
@@ -38,6 +39,9 @@ from zo.weights import WeightsOverflow
 
 RESEND_S: Final = 10.0
 _RESEND_MAX_S: Final = 60.0
+GREET_S: Final = 30.0
+"""Longer than a `History` frame takes on a slow link, since a needless `Hello` makes the ledger come twice."""
+_GREET_MAX_S: Final = 480.0
 _LOSS_MEMORY: Final = 0.9
 
 
@@ -124,15 +128,15 @@ class Session:
         self._report: tuple[int, bytes] | None = None
         self._resend_at = 0.0
         self._resend_s = RESEND_S
+        self._greet_at: float | None = None
+        """When to say `Hello` again; None until the next tick sets it."""
+        self._greet_s = GREET_S
 
     # ---- events ---------------------------------------------------------------------------------------------------
 
     def on_link_up(self) -> list[Effect]:
         """A connection to the ticket's coordinator stands."""
-        if self.stage is Stage.ENDED:
-            return []
-        self.stage = Stage.GREETING
-        return [Transmit(self._hello())]
+        return [] if self.stage is Stage.ENDED else self._greet()
 
     def on_link_down(self) -> None:
         """The connection is gone; the socket tries again by itself."""
@@ -143,17 +147,20 @@ class Session:
         """A message of the coordinator."""
         if self.stage is Stage.ENDED:
             return []
+        self._greet_at, self._greet_s = None, GREET_S
+        if isinstance(message, Refuse):
+            self.stage = Stage.ENDED
+            code = Exit.BASE if message.cause in ("base", "tokenizer") else Exit.REFUSED
+            return [End(code, message.reason)]
+        if self.stage is Stage.CONNECTING:
+            return []  # of the connection that broke
+        if isinstance(message, Welcome):
+            return self._welcome(message, now)
+        if self.replica is None or self.stage is Stage.GREETING:
+            return []  # what belongs to the session before; an `Identify` has its answer on the way
         match message:
-            case Welcome():
-                return self._welcome(message, now)
-            case Refuse(cause, reason):
-                self.stage = Stage.ENDED
-                return [End(Exit.BASE if cause in ("base", "tokenizer") else Exit.REFUSED, reason)]
             case Identify():
-                return self.on_link_up()
-        if self.replica is None or self.stage in (Stage.CONNECTING, Stage.GREETING):
-            return []
-        match message:
+                return self._greet()
             case Commit():
                 return self._follow([message], now)
             case History(frames):
@@ -178,10 +185,9 @@ class Session:
         """
         announced = self.replica
         self.replica = replica
-        if announced is None and replica.round == 0:
+        if self.stage in (Stage.CONNECTING, Stage.ENDED) or (announced is None and replica.round == 0):
             return []
-        self.stage = Stage.GREETING
-        return [Transmit(self._hello())]
+        return self._greet()
 
     def on_probed(self, round: int, codes: NDArray[np.int8], loss: float, now: float) -> list[Effect]:
         """A probe that `next_probe` asked for is done.
@@ -202,10 +208,19 @@ class Session:
 
     def on_tick(self, now: float) -> list[Effect]:
         """Time has passed."""
-        if self.stage is not Stage.REPORTED or now < self._resend_at:
+        if self.stage is Stage.REPORTED:
+            if now < self._resend_at:
+                return []
+            self._resend_s = min(2 * self._resend_s, _RESEND_MAX_S)
+            return self._send_report(now)
+        if self.stage in (Stage.CONNECTING, Stage.ENDED) or self.next_probe() is not None:
             return []
-        self._resend_s = min(2 * self._resend_s, _RESEND_MAX_S)
-        return self._send_report(now)
+        if self._greet_at is None:
+            self._greet_at = now + self._greet_s
+        if now < self._greet_at:
+            return []
+        self._greet_s = min(2 * self._greet_s, _GREET_MAX_S)
+        return self._greet()
 
     def leave(self) -> list[Effect]:
         """The person at the node wants to stop."""
@@ -275,7 +290,7 @@ class Session:
             if commit.round < replica.round:
                 continue  # seen before a reconnection
             if commit.round > replica.round:
-                return [*effects, *self.on_link_up()]  # commits are missing in between: say where we are
+                return [*effects, *self._greet()]  # commits are missing in between: say where we are
             try:
                 replica.apply(commit)
             except (ChainError, WeightsOverflow) as error:
@@ -299,7 +314,7 @@ class Session:
         assert replica is not None
         assert manifest is not None
         if replica.round != round:
-            return self.on_link_up()
+            return self._greet()
         progress = Transmit(self._progress(replica, manifest))
         if replica.digest() != digest:
             return [progress]  # the coordinator answers with Resync
@@ -314,6 +329,11 @@ class Session:
         if manifest.parity.share_loss and self.loss is not None:
             shared = min(round(max(self.loss, 0.0) * 1000), 2**32)
         return Progress(replica.round, replica.digest(), shared)
+
+    def _greet(self) -> list[Effect]:
+        self.stage = Stage.GREETING
+        self._greet_at = None
+        return [Transmit(self._hello())]
 
     def _send_report(self, now: float) -> list[Effect]:
         assert self._report is not None

@@ -1,0 +1,37 @@
+# `make demo` and `make test` set everything up on a fresh machine with Python 3.11+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench clean help
+
+help:
+	@echo "make demo    four nodes fine-tune one model on this machine (about 2 minutes)"
+	@echo "make test    format, types, layer contracts and all tests"
+	@echo "make lint    the first three alone"
+	@echo "make bench   the committed benchmarks, again, into docs/results"
+
+demo: $(READY)
+	$(BIN)/zo-node demo --output demo-out
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.kernels --out docs/results
+	$(BIN)/python -m benchmarks.round --out docs/results
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-out
