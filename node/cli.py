@@ -124,7 +124,7 @@ def join(
 ) -> None:
     """Join a run and train until it ends or Ctrl-C; joining again goes on where this node left.
 
-    Nothing of the data leaves this machine but one byte per direction (and, if the run's manifest says so, a mean loss).
+    Nothing of the data leaves this machine but one byte per direction and, if the run's manifest says so, a mean loss.
     """
     with _failures_explained():
         parsed = parse_ticket(ticket)
