@@ -5,6 +5,8 @@ from typing import Final
 
 import msgspec
 
+from zo.directions import MAX_NODE
+
 DIGEST_BYTES: Final = 16
 COMMIT_TAG: Final = 18
 STEP_MAX: Final = 2**31 - 1
@@ -44,6 +46,8 @@ class Commit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
             raise ValueError(f"step must be within 0 and {STEP_MAX}, got {self.steps[0]}")
         if not -64 <= self.exponents[0] <= 63:
             raise ValueError(f"exponent must be within -64 and 63, got {self.exponents[0]}")
+        if self.participants and not 0 <= min(self.participants) <= max(self.participants) <= MAX_NODE:
+            raise ValueError(f"participants must be within 0 and {MAX_NODE}, got {self.participants}")
         if any(b <= a for a, b in zip(self.participants, self.participants[1:], strict=False)):
             raise ValueError(f"participants must be ascending and distinct, got {self.participants}")
         if bool(self.participants) != bool(self.codes) or (
@@ -73,9 +77,13 @@ def decode_commit(frame: bytes) -> Commit:
     """The commit in `frame`.
 
     Raises:
-        ValueError: not a commit, or an impossible one.
+        ValueError: not a commit, an impossible one, or not in its canonical form: its digest would be another than
+            that of the same commit encoded by somebody else.
     """
     try:
-        return msgspec.msgpack.decode(frame, type=Commit)
+        commit = msgspec.msgpack.decode(frame, type=Commit)
     except msgspec.DecodeError as error:
         raise ValueError(f"not a commit: {error}") from error
+    if commit.encode() != frame:
+        raise ValueError(f"commit of round {commit.round} is not in its canonical form")
+    return commit

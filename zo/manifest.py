@@ -10,7 +10,10 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from zo.toml import explain
+
 RUN_ID_BYTES: Final = 16
+_MAX_SAMPLES: Final = 2**32
 Hex16 = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$")]
 
 
@@ -166,6 +169,19 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     schedule: Schedule
     parity: Parity
 
+    def __post_init__(self) -> None:
+        """Check what the range of a single field cannot say.
+
+        Raises:
+            ValueError: the run would need more samples than there are names for directions.
+        """
+        num_samples = self.run.rounds * self.probe.directions
+        if num_samples > _MAX_SAMPLES:
+            raise ValueError(
+                f"run.rounds = {self.run.rounds} times probe.directions = {self.probe.directions} must be at most "
+                f"{_MAX_SAMPLES}, got {num_samples}: a sample's number is a uint32"
+            )
+
     def encode(self) -> bytes:
         """The canonical bytes, MessagePack in field order: what travels and what the run id is the hash of."""
         return msgspec.msgpack.encode(self)
@@ -185,12 +201,14 @@ def decode_manifest(data: bytes) -> Manifest:
     """The manifest in canonical bytes.
 
     Raises:
-        ManifestError: not a manifest; the message names the field.
+        ManifestError: not a manifest, or not in its one canonical form; the message names the field.
     """
-    try:
-        return msgspec.msgpack.decode(data, type=Manifest)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise ManifestError(f"not a run manifest: {error}") from error
+    manifest = _decode(data)
+    if manifest.encode() != data:
+        raise ManifestError(
+            "not a run manifest: its bytes are not the canonical ones, so its id would be another"
+        )
+    return manifest
 
 
 def parse_manifest(text: str) -> Manifest:
@@ -202,15 +220,33 @@ def parse_manifest(text: str) -> Manifest:
     try:
         return msgspec.toml.decode(text, type=Manifest)
     except msgspec.ValidationError as error:
-        raise ManifestError(str(error).replace("`$.", "`")) from error
+        raise ManifestError(explain(error, msgspec.toml.decode(text), Manifest)) from error
     except msgspec.DecodeError as error:
         raise ManifestError(f"not TOML: {error}") from error
 
 
 def validate(manifest: Manifest) -> Manifest:
-    """The same manifest, its ranges checked (constructors of msgspec structs do not check them).
+    """The same manifest, its ranges and types checked (constructors of msgspec structs do not check them).
+
+    Whole numbers in fields that are fractions become fractions: only then are its bytes the canonical ones.
 
     Raises:
         ManifestError: a field out of range; the message names the field.
     """
-    return decode_manifest(manifest.encode())
+    return _decode(manifest.encode())
+
+
+def _decode(data: bytes) -> Manifest:
+    try:
+        return msgspec.msgpack.decode(data, type=Manifest)
+    except msgspec.ValidationError as error:
+        raise ManifestError(f"not a run manifest: {_explained(error, data)}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ManifestError(f"not a run manifest: {error}") from error
+
+
+def _explained(error: msgspec.ValidationError, data: bytes) -> str:
+    try:
+        return explain(error, msgspec.msgpack.decode(data), Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return str(error)  # wrong in more than one way: what was found first will do

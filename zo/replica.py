@@ -43,6 +43,7 @@ class Replica:
         self.round = round
         self.head = manifest.run_id if head is None else head
         self._key = run_key(manifest.run_id)
+        self._rounds = manifest.run.rounds
         self._directions = manifest.probe.directions
         self._bound = Bound(self.weights)
 
@@ -50,11 +51,14 @@ class Replica:
         """The commit's coefficients, (participants × directions,) int32, if it can be applied next.
 
         Raises:
-            ChainError: another round is due, the chain does not match, or the number of codes is not the manifest's.
+            ChainError: another round is due, the run has no more rounds, the chain does not match, or the number of
+                codes is not the manifest's.
             WeightsOverflow: it would move a weight out of range. Nothing has changed then.
         """
         if commit.round != self.round:
             raise ChainError(f"commit of round {commit.round} where round {self.round} is due")
+        if commit.round >= self._rounds:
+            raise ChainError(f"commit of round {commit.round}, but the run ends after {self._rounds} rounds")
         if commit.previous != self.head:
             raise ChainError(
                 f"commit of round {commit.round} follows {commit.previous.hex()}, this replica is at {self.head.hex()}"

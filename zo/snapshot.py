@@ -1,5 +1,6 @@
 """Snapshots: weights at a round as one self-describing, lossless blob, checked against its own digest when read."""
 
+import hashlib
 from typing import Annotated, Final
 
 import msgspec
@@ -14,6 +15,7 @@ from zo.replica import Replica
 from zo.weights import digest
 
 _FORMAT: Final = "zo-snapshot-1"
+_SEAL_PERSON: Final = b"zo-snapshot"
 Digest = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 
 
@@ -29,6 +31,8 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     round: Annotated[int, Meta(ge=0)]
     head: Digest
     digest: Digest
+    seal: Digest
+    """BLAKE2b-128 of `head` and `digest`: the weights do not prove the head."""
     weights: bytes
     """zstd over the little-endian int32 bytes, transposed so that bytes of equal weight lie together."""
 
@@ -36,13 +40,15 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 def encode_snapshot(replica: Replica, manifest: Manifest) -> bytes:
     """The replica as a snapshot."""
     planes = replica.weights.astype("<i4").view(np.uint8).reshape(-1, 4).T
+    weights_digest = replica.digest()
     return msgspec.msgpack.encode(
         Snapshot(
             format=_FORMAT,
             run_id=manifest.run_id,
             round=replica.round,
             head=replica.head,
-            digest=replica.digest(),
+            digest=weights_digest,
+            seal=_seal(replica.head, weights_digest),
             weights=zstandard.ZstdCompressor(level=3).compress(np.ascontiguousarray(planes).tobytes()),
         )
     )
@@ -56,7 +62,7 @@ def decode_snapshot(data: bytes, manifest: Manifest) -> Replica:
     """
     try:
         snapshot = msgspec.msgpack.decode(data, type=Snapshot)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise SnapshotError(f"not a snapshot: {error}") from error
     if snapshot.format != _FORMAT:
         raise SnapshotError(f"snapshot format {snapshot.format!r} is not {_FORMAT!r}")
@@ -67,7 +73,15 @@ def decode_snapshot(data: bytes, manifest: Manifest) -> Replica:
         raise SnapshotError(
             f"snapshot of round {snapshot.round} is damaged: its weights do not match its digest"
         )
+    if _seal(snapshot.head, snapshot.digest) != snapshot.seal:
+        raise SnapshotError(
+            f"snapshot of round {snapshot.round} is damaged: its head does not match its seal"
+        )
     return Replica(manifest, weights, snapshot.round, snapshot.head)
+
+
+def _seal(head: bytes, weights_digest: bytes) -> bytes:
+    return hashlib.blake2b(head + weights_digest, digest_size=DIGEST_BYTES, person=_SEAL_PERSON).digest()
 
 
 def _decompress(data: bytes, size: int) -> NDArray[np.int32]:

@@ -28,13 +28,17 @@ _RMS_FLOOR: Final = 1 << 8
 EXPONENT_MIN: Final = -64
 EXPONENT_MAX: Final = 63
 _MAX_MOVE: Final = 8
+# With more than a quarter of the codes at ±127 the RMS is a guess: look for it upwards, and remember nothing of it.
+_CUT_OFF_SHARE: Final = 4
+_CUT_OFF_MOVE: Final = 2
 
 
 class Scale(msgspec.Struct, frozen=True):
     """What the rule remembers between rounds."""
 
     mean_square: int
-    """Smoothed mean square of the codes, in units of 2^-16 code²; 0 before the first vote."""
+    """Smoothed mean square of the codes, in units of 2^-16 code²; 0 before the first vote and after a round whose
+    codes were cut off."""
     exponent: int
     """Exponent of the codes of the round in progress."""
 
@@ -74,13 +78,18 @@ class StepRule(msgspec.Struct, frozen=True, kw_only=True):
             smoothed = mean_square
         remaining = max(self.rounds - round, 0)
         schedule = self.step * remaining // self.rounds if self.decays else self.step
+        is_cut_off = int(np.count_nonzero(np.abs(votes) == LIMIT)) * _CUT_OFF_SHARE > votes.size
+        if is_cut_off:
+            # The true RMS is out of sight. What is remembered would say that these codes are larger than usual,
+            # and normalising by it would make the step too large as long as the search goes on.
+            smoothed = mean_square
         rms = max(isqrt(smoothed), _RMS_FLOOR)
         step = min((schedule << 16) // (votes.size * rms), STEP_MAX)
 
         move = _exponent_move(smoothed)
-        if move <= 0 and int(np.count_nonzero(np.abs(votes) == LIMIT)) * 4 > votes.size:
-            # A quarter of the codes are cut off: the true RMS is out of sight, so look for it upwards.
-            move = 2
+        if is_cut_off:
+            exponent = min(scale.exponent + max(move, _CUT_OFF_MOVE), EXPONENT_MAX)
+            return step, Scale(mean_square=0, exponent=exponent)
         exponent = min(max(scale.exponent + move, EXPONENT_MIN), EXPONENT_MAX)
         moved = exponent - scale.exponent
         rescaled = smoothed >> (2 * moved) if moved >= 0 else smoothed << (-2 * moved)

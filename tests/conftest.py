@@ -1,0 +1,46 @@
+"""What all tests share: property tests that draw the same examples every time, and a run that needs no model."""
+
+from collections.abc import Callable
+
+import msgspec
+import pytest
+from hypothesis import settings
+
+from zo.manifest import Adapter, BaseModel, Manifest, Parity, Probing, Run, Schedule, validate
+
+# No deadline: a busy machine fails no test.
+settings.register_profile("deterministic", derandomize=True, deadline=None)
+settings.load_profile("deterministic")
+
+MakeManifest = Callable[..., Manifest]
+
+
+@pytest.fixture(scope="session")
+def make_manifest() -> MakeManifest:
+    """A manifest of 500 parameters; a field of any section can be set by its name."""
+
+    def make(**given: object) -> Manifest:
+        manifest = Manifest(
+            protocol=1,
+            run=Run(name="test", rounds=20, nonce="0123456789abcdef" * 2),
+            base=BaseModel(name="none", digest="b0" * 16, tokenizer_digest="70" * 16),
+            adapter=Adapter(
+                targets=("q_proj", "v_proj"),
+                rank=4,
+                alpha=8.0,
+                train="B",
+                size=500,
+                layout_digest="1a" * 16,
+            ),
+            probe=Probing(epsilon=0.01, directions=2, batch_size=8, sequence_length=128),
+            schedule=Schedule(step=0.02, decay="linear", smoothing=3, first_exponent=-4),
+            parity=Parity(digest_every=4, share_loss=True),
+        )
+        for section in ("run", "base", "adapter", "probe", "schedule", "parity"):
+            struct = getattr(manifest, section)
+            mine = {name: given.pop(name) for name in struct.__struct_fields__ if name in given}
+            manifest = msgspec.structs.replace(manifest, **{section: msgspec.structs.replace(struct, **mine)})
+        assert not given, f"no such field: {given}"
+        return validate(manifest)
+
+    return make

@@ -1,0 +1,86 @@
+"""Commits: one form in bytes, one digest, and no impossible commit."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zo.commit import STEP_MAX, Commit, chain_digest, decode_commit
+from zo.directions import MAX_NODE
+
+PREVIOUS = bytes(range(16))
+COMMIT = Commit(9, (1000,), (-4,), (0, 3), b"\x01\xff\x80\x7f", PREVIOUS)
+
+
+def test_bytes_and_digest_are_pinned():  # changing this breaks every ledger and every node in the field
+    assert COMMIT.encode() == bytes.fromhex(
+        "97" "12" "09" "91cd03e8" "91fc" "920003" "c40401ff807f" "c410000102030405060708090a0b0c0d0e0f"
+    )  # fmt: skip
+    assert COMMIT.digest().hex() == "a9dfb9a920f3190f29db385117024a8b"
+    assert chain_digest(COMMIT.encode()) == COMMIT.digest()
+    assert decode_commit(COMMIT.encode()) == COMMIT
+
+
+def test_a_commit_of_4_nodes_with_64_directions_fits_300_bytes():
+    commit = Commit(10**6, (STEP_MAX,), (-12,), (0, 1, 2, 3), bytes(256), PREVIOUS)
+    assert len(commit.encode()) <= 300
+
+
+def test_a_round_without_votes_is_a_commit_too():
+    empty = Commit(0, (0,), (0,), (), b"", PREVIOUS)
+    assert decode_commit(empty.encode()) == empty
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"round": -1}, "round must not be negative, got -1"),
+        ({"steps": ()}, "one class of codes is known, got 0 steps"),
+        ({"steps": (1, 2)}, "one class of codes is known, got 2 steps"),
+        ({"exponents": (1, 2)}, "2 exponents"),
+        ({"steps": (-1,)}, "step must be within 0 and 2147483647, got -1"),
+        ({"steps": (2**31,)}, "step must be within"),
+        ({"exponents": (-65,)}, "exponent must be within -64 and 63, got -65"),
+        ({"exponents": (64,)}, "exponent must be within"),
+        ({"participants": (3, 0)}, "ascending and distinct"),
+        ({"participants": (3, 3)}, "ascending and distinct"),
+        ({"participants": (-1, 3)}, f"participants must be within 0 and {MAX_NODE}"),
+        ({"participants": (0, MAX_NODE + 1)}, f"participants must be within 0 and {MAX_NODE}"),
+        ({"participants": (0, 1, 2)}, "4 codes do not divide among 3 participants"),
+        ({"participants": ()}, "4 codes do not divide among 0 participants"),
+        ({"codes": b""}, "0 codes do not divide among 2 participants"),
+        ({"previous": b"short"}, "the previous digest must have 16 bytes, got 5"),
+    ],
+)
+def test_an_impossible_commit_says_what_is_wrong(change, message):
+    with pytest.raises(ValueError, match=message):
+        msgspec.structs.replace(COMMIT, **change)
+    plain = {name: getattr(COMMIT, name) for name in COMMIT.__struct_fields__} | change
+    with pytest.raises(ValueError, match=message):
+        decode_commit(msgspec.msgpack.encode([18, *plain.values()]))
+
+
+@pytest.mark.parametrize("frame", [b"", b"\xc1", b"\x90", COMMIT.encode()[:-1], COMMIT.encode() + b"\x00"])
+def test_what_is_no_commit_is_refused(frame):
+    with pytest.raises(ValueError, match="not a commit"):
+        decode_commit(frame)
+
+
+def test_another_form_of_the_same_commit_is_refused_since_its_digest_would_be_another():
+    frame = COMMIT.encode()
+    assert frame[2] == 9
+    wider = frame[:2] + b"\xcc\x09" + frame[3:]  # round 9 as a uint8 with its own prefix
+    assert msgspec.msgpack.decode(wider, type=Commit) == COMMIT
+    with pytest.raises(ValueError, match="commit of round 9 is not in its canonical form"):
+        decode_commit(wider)
+
+
+@given(st.integers(0, len(COMMIT.encode()) - 1), st.integers(1, 255))
+def test_every_changed_byte_changes_the_digest_or_is_refused(index, flip):
+    frame = bytearray(COMMIT.encode())
+    frame[index] ^= flip
+    try:
+        commit = decode_commit(bytes(frame))
+    except ValueError:
+        return
+    assert commit.digest() != COMMIT.digest()

@@ -1,0 +1,229 @@
+"""The manifest: one form in bytes, one hash, and no value out of range without a sentence that says so."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zo.manifest import (
+    Manifest,
+    ManifestError,
+    decode_manifest,
+    parse_manifest,
+    run_id,
+    validate,
+)
+from zo.toml import documented_toml
+
+
+def test_the_canonical_bytes_and_the_run_id_are_pinned(make_manifest):
+    # Changing this gives every run another id, and so other directions.
+    manifest = make_manifest()
+    assert manifest.encode() == bytes.fromhex(GOLDEN_BYTES)
+    assert manifest.run_id.hex() == GOLDEN_RUN_ID
+    assert run_id(bytes.fromhex(GOLDEN_BYTES)) == manifest.run_id
+
+
+def test_toml_to_canonical_bytes_and_back(make_manifest):
+    manifest = make_manifest()
+    parsed = parse_manifest(documented_toml(manifest, "A run."))
+    assert parsed == manifest
+    assert parsed.encode() == manifest.encode()
+    assert decode_manifest(manifest.encode()) == manifest
+
+
+@given(
+    name=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=256),
+    epsilon=st.floats(1e-300, 1),
+    step=st.floats(1e-300, 4),
+    alpha=st.floats(1e-300, 1024) | st.integers(1, 1024),
+    exponent=st.integers(-64, 63),
+    targets=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=5),
+    share=st.booleans(),
+)
+def test_any_manifest_survives_its_toml(make_manifest, name, epsilon, step, alpha, exponent, targets, share):
+    plain = make_manifest()
+    manifest = validate(
+        msgspec.structs.replace(
+            plain,
+            base=msgspec.structs.replace(plain.base, name=name),
+            adapter=msgspec.structs.replace(plain.adapter, alpha=alpha, targets=tuple(targets)),
+            probe=msgspec.structs.replace(plain.probe, epsilon=epsilon),
+            schedule=msgspec.structs.replace(plain.schedule, step=step, first_exponent=exponent),
+            parity=msgspec.structs.replace(plain.parity, share_loss=share),
+        )
+    )
+    assert parse_manifest(documented_toml(manifest, "A run.")).run_id == manifest.run_id
+
+
+def test_every_field_of_the_toml_is_explained(make_manifest):
+    lines = documented_toml(make_manifest(), "A run.").splitlines()
+    fields = [index for index, line in enumerate(lines) if " = " in line and not line.startswith("#")]
+    assert len(fields) == 23
+    assert all(lines[index - 1].startswith("# ") for index in fields)
+    tables = [index for index, line in enumerate(lines) if line.startswith("[")]
+    assert all(lines[index - 1].startswith("# ") for index in tables)
+
+
+def test_a_whole_number_for_a_fraction_does_not_change_the_run_id(make_manifest):
+    text = documented_toml(make_manifest(), "A run.")
+    assert "alpha = 8.0" in text
+    assert parse_manifest(text.replace("alpha = 8.0", "alpha = 8")).run_id == make_manifest().run_id
+
+
+def test_bytes_of_another_form_are_refused_since_their_id_would_be_another(make_manifest):
+    manifest = make_manifest()
+    adapter = msgspec.structs.replace(manifest.adapter, alpha=8)
+    lax = msgspec.structs.replace(manifest, adapter=adapter)
+    with pytest.raises(ManifestError, match="canonical"):
+        decode_manifest(lax.encode())
+    assert validate(lax).encode() == manifest.encode()
+
+
+OUT_OF_RANGE = [
+    ("run", "rounds", 0),
+    ("run", "rounds", 100_000_001),
+    ("run", "name", ""),
+    ("run", "name", "../escape"),
+    ("run", "name", "x" * 65),
+    ("run", "nonce", "0" * 31),
+    ("run", "nonce", "G" * 32),
+    ("base", "name", ""),
+    ("base", "name", "x" * 257),
+    ("base", "digest", "abc"),
+    ("base", "tokenizer_digest", "abc"),
+    ("adapter", "targets", ()),
+    ("adapter", "targets", ("x",) * 65),
+    ("adapter", "rank", 0),
+    ("adapter", "rank", 257),
+    ("adapter", "alpha", 0.0),
+    ("adapter", "alpha", 1025.0),
+    ("adapter", "alpha", float("nan")),
+    ("adapter", "alpha", float("inf")),
+    ("adapter", "train", "A"),
+    ("adapter", "size", 0),
+    ("adapter", "size", 2**31 + 1),
+    ("adapter", "layout_digest", "1a"),
+    ("probe", "epsilon", 0.0),
+    ("probe", "epsilon", 1.5),
+    ("probe", "epsilon", float("nan")),
+    ("probe", "directions", 0),
+    ("probe", "directions", 4097),
+    ("probe", "batch_size", 0),
+    ("probe", "batch_size", 65537),
+    ("probe", "sequence_length", 1),
+    ("probe", "sequence_length", 1_048_577),
+    ("schedule", "step", 0.0),
+    ("schedule", "step", -0.1),
+    ("schedule", "step", 4.5),
+    ("schedule", "decay", "cosine"),
+    ("schedule", "smoothing", -1),
+    ("schedule", "smoothing", 17),
+    ("schedule", "first_exponent", -65),
+    ("schedule", "first_exponent", 64),
+    ("parity", "digest_every", 0),
+    ("parity", "digest_every", 65),
+    ("parity", "share_loss", 1),
+]
+
+
+@pytest.mark.parametrize(("section", "field", "value"), OUT_OF_RANGE)
+def test_a_value_out_of_range_is_named_with_its_field(make_manifest, section, field, value):
+    manifest = make_manifest()
+    wrong = msgspec.structs.replace(getattr(manifest, section), **{field: value})
+    manifest = msgspec.structs.replace(manifest, **{section: wrong})
+    shown = list(value) if isinstance(value, tuple) else value
+    for check in (lambda: validate(manifest), lambda: parse_manifest(documented_toml(manifest, "A run."))):
+        with pytest.raises(ManifestError) as caught:
+            check()
+        assert f"{section}.{field} = {shown!r}: expected " in str(caught.value)
+
+
+def test_every_field_with_a_range_is_in_the_list_above(make_manifest):
+    manifest = make_manifest()
+    sections = [name for name in manifest.__struct_fields__ if name != "protocol"]
+    fields = {
+        (section, field) for section in sections for field in getattr(manifest, section).__struct_fields__
+    }
+    assert fields == {(section, field) for section, field, _ in OUT_OF_RANGE}
+
+
+def test_messages_say_what_would_be_right(make_manifest):
+    text = documented_toml(make_manifest(), "A run.")
+
+    def message(old: str, new: str) -> str:
+        assert old in text
+        with pytest.raises(ManifestError) as caught:
+            parse_manifest(text.replace(old, new))
+        return str(caught.value)
+
+    assert message('train = "B"', 'train = "C"').startswith("adapter.train = 'C': expected 'B' or 'AB'. ")
+    assert message("rounds = 20", "rounds = 0").startswith(
+        "run.rounds = 0: expected `int` >= 1. Rounds until"
+    )
+    assert message("rounds = 20", "rounds = 1.5").startswith("run.rounds = 1.5: expected `int`, got `float`")
+    assert "missing required field `rounds`" in message("rounds = 20", "")
+    assert message("rounds = 20", "round = 20") == (
+        "run: Object contains unknown field `round`; the fields are name, rounds, nonce"
+    )
+    assert message('["q_proj", "v_proj"]', '["q_proj", 3]').startswith(
+        "adapter.targets[1] = 3: expected `str`"
+    )
+    assert "unknown field `runs`" in message("[run]", "[runs]")
+    assert message("[run]", "[run").startswith("not TOML: ")
+
+
+def test_rounds_times_directions_must_fit_the_names_of_directions(make_manifest):
+    assert make_manifest(rounds=2**20, directions=4096).run.rounds == 2**20
+    with pytest.raises(
+        ValueError, match=r"run\.rounds = 1048577 times probe\.directions = 4096 must be at most"
+    ):
+        make_manifest(rounds=2**20 + 1, directions=4096)
+    text = documented_toml(make_manifest(), "A run.").replace("rounds = 20", "rounds = 100000000")
+    with pytest.raises(ManifestError, match="must be at most 4294967296, got 409600000000"):
+        parse_manifest(text.replace("directions = 2", "directions = 4096"))
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"\xc1", b"\x93\x01\x02\x03", b"\x80", b"\x81" * 2000])
+def test_what_is_no_manifest_is_a_manifest_error(data):
+    with pytest.raises(ManifestError, match="not a run manifest"):
+        decode_manifest(data)
+
+
+def test_any_cut_or_changed_byte_is_a_manifest_error_or_another_run(make_manifest):
+    manifest = make_manifest()
+    data = manifest.encode()
+    for index in range(len(data)):
+        with pytest.raises(ManifestError):
+            decode_manifest(data[:index])
+        for other in (0x00, 0x7F, 0xFF, data[index] ^ 1):
+            changed = data[:index] + bytes([other]) + data[index + 1 :]
+            try:
+                decoded = decode_manifest(changed)
+            except ManifestError:
+                continue
+            assert (decoded.run_id == manifest.run_id) == (changed == data)
+
+
+def test_manifests_differ_in_their_ids_by_any_field(make_manifest):
+    ids = {
+        make_manifest(**change).run_id for change in ({}, {"nonce": "0" * 32}, {"rank": 5}, {"step": 0.03})
+    }
+    assert len(ids) == 4
+    assert all(isinstance(each, bytes) and len(each) == 16 for each in ids)
+    assert isinstance(make_manifest(), Manifest)
+
+
+GOLDEN_BYTES = (
+    "87a870726f746f636f6c01a372756e83a46e616d65a474657374a6726f756e647314a56e6f6e6365d920303132333435"
+    "3637383961626364656630313233343536373839616263646566a46261736583a46e616d65a46e6f6e65a66469676573"
+    "74d9206230623062306230623062306230623062306230623062306230623062306230b0746f6b656e697a65725f6469"
+    "67657374d9203730373037303730373037303730373037303730373037303730373037303730a76164617074657286a7"
+    "7461726765747392a6715f70726f6aa6765f70726f6aa472616e6b04a5616c706861cb4020000000000000a574726169"
+    "6ea142a473697a65cd01f4ad6c61796f75745f646967657374d920316131613161316131613161316131613161316131"
+    "6131613161316131613161a570726f626584a7657073696c6f6ecb3f847ae147ae147baa646972656374696f6e7302aa"
+    "62617463685f73697a6508af73657175656e63655f6c656e677468cc80a87363686564756c6584a473746570cb3f947a"
+    "e147ae147ba56465636179a66c696e656172a9736d6f6f7468696e6703ae66697273745f6578706f6e656e74fca67061"
+    "7269747982ac6469676573745f657665727904aa73686172655f6c6f7373c3"
+)
+GOLDEN_RUN_ID = "0dcdb200ad8ad397887f49863022f35e"

@@ -1,0 +1,158 @@
+"""The step rule: exact integers, normalised steps, and an exponent that finds its place."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zo.codes import NO_VOTE, coefficients, encode
+from zo.commit import STEP_MAX
+from zo.steps import Scale, StepRule, replay_scale, step_rule
+
+RULE = StepRule(rounds=100, step=2**28 // 50, decays=True, smoothing=3, first_exponent=-4)
+
+
+def codes(*values: int) -> np.ndarray:
+    return np.array(values, np.int8)
+
+
+def test_a_small_scenario_to_the_last_bit():
+    # Changing this changes what every ledger must say: audits of older runs would fail.
+    scale = RULE.start()
+    seen = []
+    for number, round_codes in enumerate(
+        [
+            codes(3, -4, 5, -6),
+            codes(12, -20, 33, -8),
+            codes(NO_VOTE, -20, 33, NO_VOTE),
+            codes(NO_VOTE, NO_VOTE),
+            codes(127, -127, 127, 5),
+            codes(0, 0, 0, 0),
+            codes(1, 0, 0, 0),
+        ]
+    ):
+        step, scale = RULE.advance(scale, number, round_codes)
+        seen.append((step, scale.mean_square, scale.exponent))
+    assert seen == [
+        (74103562, 90177536, -7),
+        (9594678, 82380800, -7),
+        (19498234, 78182144, -7),
+        (0, 78182144, -7),
+        (2998348, 0, -5),
+        (326417472, 0, -13),
+        (322981504, 67108864, -19),
+    ]
+
+
+def test_the_rule_of_a_manifest(make_manifest):
+    manifest = make_manifest(rounds=7, step=0.02, decay="constant", smoothing=2, first_exponent=-9)
+    assert step_rule(manifest) == StepRule(
+        rounds=7, step=round(0.02 * 2**28), decays=False, smoothing=2, first_exponent=-9
+    )
+    assert step_rule(make_manifest()).decays
+
+
+votes = st.lists(st.integers(-126, 126), min_size=1, max_size=300).filter(any)
+
+
+@given(votes, st.integers(0, 99))
+def test_a_round_moves_by_step_times_the_mean_of_code_over_rms(values, number):
+    step, _ = RULE.advance(RULE.start(), number, codes(*values))
+    array = np.array(values, np.float64)
+    wanted = RULE.step * (1 - number / 100) * array / (len(values) * np.sqrt(np.mean(array**2)))
+    got = coefficients(codes(*values), step).astype(np.float64)
+    # off by less than: the shift's 1, the step's fraction times code / 2^8, and 1 in 256 of the RMS
+    assert np.all(np.abs(got - wanted) <= 2 + np.abs(wanted) / 200)
+
+
+@given(votes, st.integers(1, 20))
+def test_a_vote_that_is_missing_moves_nothing_and_counts_for_nothing(values, num_missing):
+    with_missing = np.concatenate([codes(*values), np.full(num_missing, NO_VOTE, np.int8)])
+    assert RULE.advance(RULE.start(), 3, with_missing) == RULE.advance(RULE.start(), 3, codes(*values))
+
+
+@given(st.lists(st.integers(-127, 127), min_size=1, max_size=50), st.randoms(use_true_random=False))
+def test_the_order_of_codes_does_not_matter(values, random):
+    shuffled = list(values)
+    random.shuffle(shuffled)
+    assert RULE.advance(RULE.start(), 0, codes(*values)) == RULE.advance(RULE.start(), 0, codes(*shuffled))
+
+
+def test_without_votes_nothing_changes():
+    scale = Scale(mean_square=12345, exponent=-7)
+    for none in (codes(), codes(NO_VOTE, NO_VOTE)):
+        assert RULE.advance(scale, 5, none) == (0, scale)
+
+
+def test_the_step_decays_to_nothing_or_not_at_all():
+    scale, round_codes = RULE.start(), codes(30, -30)
+    steps = [RULE.advance(scale, number, round_codes)[0] for number in (0, 50, 99, 100, 1000)]
+    assert steps[1] == pytest.approx(steps[0] / 2, rel=1e-6)
+    assert steps[2] == pytest.approx(steps[0] / 100, rel=1e-4)
+    assert steps[3:] == [0, 0]
+    constant = StepRule(rounds=100, step=RULE.step, decays=False, smoothing=3, first_exponent=-4)
+    assert {constant.advance(scale, number, round_codes)[0] for number in (0, 50, 99)} == {steps[0]}
+
+
+def test_the_step_never_leaves_int32():
+    rule = StepRule(rounds=1, step=4 * 2**28, decays=False, smoothing=0, first_exponent=0)
+    step, _ = rule.advance(rule.start(), 0, codes(1))
+    assert step == STEP_MAX
+    assert coefficients(codes(127, -127), step).dtype == np.int32
+
+
+@pytest.mark.parametrize("smoothing", [0, 3, 6])
+@pytest.mark.parametrize("start", [-64, -20, -4, 0, 13, 63])
+@pytest.mark.parametrize("slope", [1e-4, 1.0, 300.0])
+def test_the_exponent_brings_the_rms_near_32_from_any_start(start, slope, smoothing):
+    rule = StepRule(rounds=1000, step=RULE.step, decays=False, smoothing=smoothing, first_exponent=start)
+    rng = np.random.default_rng(7)
+    scale = rule.start()
+    rms = []
+    # where it starts among codes of mere rounding noise, the memory of 2^smoothing rounds has to fade first
+    for number in range(160 + 8 * 2**smoothing):
+        round_codes = encode(slope * rng.standard_normal(64), scale.exponent, rng)
+        rms.append(float(np.sqrt(np.mean(round_codes.astype(np.float64) ** 2))))
+        _, scale = rule.advance(scale, number, round_codes)
+    assert 32 / 2 < np.median(rms[-40:]) < 32 * 2
+    assert min(rms[-40:]) > 32 / 3
+    assert max(rms[-40:]) < 32 * 3
+
+
+@pytest.mark.parametrize("smoothing", [0, 3, 16])
+def test_codes_that_are_cut_off_raise_the_exponent_and_never_the_step(smoothing):
+    # With an exponent far too small every code is ±127, round after round, until the exponent is found. What the
+    # rule remembers must not make these steps larger than the manifest's.
+    rule = StepRule(rounds=1000, step=RULE.step, decays=False, smoothing=smoothing, first_exponent=-64)
+    scale = rule.start()
+    round_codes = codes(127, -127, 127, 127)
+    for number in range(40):
+        before = scale.exponent
+        step, scale = rule.advance(scale, number, round_codes)
+        assert scale.exponent == before + 2
+        moved = np.abs(coefficients(round_codes, step).astype(np.int64)).sum()
+        assert moved == pytest.approx(rule.step, rel=1e-3)
+
+
+def test_the_exponent_stays_within_its_bounds():
+    high = StepRule(rounds=10, step=1, decays=False, smoothing=0, first_exponent=63)
+    assert high.advance(high.start(), 0, codes(127, 127))[1].exponent == 63
+    assert high.advance(high.start(), 0, codes(100, 100))[1].exponent == 63
+    low = StepRule(rounds=10, step=1, decays=False, smoothing=0, first_exponent=-64)
+    assert low.advance(low.start(), 0, codes(0, 1))[1].exponent == -64
+
+
+def test_few_codes_cut_off_do_not_count():
+    _, scale = RULE.advance(RULE.start(), 0, codes(127, *[20] * 15))
+    assert scale.exponent == -4
+    assert scale.mean_square > 0
+
+
+def test_replay_scale_is_what_advancing_left():
+    rng = np.random.default_rng(1)
+    rounds = [(number, rng.integers(-128, 128, 6).astype(np.int8)) for number in range(30)]
+    scale = RULE.start()
+    for number, round_codes in rounds:
+        _, scale = RULE.advance(scale, number, round_codes)
+    assert replay_scale(RULE, rounds) == scale
+    assert replay_scale(RULE, []) == RULE.start()
