@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 
 from coordinator.ledger import Ledger
-from zo.commit import decode_commit
+from zo.commit import Commit, decode_entry
 from zo.manifest import Manifest
 from zo.replica import Replica
 from zo.steps import step_rule
@@ -52,16 +52,17 @@ def audit(
     proven = 0
     for number, frame in enumerate(ledger.frames(0, total)):
         try:
-            commit = decode_commit(frame)
-            initial.apply(commit, frame)
+            entry = decode_entry(frame)
+            initial.apply(entry, frame, ledger.entries)
         except (ValueError, ArithmeticError) as error:
             raise AuditError(f"round {number}: {error}") from error
-        step, scale = rule.advance(scale, number, np.frombuffer(commit.codes, np.int8))
-        if commit.steps != (step,) or commit.exponents != (scale.exponent,):
-            raise AuditError(
-                f"round {number}: step {commit.steps[0]} and exponent {commit.exponents[0]} are not those of the "
-                f"manifest's rule, {step} and {scale.exponent}"
-            )
+        if isinstance(entry, Commit):
+            step, scale = rule.advance(scale, number, np.frombuffer(entry.codes, np.int8))
+            if entry.steps != (step,) or entry.exponents != (scale.exponent,):
+                raise AuditError(
+                    f"round {number}: step {entry.steps[0]} and exponent {entry.exponents[0]} are not those of the "
+                    f"manifest's rule, {step} and {scale.exponent}"
+                )
         checkpoint = recorded.pop(initial.round, None)
         if checkpoint is not None:
             if checkpoint.digest != initial.digest():

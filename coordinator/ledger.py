@@ -13,13 +13,14 @@ from typing import Any, Final, NamedTuple, Self
 
 import msgspec
 
-from zo.commit import chain_digest
+from zo.commit import Commit, Entry, chain_digest, decode_entry
 from zo.steps import Scale
 
 FORMAT: Final = "zo-ledger-1"
 _SCHEMA: Final = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE commits (round INTEGER PRIMARY KEY, frame BLOB NOT NULL);
+CREATE TABLE commits (
+    round INTEGER PRIMARY KEY, frame BLOB NOT NULL, bytes_before INTEGER NOT NULL, codes_before INTEGER NOT NULL);
 CREATE TABLE checkpoints (
     round INTEGER PRIMARY KEY, digest BLOB NOT NULL, mean_square INTEGER NOT NULL, exponent INTEGER NOT NULL);
 CREATE TABLE members (
@@ -121,6 +122,7 @@ class Ledger:
             )
         self.path = path
         self._run_id = run_id
+        self._totals = self._count_totals()
 
     def __enter__(self) -> Self:
         return self
@@ -134,13 +136,20 @@ class Ledger:
 
     # ---- writing --------------------------------------------------------------------------------------------------
 
-    def append(self, round: int, frame: bytes) -> None:
-        """Make a commit durable.
+    def append(self, round: int, frame: bytes, num_codes: int) -> None:
+        """Make an entry durable.
+
+        Args:
+            round: of the entry, the next one.
+            frame: its encoded form.
+            num_codes: how many codes it holds; what a replay of it costs.
 
         Raises:
             StorageError: it is not; the ledger is as before.
         """
-        self._write("INSERT INTO commits VALUES (?, ?)", round, frame)
+        num_bytes, codes = self._totals
+        self._write("INSERT INTO commits VALUES (?, ?, ?, ?)", round, frame, num_bytes, codes)
+        self._totals = num_bytes + len(frame), codes + num_codes
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         """Record the digest at a round. Raises StorageError."""
@@ -197,6 +206,26 @@ class Ledger:
         if due < end:
             raise LedgerError(f"{self.path}: commit {due} is missing")
 
+    def entries(self, first: int = 0, last: int | None = None) -> Iterator[Entry]:
+        """The entries first..last-1, in order.
+
+        Raises:
+            LedgerError: one is missing or damaged.
+        """
+        for number, frame in enumerate(self.frames(first, last), first):
+            try:
+                yield decode_entry(frame)
+            except ValueError as error:
+                raise LedgerError(f"{self.path}: round {number}: {error}") from error
+
+    def cost_since(self, first: int) -> tuple[int, int]:
+        """Bytes and codes of all entries from `first` on: what a replay of them would move and compute."""
+        row = next(
+            iter(self._read("SELECT bytes_before, codes_before FROM commits WHERE round = ?", first)), None
+        )
+        num_bytes, codes = self._totals
+        return (num_bytes - row[0], codes - row[1]) if row else (0, 0)
+
     def head_after(self, num_commits: int) -> bytes:
         """The chain's head after so many commits: the last one's digest, or the run id."""
         return chain_digest(next(self.frames(num_commits - 1, num_commits))) if num_commits else self._run_id
@@ -230,6 +259,18 @@ class Ledger:
         row = next(iter(self._read("SELECT json FROM status")), None)
         return None if row is None else bytes(row[0])
 
+    def _count_totals(self) -> tuple[int, int]:
+        """Bytes and codes of all entries."""
+        rows = self._read("SELECT frame, bytes_before, codes_before FROM commits ORDER BY round DESC LIMIT 1")
+        last = next(iter(rows), None)
+        if last is None:
+            return 0, 0
+        frame, num_bytes, codes = last
+        try:
+            return num_bytes + len(frame), codes + num_codes(decode_entry(frame))
+        except ValueError:  # whoever replays it will say which round is damaged
+            return num_bytes + len(frame), codes
+
     # ---- SQLite ---------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -261,6 +302,11 @@ class Ledger:
 
     def _one(self, statement: str) -> Any:
         return next(self._read(statement))
+
+
+def num_codes(entry: Entry) -> int:
+    """How many codes an entry holds."""
+    return len(entry.codes) if isinstance(entry, Commit) else 0
 
 
 def _is_storage(error: sqlite3.DatabaseError) -> bool:

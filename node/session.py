@@ -32,7 +32,7 @@ from transport.messages import (
     Resync,
     Welcome,
 )
-from zo.commit import Commit, decode_commit
+from zo.commit import Commit, decode_entry
 from zo.manifest import Manifest, ManifestError, decode_manifest, run_id
 from zo.replica import ChainError, Replica
 from zo.weights import WeightsOverflow
@@ -276,7 +276,7 @@ class Session:
 
     def _history(self, frames: tuple[bytes, ...], now: float) -> list[Effect]:
         try:
-            commits = [decode_commit(frame) for frame in frames]
+            commits = [decode_entry(frame) for frame in frames]
         except ValueError as error:
             return self._fail(Exit.DAMAGED, f"the coordinator sent a history that is none: {error}")
         return self._follow(commits, now)

@@ -19,6 +19,8 @@ MAX_COORDINATOR_FRAME_BYTES: Final = 16 * 1024 * 1024
 """Largest frame a node accepts: a commit of 4,096 nodes × 4,000 codes just fits."""
 HISTORY_BYTES: Final = 64 * 1024
 """About how much of the ledger goes into one `History` frame."""
+PIECE_BYTES: Final = 32 * 1024
+"""How much of a snapshot goes into one `Piece` frame."""
 REPORT_ROUND_MODULUS: Final = 256
 
 RunId = Annotated[bytes, Meta(min_length=RUN_ID_BYTES, max_length=RUN_ID_BYTES)]
@@ -76,33 +78,78 @@ class Leave(Message, frozen=True, tag=4):
     """The node goes, in good order: rounds no longer wait for it."""
 
 
+class Fetch(Message, frozen=True, tag=5):
+    """Asks for a piece of a snapshot. Answered by `Piece`."""
+
+    content: Digest
+    """Content address of the snapshot, from an `Offer`."""
+    offset: Annotated[int, Meta(ge=0, le=2**40)]
+
+
+class Follow(Message, frozen=True, tag=6):
+    """The answer to an `Offer`: from where on the node wants the ledger's entries."""
+
+    round: Round
+    head: Digest
+
+
+class Trace(Message, frozen=True, tag=7):
+    """The answer to `Resync`: the node's digests of its last rounds, from which the first wrong one is found."""
+
+    first: Round
+    """Round of the first digest."""
+    digests: Annotated[tuple[Digest, ...], Meta(max_length=128)]
+    """Digests after so many commits, one for each round from `first` on."""
+
+
 # ---- from the coordinator ----------------------------------------------------------------------------------------
 
 
+class Offer(Message, frozen=True):
+    """Two ways to catch up, and what each costs; the node chooses, because only it knows its link and its kernel."""
+
+    content: Digest
+    """BLAKE2b-128 of the snapshot's bytes, its content address."""
+    round: Round
+    """Commits that are in the snapshot."""
+    num_bytes: Annotated[int, Meta(ge=0)]
+    tail_bytes: Annotated[int, Meta(ge=0)]
+    """Of the entries after the snapshot."""
+    tail_codes: Annotated[int, Meta(ge=0)]
+    replay_bytes: Annotated[int, Meta(ge=0)]
+    """Of the entries that the node lacks."""
+    replay_codes: Annotated[int, Meta(ge=0)]
+    can_replay: bool
+    """Whether a replay alone leads there: not past a `Revert`, which needs entries from before."""
+
+
 class Welcome(Message, frozen=True, tag=16):
-    """The answer to a `Hello` that fits. History and commits follow."""
+    """The answer to a `Hello` that fits. The missing entries follow, at once or, after an offer, upon `Follow`."""
 
     protocol: Annotated[int, Meta(ge=0, le=65535)]
     node: Annotated[int, Meta(ge=0, le=0xFFFF_FEFF)]
     """The node's number, the same at every visit: it names the node's directions."""
     manifest: bytes
-    """Canonical bytes of the manifest; their hash must be the run id of the ticket."""
+    """Canonical bytes of the manifest, whose hash must be the run id of the ticket; empty for a node that said it has
+    commits, and so has the manifest."""
     round: Round
     """The round in progress: the number of commits in the ledger."""
     exponent: Annotated[int, Meta(ge=-64, le=63)]
     """Exponent of this round's codes."""
+    offer: Offer | None
+    """A snapshot, if fetching it may be cheaper than replaying."""
 
 
 class Refuse(Message, frozen=True, tag=17):
     """The answer to a `Hello` that does not fit. The node stops and shows the reason."""
 
     cause: Annotated[str, Meta(max_length=32)]
-    """One word for programs: protocol, run, base, tokenizer, fork, full, replaced."""
+    """One word for programs: protocol, run, base, tokenizer, fork, full, replaced, quarantined."""
     reason: Annotated[str, Meta(max_length=1024)]
 
 
 class History(Message, frozen=True, tag=19):
-    """A stretch of the ledger for a node that is behind: encoded commits, oldest first."""
+    """A stretch of the ledger for a node that is behind: encoded entries, oldest first."""
 
     frames: Annotated[tuple[bytes, ...], Meta(min_length=1)]
 
@@ -127,8 +174,18 @@ class Finished(Message, frozen=True, tag=22):
     """Digest of the final weights."""
 
 
-FromNode = Hello | Report | Progress | Leave
-FromCoordinator = Welcome | Refuse | Commit | History | Resync | Identify | Finished
+class Piece(Message, frozen=True, tag=23):
+    """A piece of a snapshot."""
+
+    content: Digest
+    offset: Annotated[int, Meta(ge=0)]
+    num_bytes: Annotated[int, Meta(ge=0)]
+    """Of the whole snapshot; 0 if the coordinator does not have it any more."""
+    data: bytes
+
+
+FromNode = Hello | Report | Progress | Leave | Fetch | Follow | Trace
+FromCoordinator = Welcome | Refuse | Commit | History | Resync | Identify | Finished | Piece
 
 _encoder = msgspec.msgpack.Encoder()
 _from_node = msgspec.msgpack.Decoder(FromNode)

@@ -1,14 +1,20 @@
-"""Commits and their chain: the ledger's unit, the same bytes on the wire, on disk and under the hash."""
+"""The ledger's entries and their chain: the same bytes on the wire, on disk and under the hash.
+
+An entry is a `Commit`, which moves the weights by a round's codes, or a `Revert`, which takes back what earlier entries
+did. Every entry has a round of its own; nothing is ever removed from a ledger.
+"""
 
 import hashlib
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
+from msgspec import Meta
 
 from zo.directions import MAX_NODE
 
 DIGEST_BYTES: Final = 16
 COMMIT_TAG: Final = 18
+REVERT_TAG: Final = 24
 STEP_MAX: Final = 2**31 - 1
 
 
@@ -68,22 +74,68 @@ class Commit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
         return chain_digest(self.encode())
 
 
+Digest = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+
+
+class Revert(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=REVERT_TAG):
+    """Takes back, exactly, what the entries first..last-1 did: all of it, or the part of some nodes.
+
+    The inverse of an integer update is an integer update, so the weights are as if it had never been: to the last bit
+    where everything since `first` is taken back. A run's step schedule goes on; rounds are not given back.
+    """
+
+    round: Annotated[int, Meta(ge=0)]
+    first: Annotated[int, Meta(ge=0)]
+    last: int
+    """One past the last entry taken back; at most `round`."""
+    nodes: tuple[int, ...]
+    """Whose part is taken back, ascending; empty for everyone's."""
+    digest: Digest
+    """Digest of the weights after it."""
+    previous: Digest
+
+    def __post_init__(self) -> None:
+        """Check what a type cannot say.
+
+        Raises:
+            ValueError: an impossible revert.
+        """
+        if not self.first < self.last <= self.round:
+            raise ValueError(
+                f"a revert in round {self.round} cannot take back the rounds from {self.first} to before {self.last}"
+            )
+        if self.nodes and not 0 <= min(self.nodes) <= max(self.nodes) <= MAX_NODE:
+            raise ValueError(f"nodes must be within 0 and {MAX_NODE}, got {self.nodes}")
+        if any(b <= a for a, b in zip(self.nodes, self.nodes[1:], strict=False)):
+            raise ValueError(f"nodes must be ascending and distinct, got {self.nodes}")
+
+    def encode(self) -> bytes:
+        """The one canonical form, as of `Commit`."""
+        return msgspec.msgpack.encode(self)
+
+
+Entry = Commit | Revert
+
+
 def chain_digest(frame: bytes) -> bytes:
     """The digest of an encoded commit: BLAKE2b-128, (16,) bytes."""
     return hashlib.blake2b(frame, digest_size=DIGEST_BYTES, person=b"zo-commit").digest()
 
 
-def decode_commit(frame: bytes) -> Commit:
-    """The commit in `frame`.
+def decode_entry(frame: bytes) -> Entry:
+    """The entry in `frame`.
 
     Raises:
-        ValueError: not a commit, an impossible one, or not in its canonical form: its digest would be another than
-            that of the same commit encoded by somebody else.
+        ValueError: not an entry, an impossible one, or not in its canonical form: its digest would be another than
+            that of the same entry encoded by somebody else.
     """
     try:
-        commit = msgspec.msgpack.decode(frame, type=Commit)
+        entry: Entry = _entries.decode(frame)
     except msgspec.DecodeError as error:
-        raise ValueError(f"not a commit: {error}") from error
-    if commit.encode() != frame:
-        raise ValueError(f"commit of round {commit.round} is not in its canonical form")
-    return commit
+        raise ValueError(f"not a ledger entry: {error}") from error
+    if entry.encode() != frame:
+        raise ValueError(f"the entry of round {entry.round} is not in its canonical form")
+    return entry
+
+
+_entries: "msgspec.msgpack.Decoder[Entry]" = msgspec.msgpack.Decoder(Commit | Revert)

@@ -3,19 +3,28 @@
 Node, coordinator, audit and simulation all hold one; it is the only code that turns commits into weights (law 1).
 """
 
+from collections.abc import Callable, Iterable, Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
 from zo import codes as code_rules
 from zo import kernels
-from zo.commit import Commit, chain_digest
+from zo.commit import Commit, Entry, Revert, chain_digest
 from zo.directions import run_key
 from zo.manifest import Manifest
 from zo.weights import Bound, digest
 
+History = Callable[[int, int], Iterable[Entry]]
+"""(first, last) -> the ledger's entries first..last-1, in order."""
+
 
 class ChainError(ValueError):
-    """A commit that does not follow the one before."""
+    """An entry that does not follow the one before."""
+
+
+class HistoryNeeded(Exception):  # noqa: N818 — not a fault: it says what is needed
+    """An entry that takes back earlier ones, where they are not at hand; a snapshot after it serves as well."""
 
 
 def samples(round: int, directions: int) -> range:
@@ -55,14 +64,9 @@ class Replica:
                 codes is not the manifest's.
             WeightsOverflow: it would move a weight out of range. Nothing has changed then.
         """
-        if commit.round != self.round:
-            raise ChainError(f"commit of round {commit.round} where round {self.round} is due")
+        self._check_follows(commit)
         if commit.round >= self._rounds:
             raise ChainError(f"commit of round {commit.round}, but the run ends after {self._rounds} rounds")
-        if commit.previous != self.head:
-            raise ChainError(
-                f"commit of round {commit.round} follows {commit.previous.hex()}, this replica is at {self.head.hex()}"
-            )
         expected = len(commit.participants) * self._directions
         if len(commit.codes) != expected:
             raise ChainError(
@@ -72,23 +76,107 @@ class Replica:
         self._bound.check(self.weights, coefficients)
         return coefficients
 
-    def apply(self, commit: Commit, frame: bytes | None = None) -> None:
-        """Move on by one commit. `frame`, if at hand, is its encoded form (saves encoding it again).
+    def apply(self, entry: Entry, frame: bytes | None = None, history: History | None = None) -> None:
+        """Move on by one entry of the ledger.
+
+        Args:
+            entry: the next one.
+            frame: its encoded form, if at hand (saves encoding it again).
+            history: (first, last) -> the entries first..last-1; what a `Revert` takes back.
 
         Raises:
             ChainError, WeightsOverflow: as `check`; nothing has changed then.
+            HistoryNeeded: a `Revert`, and no history to look up what it takes back; nothing has changed then.
         """
-        coefficients = self.check(commit)
-        directions = np.zeros((coefficients.size, 3), np.uint32)
-        directions[:, 0] = np.repeat(np.asarray(commit.participants, np.uint32), self._directions)
-        round_samples = np.asarray(samples(commit.round, self._directions), np.uint32)
-        directions[:, 1] = np.tile(round_samples, len(commit.participants))
-        voting = coefficients != 0
-        kernels.apply(self.weights, self._key, directions[voting], coefficients[voting])
-        self._bound.grow(coefficients)
+        if isinstance(entry, Revert):
+            self._check_follows(entry)
+            self.weights = self._reverted(entry, history)
+            self._bound = Bound(self.weights)
+        else:
+            coefficients = self.check(entry)
+            directions = self._names(entry)
+            voting = coefficients != 0
+            kernels.apply(self.weights, self._key, directions[voting], coefficients[voting])
+            self._bound.grow(coefficients)
         self.round += 1
-        self.head = chain_digest(commit.encode() if frame is None else frame)
+        self.head = chain_digest(entry.encode() if frame is None else frame)
+
+    def revert(self, first: int, last: int, nodes: tuple[int, ...], history: History) -> Revert:
+        """The entry that takes back what first..last-1 did, to be applied next.
+
+        Args:
+            first: from this entry on.
+            last: one past the last entry.
+            nodes: whose part, ascending; empty for everyone's.
+            history: (first, last) -> the entries first..last-1.
+
+        Raises:
+            ValueError: the range is not within the ledger.
+            WeightsOverflow: taking it back would move a weight out of range.
+        """
+        draft = Revert(self.round, first, last, nodes, bytes(16), self.head)
+        weights = self._sum_taken_back(draft, history)
+        return Revert(self.round, first, last, nodes, digest(self.round + 1, weights), self.head)
 
     def digest(self) -> bytes:
         """(16,) bytes that stand for the round and every bit of the weights."""
         return digest(self.round, self.weights)
+
+    def _check_follows(self, entry: Entry) -> None:
+        if entry.round != self.round:
+            raise ChainError(f"commit of round {entry.round} where round {self.round} is due")
+        if entry.previous != self.head:
+            raise ChainError(
+                f"commit of round {entry.round} follows {entry.previous.hex()}, this replica is at {self.head.hex()}"
+            )
+
+    def _names(self, commit: Commit) -> NDArray[np.uint32]:
+        """(participants × directions, 3) uint32: the names of a commit's directions, in the order of its codes."""
+        num_participants = len(commit.participants)
+        names = np.zeros((num_participants * self._directions, 3), np.uint32)
+        names[:, 0] = np.repeat(np.asarray(commit.participants, np.uint32), self._directions)
+        names[:, 1] = np.tile(
+            np.asarray(samples(commit.round, self._directions), np.uint32), num_participants
+        )
+        return names
+
+    def _reverted(self, revert: Revert, history: History | None) -> NDArray[np.int32]:
+        if history is None:
+            raise HistoryNeeded(
+                f"round {revert.round} takes back rounds from {revert.first} on; that needs their codes, or a snapshot"
+            )
+        weights = self._sum_taken_back(revert, history)
+        found = digest(revert.round + 1, weights)
+        if found != revert.digest:
+            raise ChainError(
+                f"taking back rounds {revert.first} to {revert.last - 1} gives digest {found.hex()}, "
+                f"round {revert.round} claims {revert.digest.hex()}"
+            )
+        return weights
+
+    def _sum_taken_back(self, revert: Revert, history: History) -> NDArray[np.int32]:
+        """The weights without what a revert takes back: (size,) int32, new."""
+        weights = self.weights.copy()
+        bound = Bound(weights)
+        for names, coefficients in self._moves(revert, history):
+            bound.admit(weights, coefficients)
+            kernels.apply(weights, self._key, names, coefficients)
+        return weights
+
+    def _moves(
+        self, entry: Entry, history: History
+    ) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.int32]]]:
+        """What an entry did: directions and coefficients; of a revert, the opposite of all it takes back."""
+        if isinstance(entry, Commit):
+            yield (
+                self._names(entry),
+                code_rules.coefficients(np.frombuffer(entry.codes, np.int8), entry.steps[0]),
+            )
+            return
+        for undone in history(entry.first, entry.last):
+            for names, coefficients in self._moves(undone, history):
+                chosen = coefficients != 0
+                if entry.nodes:
+                    chosen &= np.isin(names[:, 0], np.asarray(entry.nodes, np.uint32))
+                if chosen.any():
+                    yield names[chosen], -coefficients[chosen]

@@ -7,15 +7,20 @@ from hypothesis import strategies as st
 
 from transport.messages import (
     MAX_NODE_FRAME_BYTES,
+    Fetch,
     Finished,
+    Follow,
     Hello,
     History,
     Identify,
     Leave,
+    Offer,
+    Piece,
     Progress,
     Refuse,
     Report,
     Resync,
+    Trace,
     Welcome,
     WireError,
     decode_from_coordinator,
@@ -33,9 +38,17 @@ FROM_NODE = [
     (Progress(300, ID, None), f"94 03 cd012c {ID_HEX} c0"),
     (Progress(300, ID, 4770), f"94 03 cd012c {ID_HEX} cd12a2"),
     (Leave(), "91 04"),
+    (Fetch(ID, 65_536), f"93 05 {ID_HEX} ce00010000"),
+    (Follow(300, ID), f"93 06 cd012c {ID_HEX}"),
+    (Trace(7, (ID,)), f"93 07 07 91 {ID_HEX}"),
 ]
 FROM_COORDINATOR = [
-    (Welcome(1, 5, b"\x80", 7, -3), "96 10 01 05 c4 01 80 07 fd"),
+    (Welcome(1, 5, b"\x80", 7, -3, None), "97 10 01 05 c4 01 80 07 fd c0"),
+    (
+        Welcome(1, 5, b"", 7, -3, Offer(ID, 4, 100, 10, 3, 70, 7, True)),
+        f"97 10 01 05 c4 00 07 fd 98 {ID_HEX} 04 64 0a 03 46 07 c3",
+    ),
+    (Piece(ID, 0, 2, b"ab"), f"95 17 {ID_HEX} 00 02 c4 02 6162"),
     (Refuse("base", "no"), "93 11 a4 62617365 a2 6e6f"),
     (
         Commit(9, (70_000,), (-4,), (1, 3), b"\x01\xff", ID),

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zo.commit import STEP_MAX, Commit, chain_digest, decode_commit
+from zo.commit import STEP_MAX, Commit, chain_digest, decode_entry
 from zo.directions import MAX_NODE
 
 PREVIOUS = bytes(range(16))
@@ -18,7 +18,7 @@ def test_bytes_and_digest_are_pinned():  # changing this breaks every ledger and
     )  # fmt: skip
     assert COMMIT.digest().hex() == "a9dfb9a920f3190f29db385117024a8b"
     assert chain_digest(COMMIT.encode()) == COMMIT.digest()
-    assert decode_commit(COMMIT.encode()) == COMMIT
+    assert decode_entry(COMMIT.encode()) == COMMIT
 
 
 def test_a_commit_of_4_nodes_with_64_directions_fits_300_bytes():
@@ -28,7 +28,7 @@ def test_a_commit_of_4_nodes_with_64_directions_fits_300_bytes():
 
 def test_a_round_without_votes_is_a_commit_too():
     empty = Commit(0, (0,), (0,), (), b"", PREVIOUS)
-    assert decode_commit(empty.encode()) == empty
+    assert decode_entry(empty.encode()) == empty
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,13 @@ def test_an_impossible_commit_says_what_is_wrong(change, message):
         msgspec.structs.replace(COMMIT, **change)
     plain = {name: getattr(COMMIT, name) for name in COMMIT.__struct_fields__} | change
     with pytest.raises(ValueError, match=message):
-        decode_commit(msgspec.msgpack.encode([18, *plain.values()]))
+        decode_entry(msgspec.msgpack.encode([18, *plain.values()]))
 
 
 @pytest.mark.parametrize("frame", [b"", b"\xc1", b"\x90", COMMIT.encode()[:-1], COMMIT.encode() + b"\x00"])
 def test_what_is_no_commit_is_refused(frame):
     with pytest.raises(ValueError, match="not a commit"):
-        decode_commit(frame)
+        decode_entry(frame)
 
 
 def test_another_form_of_the_same_commit_is_refused_since_its_digest_would_be_another():
@@ -72,7 +72,7 @@ def test_another_form_of_the_same_commit_is_refused_since_its_digest_would_be_an
     wider = frame[:2] + b"\xcc\x09" + frame[3:]  # round 9 as a uint8 with its own prefix
     assert msgspec.msgpack.decode(wider, type=Commit) == COMMIT
     with pytest.raises(ValueError, match="commit of round 9 is not in its canonical form"):
-        decode_commit(wider)
+        decode_entry(wider)
 
 
 @given(st.integers(0, len(COMMIT.encode()) - 1), st.integers(1, 255))
@@ -80,7 +80,7 @@ def test_every_changed_byte_changes_the_digest_or_is_refused(index, flip):
     frame = bytearray(COMMIT.encode())
     frame[index] ^= flip
     try:
-        commit = decode_commit(bytes(frame))
+        commit = decode_entry(bytes(frame))
     except ValueError:
         return
     assert commit.digest() != COMMIT.digest()

@@ -1,0 +1,123 @@
+"""Snapshots: when to make one, which to keep, and where they lie.
+
+They are made from the coordinator's replica, compressed without loss, and named by their content. None of them is needed
+for the truth, which is the ledger: they save newcomers bytes and a restarted coordinator time.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from coordinator.ledger import StorageError
+from transport.messages import PIECE_BYTES
+from zo.commit import DIGEST_BYTES
+
+KEPT_NEWEST: Final = 3
+"""A newcomer on a slow link may still be fetching the one before the last."""
+MAX_REPLAY_WORK: Final = 2**32
+"""Parameter·directions that a restart or a newcomer may have to replay past a snapshot: about a second on one slow core."""
+MIN_TAIL_BYTES: Final = 4096
+
+
+class Stored(NamedTuple):
+    """A snapshot on disk."""
+
+    round: int
+    content: bytes
+    """BLAKE2b-128 of its bytes."""
+    num_bytes: int
+
+
+def content_address(data: bytes) -> bytes:
+    """BLAKE2b-128 of a snapshot's bytes: (16,) bytes."""
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES, person=b"zo-content").digest()
+
+
+def is_due(num_bytes: int, tail_bytes: int, tail_codes: int, size: int) -> bool:
+    """Whether a new snapshot is worth making.
+
+    When the entries since the last one cost a newcomer as many bytes as the snapshot itself: so joining never costs more
+    than about twice the cheaper way. Or when replaying them takes long.
+
+    Args:
+        num_bytes: of the last snapshot.
+        tail_bytes: of the entries since.
+        tail_codes: directions in the entries since.
+        size: parameters.
+    """
+    return tail_bytes > max(num_bytes, MIN_TAIL_BYTES) or tail_codes * size > MAX_REPLAY_WORK
+
+
+def kept(rounds: Sequence[int]) -> set[int]:
+    """Which snapshots to keep: the newest few, and one for every power of two of age, so that old states stay near.
+
+    Args:
+        rounds: of all snapshots.
+    """
+    if not rounds:
+        return set()
+    ordered = sorted(rounds, reverse=True)
+    keep = set(ordered[:KEPT_NEWEST])
+    oldest_by_age: dict[int, int] = {}
+    for round in ordered:
+        # Within a class of ages the oldest stays: it then moves on into the next class instead of leaving a gap.
+        oldest_by_age[(ordered[0] - round).bit_length()] = round
+    return keep | set(oldest_by_age.values())
+
+
+class SnapshotStore:
+    """The snapshots of one run, in a directory of their own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def stored(self) -> list[Stored]:
+        """All snapshots, oldest first. Files that are none are passed over."""
+        found = []
+        for path in self.directory.glob("*.zo"):
+            round, _, content = path.stem.partition("-")
+            if round.isdigit() and len(content) == 2 * DIGEST_BYTES:
+                found.append(Stored(int(round), bytes.fromhex(content), path.stat().st_size))
+        return sorted(found)
+
+    def save(self, round: int, data: bytes) -> Stored:
+        """Write a snapshot, and remove those that need not be kept.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        snapshot = Stored(round, content_address(data), len(data))
+        path = self._path(snapshot)
+        temporary = path.with_suffix(".new")
+        try:
+            self.directory.mkdir(exist_ok=True)
+            temporary.write_bytes(data)
+            temporary.replace(path)
+            stored = self.stored()
+            keep = kept([each.round for each in stored])
+            for each in stored:
+                if each.round not in keep:
+                    self._path(each).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot write the snapshot {path}: {error}") from error
+        return snapshot
+
+    def read(self, snapshot: Stored) -> bytes:
+        """The bytes of a snapshot. Raises OSError."""
+        return self._path(snapshot).read_bytes()
+
+    def piece(self, content: bytes, offset: int) -> tuple[int, bytes]:
+        """(bytes in all, the piece at `offset`) of the snapshot with this content; (0, nothing) if there is none."""
+        found = next((each for each in self.stored() if each.content == content), None)
+        if found is None or offset > found.num_bytes:
+            return 0, b""
+        try:
+            with self._path(found).open("rb") as file:
+                file.seek(offset)
+                return found.num_bytes, file.read(PIECE_BYTES)
+        except OSError:
+            return 0, b""
+
+    def _path(self, snapshot: Stored) -> Path:
+        return self.directory / f"{snapshot.round}-{snapshot.content.hex()}.zo"
