@@ -50,6 +50,13 @@ def audit(
     scale = rule.start()
     recorded = {checkpoint.round: checkpoint for checkpoint in ledger.checkpoints()}
     proven = 0
+    start = recorded.pop(initial.round, None)
+    if start is not None:
+        if start.digest != initial.digest():
+            raise AuditError(
+                f"the weights of round 0 have digest {initial.digest().hex()}, recorded is {start.digest.hex()}"
+            )
+        proven += 1
     for number, frame in enumerate(ledger.frames(0, total)):
         try:
             entry = decode_entry(frame)

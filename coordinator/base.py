@@ -29,8 +29,17 @@ def linear_shapes(model: Path) -> dict[str, tuple[int, int]]:
     shapes = {}
     for file in _weight_files(model):
         for name, entry in _header(file).items():
-            if name.endswith(".weight") and isinstance(entry, dict) and len(entry.get("shape", ())) == 2:
-                shapes[name.removesuffix(".weight")] = (int(entry["shape"][0]), int(entry["shape"][1]))
+            shape = entry.get("shape") if isinstance(entry, dict) else None
+            if not name.endswith(".weight") or shape is None:
+                continue
+            if not isinstance(shape, list) or not all(
+                type(length) is int and length >= 0 for length in shape
+            ):
+                raise BaseFilesError(
+                    f"{file} is not a safetensors file: {name} would have the shape {shape!r}"
+                )
+            if len(shape) == 2:
+                shapes[name.removesuffix(".weight")] = (shape[0], shape[1])
     return shapes
 
 
@@ -86,7 +95,7 @@ def _header(file: Path) -> dict[str, object]:
             raise BaseFilesError(f"{file} is not a safetensors file: its header would have {length} bytes")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BaseFilesError(f"{file} is not a safetensors file: {error}") from error
     if not isinstance(header, dict):
         raise BaseFilesError(f"{file} is not a safetensors file: its header is no object")

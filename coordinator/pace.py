@@ -23,8 +23,12 @@ class Latency(msgspec.Struct, frozen=True):
 
     @property
     def timeout_s(self) -> float:
-        """After this long, a report that has not come is not just late by chance."""
-        return self.mean_s + 4 * self.deviation_s
+        """After this long, a report that has not come is not just late by chance.
+
+        The slack has a lower bound, as the clock's granularity is one in RFC 6298 §2: a member as regular as a
+        clock has no deviation, and its first hiccup would be taken for its end.
+        """
+        return self.mean_s + max(4 * self.deviation_s, MIN_WAIT_S)
 
 
 def observe(latency: Latency | None, sample_s: float) -> Latency:
