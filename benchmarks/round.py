@@ -55,9 +55,9 @@ def measure_rounds(
         None,
     )
     session.on_link_up()
-    welcome = Welcome(PROTOCOL_VERSION, 0, manifest.encode(), 0, manifest.schedule.first_exponent)
+    welcome = Welcome(PROTOCOL_VERSION, 0, manifest.encode(), 0, manifest.schedule.first_exponent, None)
     assert any(isinstance(effect, Open) for effect in session.on_message(welcome, 0.0))
-    session.opened(Replica(manifest, trainer.initial_weights()))
+    session.opened(Replica(manifest, trainer.initial_weights()), 0.0)
     rule, scale = step_rule(manifest), step_rule(manifest).start()
     rng = np.random.default_rng(0)
     totals, forwards = [], []

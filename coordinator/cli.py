@@ -1,12 +1,13 @@
 """`zo-coordinator`: the only place of the coordinator that speaks to a person, prints and exits."""
 
 import contextlib
+import math
 import secrets
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,12 +55,14 @@ app = typer.Typer(
     epilog=HELP,
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # plain text keeps its lines whole in a narrow terminal
     pretty_exceptions_enable=False,
 )
 out = Console()
 err = Console(stderr=True)
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.", show_default=False)]
 
 _EXIT_BY_ERROR: dict[type[Exception], Exit] = {
     RunDirectoryError: Exit.INPUT,
@@ -77,6 +80,11 @@ _EXIT_BY_ERROR: dict[type[Exception], Exit] = {
 }
 
 
+def _epilog(example: str) -> str:
+    """What follows a command's help; the line after \\b is left as it is, to be copied whole."""
+    return f"\b\nExample:\n  {example}\n\n{HELP}"
+
+
 @contextlib.contextmanager
 def _failures_explained() -> Iterator[None]:
     """Turn the errors we know into one line and their exit code; anything else is a bug and shows its trace."""
@@ -91,47 +99,72 @@ def _failures_explained() -> Iterator[None]:
 
 
 @app.command(
-    epilog="Example: zo-coordinator init my-run --model ./my-model --rounds 300 --directions 8\n\n" + HELP,
+    short_help="Make a run directory.",
+    epilog=_epilog("zo-coordinator init my-run --model ./my-model"),
 )
 def init(
     run: RunArgument,
     model: Annotated[
         Path,
         typer.Option(
-            help="Directory of the base model: config.json, *.safetensors, tokenizer.", show_default=False
+            metavar="DIR",
+            help="Base model: config.json, *.safetensors and tokenizer.",
+            show_default=False,
         ),
     ],
-    rounds: Annotated[int, typer.Option(help="Rounds until the run is finished.")] = 300,
+    rounds: Annotated[int, typer.Option(metavar="N", help="Rounds until the run is finished.")] = 300,
     directions: Annotated[
-        int, typer.Option(help="Directions each node measures in a round; one byte each.")
+        int, typer.Option(metavar="N", help="Directions a node measures in a round, one byte each.")
     ] = 1,
-    step: Annotated[
-        float, typer.Option(help="How far a round moves the weights; decays linearly to zero.")
-    ] = 0.02,
-    constant_step: Annotated[bool, typer.Option(help="Keep the step constant instead.")] = False,
-    epsilon: Annotated[float, typer.Option(help="Length of the probe in each direction.")] = 0.01,
-    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 4,
-    alpha: Annotated[float, typer.Option(help="LoRA alpha.")] = 8.0,
+    step: Annotated[float, typer.Option(metavar="X", help="How far a round moves the weights.")] = 0.02,
+    constant_step: Annotated[
+        bool,
+        typer.Option(
+            "--constant-step", help="Keep the step; else it falls linearly to 0.", show_default=False
+        ),
+    ] = False,
+    epsilon: Annotated[
+        float, typer.Option(metavar="X", help="Length of the probe in each direction.")
+    ] = 0.01,
+    rank: Annotated[int, typer.Option(metavar="N", help="LoRA rank.")] = 4,
+    alpha: Annotated[float, typer.Option(metavar="X", help="LoRA alpha.")] = 8.0,
     train: Annotated[
-        Literal["B", "AB"], typer.Option(help="B: freeze A, train B from zero. AB: train both.")
+        Literal["B", "AB"],
+        typer.Option(metavar="B|AB", help="B: freeze A, train B from zero. AB: train both."),
     ] = "B",
     target: Annotated[
         list[str] | None,
         typer.Option(
-            help="Linear module to adapt; repeat it. Default: the projections of attention and MLP."
+            metavar="NAME",
+            help="Linear module to adapt; may be repeated.",
+            show_default="the projections of attention and MLP",
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences in a node's batch.")] = 8,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
-    digest_every: Annotated[int, typer.Option(help="Nodes report a digest every so many rounds.")] = 16,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Sequences in a node's batch.")] = 8,
+    sequence_length: Annotated[int, typer.Option(metavar="N", help="Tokens in a sequence.")] = 128,
+    digest_every: Annotated[
+        int, typer.Option(metavar="N", help="Nodes report a digest every so many rounds.")
+    ] = 16,
     share_loss: Annotated[
-        bool, typer.Option(help="Nodes add their mean training loss to that report, for the display.")
+        bool,
+        typer.Option(
+            "--share-loss/--no-share-loss",
+            help="Whether nodes report their mean training loss with it.",
+        ),
     ] = True,
-    quorum: Annotated[int, typer.Option(help="Least number of reports that make a round.")] = 1,
-    host: Annotated[str, typer.Option(help="Address to listen on; * for all.")] = ServiceConfig().host,
-    port: Annotated[int, typer.Option(help="TCP port to listen on.")] = ServiceConfig().port,
+    staleness: Annotated[
+        int, typer.Option(metavar="0|1", help="1: a report too late for its round counts in the next one.")
+    ] = 0,
+    quorum: Annotated[int, typer.Option(metavar="N", help="Least number of reports in a round.")] = 1,
+    host: Annotated[
+        str, typer.Option(metavar="HOST", help="Address to listen on; * for all.")
+    ] = ServiceConfig().host,
+    port: Annotated[
+        int, typer.Option(metavar="PORT", help="TCP port to listen on; 0 for any.")
+    ] = ServiceConfig().port,
     name: Annotated[
-        str | None, typer.Option(help="Name of the run, for people.", show_default="the directory's")
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the run, for people.", show_default="the directory's"),
     ] = None,
 ) -> None:
     """Make a run directory: manifest, configuration, key and an empty ledger.
@@ -148,7 +181,12 @@ def init(
         manifest = validate(
             Manifest(
                 protocol=PROTOCOL_VERSION,
-                run=Run(name=name or run.resolve().name, rounds=rounds, nonce=secrets.token_hex(16)),
+                run=Run(
+                    name=name or run.resolve().name,
+                    rounds=rounds,
+                    nonce=secrets.token_hex(16),
+                    staleness=staleness,
+                ),
                 base=BaseModel(
                     name=model.resolve().name,
                     digest=base_files.digest(model),
@@ -199,17 +237,32 @@ def _default_targets(shapes: dict[str, tuple[int, int]]) -> list[str]:
     return found
 
 
-@app.command(epilog="Example: zo-coordinator serve my-run --host 0.0.0.0 --port 7411\n\n" + HELP)
+@app.command(
+    short_help="Serve a run to its nodes.", epilog=_epilog("zo-coordinator serve my-run --port 7411")
+)
 def serve(
     run: RunArgument,
-    host: Annotated[str | None, typer.Option(help="Listen here instead of coordinator.toml's host.")] = None,
-    port: Annotated[int | None, typer.Option(help="Listen here instead of coordinator.toml's port.")] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(metavar="HOST", help="Address to listen on.", show_default="as in coordinator.toml"),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(metavar="PORT", help="TCP port to listen on.", show_default="as in coordinator.toml"),
+    ] = None,
     advertise: Annotated[
         str | None,
-        typer.Option(help="Host to print in the ticket, where nodes see another (NAT, container)."),
+        typer.Option(
+            metavar="HOST",
+            help="Host to print in the ticket, where nodes see this one under another (NAT, container).",
+            show_default="found out",
+        ),
     ] = None,
     stay: Annotated[
-        bool, typer.Option("--stay", help="Go on serving the finished run to nodes that come late.")
+        bool,
+        typer.Option(
+            "--stay", help="Go on serving the finished run to nodes that come late.", show_default=False
+        ),
     ] = False,
 ) -> None:
     """Serve a run: print its ticket, order the nodes' bytes, stop when all rounds are done.
@@ -255,15 +308,15 @@ def serve(
 
 def _serve(service: Service, stopping: threading.Event, stay: bool) -> None:
     if not err.is_terminal:
-        last = 0.0
+        shown_at = -math.inf
 
-        def show_line(status: Status, reason: str) -> None:
-            nonlocal last
-            if time.monotonic() - last >= 10 or status.round == status.rounds:
-                last = time.monotonic()
+        def show_rarely(status: Status, reason: str) -> None:
+            nonlocal shown_at
+            if time.monotonic() - shown_at >= 10:
+                shown_at = time.monotonic()
                 err.print(status_line(status, reason), highlight=False, soft_wrap=True)
 
-        service.run(stopping.is_set, stay, show_line)
+        service.run(stopping.is_set, stay, show_rarely)
     else:
         with Live(console=err, auto_refresh=False) as live:
             service.run(
@@ -275,36 +328,50 @@ def _serve(service: Service, stopping: threading.Event, stay: bool) -> None:
     err.print(f"{done} at round {status.round}/{status.rounds}, digest {status.digest}", highlight=False)
 
 
-@app.command(epilog="Example: zo-coordinator status my-run --watch\n\n" + HELP)
+@app.command(short_help="Show where a run stands.", epilog=_epilog("zo-coordinator status my-run --watch"))
 def status(
     run: RunArgument,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it again every second until Ctrl-C.")] = False,
+    json: JsonOption = False,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Show it again every second until Ctrl-C.", show_default=False),
+    ] = False,
 ) -> None:
     """Show where a run stands: round, members, digests, loss, bytes. Never disturbs the coordinator."""
     with _failures_explained():
         directory = RunDirectory(run)
         manifest = directory.manifest()
         with directory.ledger(manifest, read_only=True) as ledger:
-            if json:
+            if not watch:
+                _show_status(read_status(manifest, ledger), json)
+                return
+            with contextlib.suppress(KeyboardInterrupt), _renewing(json) as show:
                 while True:
-                    print(msgspec.json.encode(read_status(manifest, ledger)).decode(), flush=True)
-                    if not watch:
-                        return
+                    show(read_status(manifest, ledger))
                     time.sleep(1)
-            elif watch:
-                with Live(console=out, auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
-                    while True:
-                        live.update(status_view(read_status(manifest, ledger)), refresh=True)
-                        time.sleep(1)
-            else:
-                out.print(status_view(read_status(manifest, ledger)), highlight=False)
 
 
-@app.command(epilog="Example: zo-coordinator verify my-run\n\n" + HELP)
+def _show_status(status: Status, json: bool) -> None:
+    if json:
+        print(msgspec.json.encode(status).decode(), flush=True)
+    else:
+        out.print(status_view(status), highlight=False)
+
+
+@contextlib.contextmanager
+def _renewing(json: bool) -> Iterator[Callable[[Status], None]]:
+    """Shows statuses in one place of a terminal; one after the other as JSON or where there is no terminal."""
+    if json or not out.is_terminal:
+        yield lambda status: _show_status(status, json)
+    else:
+        with Live(console=out, auto_refresh=False) as live:
+            yield lambda status: live.update(status_view(status), refresh=True)
+
+
+@app.command(short_help="Prove a ledger by replaying it.", epilog=_epilog("zo-coordinator verify my-run"))
 def verify(
     run: RunArgument,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Replay the whole ledger and prove the chain, every step and every recorded digest."""
     with _failures_explained():

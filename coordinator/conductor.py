@@ -4,6 +4,7 @@ The service carries out the effects in their order. `Persist` comes before every
 service that cannot persist must stop, and then nobody has seen anything.
 """
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
@@ -18,17 +19,21 @@ from coordinator.rounds import Outcome, Round, Verdict, decide, receive
 from transport.messages import (
     HISTORY_BYTES,
     PROTOCOL_VERSION,
+    Fetch,
     Finished,
+    Follow,
     FromCoordinator,
     FromNode,
     Hello,
     History,
     Identify,
     Leave,
+    Offer,
     Progress,
     Refuse,
     Report,
     Resync,
+    Trace,
     Welcome,
     encode,
 )
@@ -38,6 +43,8 @@ from zo.replica import Replica
 from zo.steps import Scale, step_rule
 
 _REMEMBERED_ROUNDS: Final = 256
+_DIVERGENCES_ALLOWED: Final = 2
+"""The second wrong digest of a node is no accident any more."""
 
 
 class Send(msgspec.Struct, frozen=True):
@@ -64,6 +71,20 @@ class PersistCheckpoint(msgspec.Struct, frozen=True):
     scale: Scale
 
 
+class SendPiece(msgspec.Struct, frozen=True):
+    """Send the piece of a snapshot at an offset."""
+
+    session: bytes
+    content: bytes
+    offset: int
+
+
+class Quarantine(msgspec.Struct, frozen=True):
+    """Make it durable that a node is shut out."""
+
+    node: int
+
+
 class Enrol(msgspec.Struct, frozen=True):
     """Make a new node's number durable, before it learns it."""
 
@@ -80,7 +101,7 @@ class Note(msgspec.Struct, frozen=True):
     text: str
 
 
-Effect = Send | Persist | PersistCheckpoint | Enrol | Note
+Effect = Send | SendPiece | Persist | PersistCheckpoint | Enrol | Quarantine | Note
 
 
 class Conductor:
@@ -102,6 +123,8 @@ class Conductor:
         head_after: Callable[[int], bytes],
         digest_at: Callable[[int], bytes | None],
         read_history: Callable[[int, int], list[bytes]],
+        offer_for: Callable[[int], Offer | None],
+        digests_between: Callable[[int, int], list[bytes]],
         now: float,
     ) -> None:
         """Go on where the ledger ends.
@@ -115,6 +138,8 @@ class Conductor:
             head_after: the chain's head after so many commits, all of them durable.
             digest_at: the digest of the weights after so many commits, if it was recorded.
             read_history: (first, last) -> encoded commits first..last-1, as many of them as fit one message.
+            offer_for: what a node at a round is offered to catch up with; None if replaying is certainly cheaper.
+            digests_between: (first, last) -> the digests after first..last commits, replayed; empty if not at hand.
             now: in seconds, on any clock that only moves forward.
         """
         self.manifest = manifest
@@ -124,9 +149,13 @@ class Conductor:
         self.last_reason = ""
         self._rule = step_rule(manifest)
         self._scale = scale
+        self._exponent_before: int | None = None
+        """Exponent of the codes of the round before; None after a restart, when late codes are dropped."""
         self._head_after = head_after
         self._digest_at = digest_at
         self._read_history = read_history
+        self._offer_for = offer_for
+        self._digests_between = digests_between
         self._node_by_key = {member.key: member.node for member in self.members.values()}
         self._node_by_session: dict[bytes, int] = {}
         self._opened_at: deque[tuple[int, float]] = deque(maxlen=_REMEMBERED_ROUNDS)
@@ -184,6 +213,12 @@ class Conductor:
                 effects = self._report(member, message, now)
             case Progress():
                 effects = self._progress(member, message)
+            case Fetch(content, offset):
+                effects = [SendPiece(session, content, offset)]
+            case Follow():
+                effects = self._follow(member, message)
+            case Trace():
+                effects = self._trace(member, message)
             case Leave():
                 effects = self._lose(member, Event.LEFT, "left")
         return [*effects, *self._pass_on(now)]
@@ -258,12 +293,51 @@ class Conductor:
             yield Note(
                 "joined", node, f"node {node} ({member.name}) joined at round {self.round}, {behind} behind"
             )
-        welcome = Welcome(PROTOCOL_VERSION, node, self.manifest.encode(), self.round, self.exponent)
-        yield _send(session, welcome)
+        offer = self._offer_for(hello.round) if hello.round < self.round else None
+        member.is_choosing = offer is not None
+        manifest = b"" if hello.round else self.manifest.encode()
+        yield _send(session, Welcome(PROTOCOL_VERSION, node, manifest, self.round, self.exponent, offer))
         yield from self._feed(member)
+
+    def _follow(self, member: Member, follow: Follow) -> list[Effect]:
+        """A node that was made an offer has chosen."""
+        assert member.session is not None
+        if not member.is_choosing:
+            return []
+        if follow.round > self.round or self._head_after(follow.round) != follow.head:
+            reason = (
+                f"the state at round {follow.round}, which this node would go on from, is not in the ledger"
+            )
+            return [
+                _send(member.session, Refuse("fork", reason)),
+                *self._lose(member, Event.LOST, "was refused"),
+            ]
+        member.is_choosing = False
+        member.acknowledged = member.cursor = follow.round
+        return self._feed(member)
+
+    def _trace(self, member: Member, trace: Trace) -> list[Effect]:
+        """Find the first round after which a diverged node was wrong, by bisection: once wrong, it stays wrong."""
+        own = self._digests_between(trace.first, trace.first + len(trace.digests) - 1)
+        if not own or len(own) != len(trace.digests):
+            return []
+        index = bisect_left(range(len(own)), True, key=lambda i: own[i] != trace.digests[i])
+        if index == len(own):
+            return []
+        first = trace.first + index
+        before = "or earlier" if index == 0 else f"equal until {first - 1}"
+        text = f"node {member.node} ({member.name}): first different after {first} commits ({before})"
+        return [Note("first-difference", member.node, text)]
 
     def _refusal(self, key: bytes, hello: Hello) -> Refuse | None:
         base = self.manifest.base
+        known = self._node_by_key.get(key)
+        if known is not None and self.members[known].is_quarantined:
+            return Refuse(
+                "quarantined",
+                f"node {known} differed from the ledger again after it had started over: check its memory and its disk. "
+                "`zo-coordinator release` lets it in again",
+            )
         if hello.protocol != PROTOCOL_VERSION:
             return Refuse(
                 "protocol",
@@ -315,7 +389,7 @@ class Conductor:
         )
         if verdict is Verdict.MISFIT:
             return [Note("misfit", member.node, reason)]
-        if verdict in (Verdict.COUNTED, Verdict.LATE):
+        if verdict in (Verdict.COUNTED, Verdict.COUNTED_LATE, Verdict.LATE):
             self._learn_latency(member, number, now)
             member.note(Event.REPORTED)
         return self._feed(member)
@@ -333,11 +407,16 @@ class Conductor:
                     f"node {member.node} ({member.name}) differs at round {progress.round}: it has digest "
                     f"{progress.digest.hex()}, the ledger gives {expected.hex()}; told to start over"
                 )
-                session = member.session
                 effects: list[Effect] = [Note("diverged", member.node, text)]
-                if session is not None:
-                    effects.append(_send(session, Resync(progress.round, expected)))
-                return [*effects, *self._lose(member, Event.LOST, "must resynchronise")]
+                if member.num_divergences >= _DIVERGENCES_ALLOWED:
+                    member.is_quarantined = True
+                    effects.append(Quarantine(member.node))
+                if member.session is not None:
+                    effects.append(_send(member.session, Resync(progress.round, expected)))
+                # It answers with its trace and a `Hello`; until then no round waits for it and it is sent nothing.
+                member.note(Event.HELLO)
+                member.is_choosing = True
+                return effects
         return self._feed(member)
 
     def _learn_latency(self, member: Member, number: int, now: float) -> None:
@@ -354,7 +433,11 @@ class Conductor:
     # ---- rounds ---------------------------------------------------------------------------------------------------
 
     def _live(self) -> list[Member]:
-        return [m for m in self.members.values() if m.presence is Presence.LIVE and m.cursor == self.round]
+        return [
+            m
+            for m in self.members.values()
+            if m.presence is Presence.LIVE and m.cursor == self.round and not m.is_choosing
+        ]
 
     def _typical_s(self) -> float | None:
         return pace.typical_s({m.node: m.latency for m in self._live() if m.latency is not None})
@@ -378,23 +461,36 @@ class Conductor:
             return []
         effects = self.settle()
         closed = self._round
-        participants = tuple(sorted(closed.codes_by_node))
-        codes = b"".join(closed.codes_by_node[node] for node in participants)
+        late = {} if self._exponent_before != self.exponent else closed.late_by_node
+        codes_by_node = {**late, **closed.codes_by_node}
+        participants = tuple(sorted(codes_by_node))
+        codes = b"".join(codes_by_node[node] for node in participants)
         step, scale = self._rule.advance(self._scale, closed.number, np.frombuffer(codes, np.int8))
-        commit = Commit(closed.number, (step,), (scale.exponent,), participants, codes, self.replica.head)
+        commit = Commit(
+            closed.number,
+            (step,),
+            (scale.exponent,),
+            participants,
+            codes,
+            self.replica.head,
+            tuple(sorted(late)),
+        )
         self.replica.check(commit)  # before anything has changed: a commit that overflows is never made
-        self._scale = scale
+        # Late codes are in units of the round before: they count only where those are this round's too.
+        self._exponent_before, self._scale = self.exponent, scale
         frame = commit.encode()
         effects.append(Persist(commit, frame))
         self._unsettled = commit, frame
-        missing = awaited - set(participants)
+        missing = awaited - closed.codes_by_node.keys()
         for node in sorted(missing):
             self.members[node].note(Event.MISSED)
             effects.append(Note("missed", node, self.last_reason))
-        self._round = Round(closed.number + 1, now)
+        unheard = self.members.keys() - set(participants) if self.manifest.run.staleness else ()
+        self._round = Round(closed.number + 1, now, may_be_late=frozenset(unheard))
         self._opened_at.append((self._round.number, now))
         for member in self.present:
-            if member.session is not None and member.cursor == closed.number and member.room():
+            is_next = member.cursor == closed.number and not member.is_choosing
+            if member.session is not None and is_next and member.room():
                 member.cursor += 1
                 effects.append(Send(member.session, "Commit", frame))
         return effects
@@ -402,7 +498,7 @@ class Conductor:
     def _feed(self, member: Member) -> list[Effect]:
         """What a member that is behind may be sent now, and the word that the run is over."""
         effects: list[Effect] = []
-        if member.session is None:
+        if member.session is None or member.is_choosing:
             return effects
         # Commits that are being persisted in this very batch of effects reach it through `_pass_on`.
         while member.cursor < self.round and member.room():

@@ -19,7 +19,9 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     host: Annotated[
         str, Meta(min_length=1, description='Address to listen on; "*" for all. Command line: --host.')
     ] = "*"
-    port: Annotated[int, Meta(ge=0, le=65535, description="TCP port; 0 lets the system choose one. Command line: --port.")] = DEFAULT_PORT
+    port: Annotated[
+        int, Meta(ge=0, le=65535, description="TCP port; 0 lets the system choose one. Command line: --port.")
+    ] = DEFAULT_PORT
     advertise: Annotated[
         str,
         Meta(

@@ -13,18 +13,21 @@ from typing import Any, Final, NamedTuple, Self
 
 import msgspec
 
-from zo.commit import Commit, Entry, chain_digest, decode_entry
+from zo.commit import Commit, Entry, Revert, chain_digest, decode_entry
 from zo.steps import Scale
 
 FORMAT: Final = "zo-ledger-1"
 _SCHEMA: Final = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE commits (
-    round INTEGER PRIMARY KEY, frame BLOB NOT NULL, bytes_before INTEGER NOT NULL, codes_before INTEGER NOT NULL);
+    round INTEGER PRIMARY KEY, frame BLOB NOT NULL, bytes_before INTEGER NOT NULL, codes_before INTEGER NOT NULL,
+    is_revert INTEGER NOT NULL);
+CREATE INDEX reverts ON commits (round) WHERE is_revert;
 CREATE TABLE checkpoints (
     round INTEGER PRIMARY KEY, digest BLOB NOT NULL, mean_square INTEGER NOT NULL, exponent INTEGER NOT NULL);
 CREATE TABLE members (
-    node INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, name TEXT NOT NULL, enrolled_at REAL NOT NULL);
+    node INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, name TEXT NOT NULL, enrolled_at REAL NOT NULL,
+    is_quarantined INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE events (
     id INTEGER PRIMARY KEY, at REAL NOT NULL, round INTEGER NOT NULL, kind TEXT NOT NULL, node INTEGER,
     text TEXT NOT NULL);
@@ -54,6 +57,7 @@ class Enrolment(NamedTuple):
     node: int
     key: bytes
     name: str
+    is_quarantined: bool = False
 
 
 class LedgerEvent(msgspec.Struct, frozen=True):
@@ -136,20 +140,23 @@ class Ledger:
 
     # ---- writing --------------------------------------------------------------------------------------------------
 
-    def append(self, round: int, frame: bytes, num_codes: int) -> None:
+    def append(self, entry: Entry, frame: bytes | None = None) -> None:
         """Make an entry durable.
 
         Args:
-            round: of the entry, the next one.
-            frame: its encoded form.
-            num_codes: how many codes it holds; what a replay of it costs.
+            entry: the next one.
+            frame: its encoded form, if at hand.
 
         Raises:
             StorageError: it is not; the ledger is as before.
         """
+        frame = entry.encode() if frame is None else frame
         num_bytes, codes = self._totals
-        self._write("INSERT INTO commits VALUES (?, ?, ?, ?)", round, frame, num_bytes, codes)
-        self._totals = num_bytes + len(frame), codes + num_codes
+        is_revert = isinstance(entry, Revert)
+        self._write(
+            "INSERT INTO commits VALUES (?, ?, ?, ?, ?)", entry.round, frame, num_bytes, codes, is_revert
+        )
+        self._totals = num_bytes + len(frame), codes + num_codes(entry)
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         """Record the digest at a round. Raises StorageError."""
@@ -164,7 +171,18 @@ class Ledger:
 
     def enrol(self, enrolment: Enrolment) -> None:
         """Record a new node. Raises StorageError."""
-        self._write("INSERT INTO members VALUES (?, ?, ?, ?)", *enrolment, time.time())
+        node, key, name, _ = enrolment
+        self._write(
+            "INSERT INTO members (node, key, name, enrolled_at) VALUES (?, ?, ?, ?)",
+            node,
+            key,
+            name,
+            time.time(),
+        )
+
+    def set_quarantined(self, node: int, is_quarantined: bool) -> None:
+        """Shut a node out, or let it in again. Raises StorageError."""
+        self._write("UPDATE members SET is_quarantined = ? WHERE node = ?", is_quarantined, node)
 
     def note(self, round: int, kind: str, node: int | None, text: str) -> None:
         """Record an event. Raises StorageError."""
@@ -226,6 +244,11 @@ class Ledger:
         num_bytes, codes = self._totals
         return (num_bytes - row[0], codes - row[1]) if row else (0, 0)
 
+    def last_revert(self) -> int | None:
+        """The round of the newest entry that takes back others, if there is one."""
+        row = self._one("SELECT MAX(round) FROM commits WHERE is_revert")
+        return None if row[0] is None else int(row[0])
+
     def head_after(self, num_commits: int) -> bytes:
         """The chain's head after so many commits: the last one's digest, or the run id."""
         return chain_digest(next(self.frames(num_commits - 1, num_commits))) if num_commits else self._run_id
@@ -247,10 +270,11 @@ class Ledger:
 
     def members(self) -> list[Enrolment]:
         """Everyone ever admitted."""
-        return [Enrolment(*row) for row in self._read("SELECT node, key, name FROM members ORDER BY node")]
+        rows = self._read("SELECT node, key, name, is_quarantined FROM members ORDER BY node")
+        return [Enrolment(node, key, name, bool(shut_out)) for node, key, name, shut_out in rows]
 
-    def events(self, limit: int) -> list[LedgerEvent]:
-        """The newest events, oldest first."""
+    def events(self, limit: int = -1) -> list[LedgerEvent]:
+        """The newest events, oldest first; all of them without a limit."""
         rows = self._read("SELECT at, round, kind, node, text FROM events ORDER BY id DESC LIMIT ?", limit)
         return [LedgerEvent(*row) for row in rows][::-1]
 

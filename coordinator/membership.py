@@ -80,6 +80,10 @@ class Member:
     num_divergences: int = 0
     up: Count = field(default_factory=Count)
     down: Count = field(default_factory=Count)
+    is_choosing: bool = False
+    """Whether it was made an offer and has not said yet from where on it wants the ledger."""
+    is_quarantined: bool = False
+    """Whether it differed too often; it is refused until somebody releases it."""
     is_finished: bool = False
     """Whether it has been told that the run is over."""
 

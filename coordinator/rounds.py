@@ -11,6 +11,7 @@ class Verdict(enum.Enum):
 
     COUNTED = "counted"
     DUPLICATE = "counted before"
+    COUNTED_LATE = "counted in the round after its own"
     LATE = "its round is closed"
     MISFIT = "wrong number of codes"
 
@@ -28,6 +29,10 @@ class Round(msgspec.Struct, frozen=True):
     number: int
     opened_at_s: float
     codes_by_node: Mapping[int, bytes] = {}
+    late_by_node: Mapping[int, bytes] = {}
+    """Codes for the round before, of nodes that have not reported for this one."""
+    may_be_late: frozenset[int] = frozenset()
+    """Nodes whose report for the round before would still count: the manifest allows it, and it did not count there."""
 
 
 def receive(
@@ -42,19 +47,26 @@ def receive(
         codes: its codes.
         directions: how many codes the manifest asks for.
     """
-    if number != collection.number:
-        return (
-            collection,
-            Verdict.LATE,
-            f"round {number}: report of node {node} came in round {collection.number}",
-        )
     if len(codes) != directions:
         reason = f"round {number}: node {node} sent {len(codes)} codes, the manifest asks for {directions}"
         return collection, Verdict.MISFIT, reason
+    if number != collection.number:
+        reason = f"round {number}: report of node {node} came in round {collection.number}"
+        is_taken = node in collection.codes_by_node or node in collection.late_by_node
+        if number == collection.number - 1 and node in collection.may_be_late and not is_taken:
+            late = {**collection.late_by_node, node: codes}
+            return msgspec.structs.replace(collection, late_by_node=late), Verdict.COUNTED_LATE, reason
+        return collection, Verdict.LATE, reason
     if node in collection.codes_by_node:
         return collection, Verdict.DUPLICATE, f"round {number}: node {node} reported before"
+    # One set of codes a node and round: fresh ones are worth more than late ones.
+    late = {other: each for other, each in collection.late_by_node.items() if other != node}
     reports = {**collection.codes_by_node, node: codes}
-    return msgspec.structs.replace(collection, codes_by_node=reports), Verdict.COUNTED, ""
+    return (
+        msgspec.structs.replace(collection, codes_by_node=reports, late_by_node=late),
+        Verdict.COUNTED,
+        "",
+    )
 
 
 def decide(

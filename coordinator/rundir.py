@@ -11,6 +11,7 @@ import msgspec
 
 from coordinator.config import ConfigError, ServiceConfig, parse_config
 from coordinator.ledger import Ledger, StorageError
+from coordinator.snapshots import SnapshotStore
 from transport.keys import KeyPair, load_key, new_key_pair, save_key
 from transport.messages import PROTOCOL_VERSION
 from zo.manifest import Manifest, ManifestError, parse_manifest
@@ -45,7 +46,7 @@ class RunDirectory:
         self.key_path = path / "coordinator.key"
         self.ledger_path = path / "ledger.sqlite"
         self.initial_path = path / "initial.zo"
-        self.snapshot_path = path / "snapshot.zo"
+        self.snapshots = SnapshotStore(path / "snapshots")
 
     def create(self, manifest: Manifest, config: ServiceConfig, initial: Replica) -> None:
         """Make the directory and everything in it; its manifest last, so that half a directory is none.
@@ -115,29 +116,36 @@ class RunDirectory:
         except OSError as error:
             raise RunDirectoryError(f"cannot read {self.initial_path}: {error}") from error
 
-    def newest(self, manifest: Manifest, ledger: Ledger) -> tuple[Replica, str]:
+    def newest(self, manifest: Manifest, ledger: Ledger, before: int | None = None) -> tuple[Replica, str]:
         """The newest state from which to replay, and in words which one it is.
 
-        The snapshot is a short cut only: one that is missing, damaged or not part of the ledger is passed over.
+        A snapshot is a short cut only: one that is missing, damaged or not part of the ledger is passed over.
+
+        Args:
+            manifest: of the run.
+            ledger: of the run.
+            before: not after this round.
         """
         reason = "there is no snapshot yet"
-        try:
-            replica = decode_snapshot(self.snapshot_path.read_bytes(), manifest)
-            if replica.round <= ledger.num_commits() and ledger.head_after(replica.round) == replica.head:
-                return replica, f"snapshot of round {replica.round}"
-            reason = f"snapshot of round {replica.round} is not part of the ledger"
-        except FileNotFoundError:
-            pass
-        except (OSError, SnapshotError) as error:
-            reason = str(error)
+        total = ledger.num_commits()
+        for stored in reversed(self.snapshots.stored()):
+            if before is not None and stored.round > before:
+                continue
+            try:
+                replica = decode_snapshot(self.snapshots.read(stored), manifest)
+                if replica.round <= total and ledger.head_after(replica.round) == replica.head:
+                    return replica, f"snapshot of round {replica.round}"
+                reason = f"snapshot of round {replica.round} is not part of the ledger"
+            except (OSError, SnapshotError) as error:
+                reason = str(error)
         return self.initial(manifest), f"start of the run ({reason})"
 
-    def save_snapshot(self, replica: Replica, manifest: Manifest) -> None:
-        """Write the snapshot from which the next start goes on. Raises StorageError."""
-        try:
-            write_atomically(self.snapshot_path, encode_snapshot(replica, manifest))
-        except OSError as error:
-            raise StorageError(f"cannot write {self.snapshot_path}: {error}") from error
+    def state_at(self, round: int, manifest: Manifest, ledger: Ledger) -> Replica:
+        """The replica after `round` commits, from the nearest snapshot before. Raises LedgerError, ChainError."""
+        replica, _ = self.newest(manifest, ledger, before=round)
+        for entry in ledger.entries(replica.round, round):
+            replica.apply(entry, history=ledger.entries)
+        return replica
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

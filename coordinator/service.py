@@ -1,5 +1,6 @@
 """The service: one loop that receives, hands to the conductor, and does what it says, in its order."""
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -15,28 +16,57 @@ from coordinator.conductor import (
     Note,
     Persist,
     PersistCheckpoint,
+    Quarantine,
     Send,
+    SendPiece,
     history_slice,
 )
 from coordinator.config import ServiceConfig
-from coordinator.ledger import Checkpoint, Enrolment, Ledger
+from coordinator.ledger import Checkpoint, Enrolment, Ledger, LedgerError, StorageError
 from coordinator.membership import FLOW_WINDOW, Event, Member, Presence
 from coordinator.rundir import RunDirectory
+from coordinator.snapshots import MAX_REPLAY_WORK, is_due
 from coordinator.status import MemberStatus, Status
-from transport.messages import WireError, decode_from_node
+from transport.messages import HISTORY_BYTES, Offer, Piece, WireError, decode_from_node, encode
 from transport.meter import Count
 from transport.sockets import CoordinatorSocket, Sent
-from zo.commit import decode_commit
+from zo.commit import Commit, decode_entry
 from zo.manifest import Manifest
 from zo.replica import Replica
+from zo.snapshot import encode_snapshot
 from zo.steps import Scale, step_rule
+from zo.weights import WeightsOverflow
 
 STATUS_EVERY_S: Final = 1.0
-SNAPSHOT_EVERY_S: Final = 30.0
+SNAPSHOT_CHECK_S: Final = 5.0
+SPEED_MEMORY_S: Final = 10.0
 _FAREWELL_S: Final = 30.0
 """How long a finished service waits for its last nodes to fetch the end and say that they leave."""
 _MALFORMED_NOTED: Final = 16
 """Malformed frames that are noted one by one in the ledger; later ones are only counted."""
+
+
+class Speed:
+    """Rounds a second over the recent past: what lies `SPEED_MEMORY_S` back counts 1/e of what is now."""
+
+    def __init__(self, round: int, now: float) -> None:
+        self._round = round
+        self._now = now
+        self._rounds = 0.0
+        self._seconds = 0.0
+
+    def observe(self, round: int, now: float) -> None:
+        """There are `round` commits at the time `now`, in seconds."""
+        elapsed = now - self._now
+        memory = math.exp(-elapsed / SPEED_MEMORY_S)
+        self._rounds = memory * self._rounds + (round - self._round)
+        self._seconds = memory * self._seconds + elapsed
+        self._round, self._now = round, now
+
+    @property
+    def rounds_per_s(self) -> float:
+        """The weighted mean; 0 before any time has passed."""
+        return self._rounds / self._seconds if self._seconds else 0.0
 
 
 def restore(
@@ -51,18 +81,23 @@ def restore(
         progress: called with (commits replayed, commits in all).
 
     Raises:
-        LedgerError, ValueError: the ledger is damaged.
+        LedgerError: the ledger is damaged.
+        SnapshotError, RunDirectoryError: the weights of round 0 cannot be had.
     """
     total = ledger.num_commits()
     replica, origin = directory.newest(manifest, ledger)
     for frame in ledger.frames(replica.round, total):
-        replica.apply(decode_commit(frame), frame)
+        try:
+            replica.apply(decode_entry(frame), frame, ledger.entries)
+        except (ValueError, WeightsOverflow) as error:
+            raise LedgerError(f"{ledger.path} is damaged at round {replica.round}: {error}") from error
         progress(replica.round, total)
     rule = step_rule(manifest)
     checkpoint = ledger.last_checkpoint()
     start, scale = (checkpoint.round, checkpoint.scale) if checkpoint else (0, rule.start())
-    for number, frame in enumerate(ledger.frames(start, total), start):
-        _, scale = rule.advance(scale, number, np.frombuffer(decode_commit(frame).codes, np.int8))
+    for entry in ledger.entries(start, total):
+        if isinstance(entry, Commit):
+            _, scale = rule.advance(scale, entry.round, np.frombuffer(entry.codes, np.int8))
     return replica, scale, origin
 
 
@@ -90,20 +125,28 @@ class Service:
         self._ledger = ledger
         self._end = end
         self._curve = curve
-        self._started_at = time.monotonic()
-        self._first_round = replica.round
-        self._num_malformed = 0
+        self._speed = Speed(replica.round, time.monotonic())
+        stored = ledger.status()
+        before = msgspec.json.decode(stored, type=Status) if stored else None
+        self._last_loss = before.loss if before else None
+        self._num_malformed = before.malformed_frames if before else 0
         self._gone: list[bytes] = []
+        # A snapshot that is no part of the ledger (one restored from a backup, say) must not be offered.
+        origin, _ = directory.newest(manifest, ledger)
+        same_round = (each for each in directory.snapshots.stored() if each.round == origin.round)
+        self._snapshot = next(same_round, None)
         self.conductor = Conductor(
             manifest,
             config,
             replica,
             scale,
-            self._known_members(),
+            self._known_members(before),
             ledger.head_after,
             ledger.digest_at,
             lambda first, last: history_slice(islice(ledger.frames(first, last), FLOW_WINDOW)),
-            self._started_at,
+            self._offer_for,
+            self._digests_between,
+            time.monotonic(),
         )
         self.status = self._make_status()
 
@@ -119,33 +162,44 @@ class Service:
             StorageError: the ledger cannot be written; nothing unwritten was shown to anybody.
             WeightsOverflow: the next commit would move a weight out of range; it was not made.
         """
+        try:
+            self._loop(should_stop, stay, show)
+        except StorageError:
+            raise  # nothing more can be written, and why is in this error
+        except BaseException:
+            self._stop(show)
+            raise
+        self._stop(show)
+
+    def _loop(self, should_stop: Callable[[], bool], stay: bool, show: Callable[[Status, str], None]) -> None:
+        self._save_snapshot_if_due()
         status_at = snapshot_at = time.monotonic()
         over_since: float | None = None
-        try:
-            while not should_stop():
-                now = time.monotonic()
-                wake_at = self.conductor.wake_at()
-                wait = 0.25 if wake_at is None else min(max(wake_at - now, 0.0), 0.25)
-                for arrival in self._end.receive(wait):
-                    self._handle(arrival.session, arrival.key, arrival.frame)
-                now = time.monotonic()
-                self._carry_out(self.conductor.on_tick(now))
-                if now - status_at >= STATUS_EVERY_S:
-                    status_at = now
-                    self._save_status()
-                    show(self.status, self.conductor.last_reason)
-                if now - snapshot_at >= SNAPSHOT_EVERY_S:
-                    snapshot_at = now
-                    self._save_snapshot()
-                if self.conductor.is_over and not stay:
-                    over_since = now if over_since is None else over_since
-                    if not self.conductor.present or now - over_since > _FAREWELL_S:
-                        return
-        finally:
-            # A clean stop leaves a fresh status and snapshot; after a storage failure neither can be hoped for.
-            self._save_snapshot()
-            self._save_status()
-            show(self.status, self.conductor.last_reason)
+        while not should_stop():
+            now = time.monotonic()
+            wake_at = self.conductor.wake_at()
+            wait = 0.25 if wake_at is None else min(max(wake_at - now, 0.0), 0.25)
+            for arrival in self._end.receive(wait):
+                self._handle(arrival.session, arrival.key, arrival.frame)
+            now = time.monotonic()
+            self._carry_out(self.conductor.on_tick(now))
+            if now - status_at >= STATUS_EVERY_S:
+                status_at = now
+                self._save_status()
+                show(self.status, self.conductor.last_reason)
+            if now - snapshot_at >= SNAPSHOT_CHECK_S:
+                snapshot_at = now
+                self._save_snapshot_if_due()
+            if self.conductor.is_over and not stay:
+                over_since = now if over_since is None else over_since
+                if not self.conductor.present or now - over_since > _FAREWELL_S:
+                    return
+
+    def _stop(self, show: Callable[[Status, str], None]) -> None:
+        """Leave a fresh snapshot and status behind."""
+        self._save_snapshot()
+        self._save_status()
+        show(self.status, self.conductor.last_reason)
 
     def _handle(self, session: bytes, key: bytes, frame: bytes) -> None:
         member = self.conductor.session_member(session)
@@ -180,8 +234,14 @@ class Service:
                     member.down.add(len(frame), self._curve)
                 if self._end.send(session, frame) is not Sent.OK:
                     self._gone.append(session)
+            case SendPiece(session, content, offset):
+                num_bytes, data = self._directory.snapshots.piece(content, offset)
+                frame = encode(Piece(content, offset, num_bytes, data))
+                self._do(Send(session, "Piece", frame))
             case Persist(commit, frame):
-                self._ledger.append(commit.round, frame)
+                self._ledger.append(commit, frame)
+            case Quarantine(node):
+                self._ledger.set_quarantined(node, True)
             case PersistCheckpoint(round, digest, scale):
                 self._ledger.checkpoint(Checkpoint(round, digest, scale))
             case Enrol(node, key, name):
@@ -191,13 +251,12 @@ class Service:
 
     # ---- what others may read ---------------------------------------------------------------------------------------
 
-    def _known_members(self) -> list[Member]:
+    def _known_members(self, before: Status | None) -> list[Member]:
         """Everyone enrolled, with the byte counts that the last status carried."""
-        stored = self._ledger.status()
-        counts = {m.node: m for m in msgspec.json.decode(stored, type=Status).members} if stored else {}
+        counts = {m.node: m for m in before.members} if before else {}
         members = []
-        for node, key, name in self._ledger.members():
-            member = Member(node=node, key=key, name=name)
+        for node, key, name, is_quarantined in self._ledger.members():
+            member = Member(node=node, key=key, name=name, is_quarantined=is_quarantined)
             if node in counts:
                 known = counts[node]
                 member.name = known.name
@@ -209,9 +268,6 @@ class Service:
     def _make_status(self) -> Status:
         conductor = self.conductor
         members = [_member_status(member) for member in conductor.members.values()]
-        losses = [m.loss for m in conductor.present if m.loss is not None]
-        elapsed = time.monotonic() - self._started_at
-        rate = (conductor.round - self._first_round) / elapsed if elapsed > 0 else 0.0
         return Status(
             run=self._manifest.run_id.hex(),
             name=self._manifest.run.name,
@@ -226,20 +282,76 @@ class Service:
             payload_bytes_down=sum(m.payload_bytes_down for m in members),
             zmtp_bytes_up=sum(m.zmtp_bytes_up for m in members),
             zmtp_bytes_down=sum(m.zmtp_bytes_down for m in members),
-            loss=sum(losses) / len(losses)
-            if losses
-            else (self.status.loss if hasattr(self, "status") else None),
-            rounds_per_s=rate,
+            loss=self._mean_loss(),
+            rounds_per_s=self._speed.rounds_per_s,
             malformed_frames=self._num_malformed,
             updated_at=time.time(),
         )
 
+    def _mean_loss(self) -> float | None:
+        """Of those who are here; while nobody is, what it was when somebody was."""
+        losses = [member.loss for member in self.conductor.present if member.loss is not None]
+        if losses:
+            self._last_loss = sum(losses) / len(losses)
+        return self._last_loss
+
     def _save_status(self) -> None:
+        self._speed.observe(self.conductor.round, time.monotonic())
         self.status = self._make_status()
         self._ledger.set_status(msgspec.json.encode(self.status))
 
+    # ---- snapshots --------------------------------------------------------------------------------------------------
+
     def _save_snapshot(self) -> None:
-        self._directory.save_snapshot(self.conductor.replica, self._manifest)
+        """Make a snapshot of the replica as it stands, unless there is one."""
+        replica = self.conductor.replica
+        if replica.round and (self._snapshot is None or self._snapshot.round < replica.round):
+            data = encode_snapshot(replica, self._manifest)
+            self._snapshot = self._directory.snapshots.save(replica.round, data)
+
+    def _save_snapshot_if_due(self) -> None:
+        first, num_bytes = (self._snapshot.round, self._snapshot.num_bytes) if self._snapshot else (0, 0)
+        tail_bytes, tail_codes = self._ledger.cost_since(first)
+        last_revert = self._ledger.last_revert()
+        is_bridge = last_revert is not None and last_revert >= first
+        if is_bridge or is_due(num_bytes, tail_bytes, tail_codes, self._manifest.adapter.size):
+            self._save_snapshot()
+
+    def _offer_for(self, round: int) -> Offer | None:
+        snapshot = self._snapshot
+        if snapshot is None or snapshot.round <= round:
+            return None
+        replay_bytes, replay_codes = self._ledger.cost_since(round)
+        tail_bytes, tail_codes = self._ledger.cost_since(snapshot.round)
+        last_revert = self._ledger.last_revert()
+        can_replay = last_revert is None or last_revert < round
+        if can_replay and replay_bytes <= HISTORY_BYTES:
+            return None  # one or two frames: not worth a choice
+        return Offer(
+            snapshot.content,
+            snapshot.round,
+            snapshot.num_bytes,
+            tail_bytes,
+            tail_codes,
+            replay_bytes,
+            replay_codes,
+            can_replay,
+        )
+
+    def _digests_between(self, first: int, last: int) -> list[bytes]:
+        """The digests after first..last commits, replayed from a snapshot; none if that would take long."""
+        if not 0 <= first <= last <= self._ledger.num_commits():
+            return []
+        replica, _ = self._directory.newest(self._manifest, self._ledger, before=first)
+        before, codes = self._ledger.cost_since(replica.round)[1], self._ledger.cost_since(last)[1]
+        if (before - codes) * self._manifest.adapter.size > 8 * MAX_REPLAY_WORK:
+            return []
+        digests = [replica.digest()] if replica.round == first else []
+        for entry in self._ledger.entries(replica.round, last):
+            replica.apply(entry, history=self._ledger.entries)
+            if replica.round >= first:
+                digests.append(replica.digest())
+        return digests
 
     def close(self) -> None:
         """Say in the status that nobody serves any more."""

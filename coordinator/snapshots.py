@@ -1,10 +1,9 @@
 """Snapshots: when to make one, which to keep, and where they lie.
 
-They are made from the coordinator's replica, compressed without loss, and named by their content. None of them is needed
-for the truth, which is the ledger: they save newcomers bytes and a restarted coordinator time.
+They are made from the coordinator's replica, compressed without loss, and named by their content. None of them is
+needed for the truth, which is the ledger: they save newcomers bytes and a restarted coordinator time.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -12,11 +11,12 @@ from typing import Final, NamedTuple
 from coordinator.ledger import StorageError
 from transport.messages import PIECE_BYTES
 from zo.commit import DIGEST_BYTES
+from zo.snapshot import content_address
 
 KEPT_NEWEST: Final = 3
 """A newcomer on a slow link may still be fetching the one before the last."""
 MAX_REPLAY_WORK: Final = 2**32
-"""Parameter·directions that a restart or a newcomer may have to replay past a snapshot: about a second on one slow core."""
+"""Parameter·directions to replay past a snapshot, by a restart or a newcomer: at most a second on a slow core."""
 MIN_TAIL_BYTES: Final = 4096
 
 
@@ -29,16 +29,11 @@ class Stored(NamedTuple):
     num_bytes: int
 
 
-def content_address(data: bytes) -> bytes:
-    """BLAKE2b-128 of a snapshot's bytes: (16,) bytes."""
-    return hashlib.blake2b(data, digest_size=DIGEST_BYTES, person=b"zo-content").digest()
-
-
 def is_due(num_bytes: int, tail_bytes: int, tail_codes: int, size: int) -> bool:
     """Whether a new snapshot is worth making.
 
-    When the entries since the last one cost a newcomer as many bytes as the snapshot itself: so joining never costs more
-    than about twice the cheaper way. Or when replaying them takes long.
+    When the entries since the last one cost a newcomer as many bytes as the snapshot itself: so joining never costs
+    more than about twice the cheaper way. Or when replaying them takes long.
 
     Args:
         num_bytes: of the last snapshot.

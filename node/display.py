@@ -22,8 +22,13 @@ def view_line(view: View) -> Text:
     if view.stage in (Stage.CONNECTING, Stage.GREETING):
         return Text("connecting …")
     parts = [f"node {view.node}", f"round {view.round}/{view.rounds}"]
-    if view.behind:
-        parts.append(f"catching up, {view.behind} behind")
+    if view.to_fetch_bytes:
+        share = view.fetched_bytes / view.to_fetch_bytes
+        parts.append(f"fetching a snapshot, {share:.0%} of {si_bytes(view.to_fetch_bytes)}")
+    elif view.behind:
+        parts.append(f"catching up, {view.behind:,} behind")
+    if view.catch_up_left_s is not None:
+        parts.append(f"{view.catch_up_left_s:.0f} s left")
     if view.loss is not None:
         parts.append(f"loss {view.loss:.3f}")
     if view.held_out is not None:

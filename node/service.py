@@ -15,19 +15,21 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from node.session import Applied, Effect, End, Open, Session, Stage, StartOver, Transmit
+from node.session import Applied, Effect, End, Jumped, Keep, Open, Session, Stage, StartOver, Transmit
 from node.state import StateDirectory
 from transport.exits import Exit
 from transport.messages import Report, WireError, decode_from_coordinator, encode
 from transport.meter import Meter, SocketCount
 from transport.sockets import Link, NodeSocket
 from transport.ticket import Ticket
+from zo import kernels
 from zo.manifest import Manifest
 from zo.replica import Replica
 
 SAVE_EVERY_S: Final = 10.0
 _POLL_S: Final = 0.5
 _WRONG_KEY_TRIES: Final = 3
+_TRIED_DIRECTIONS: Final = 16
 
 
 class ProbeResult(Protocol):
@@ -80,6 +82,11 @@ class View:
     round: int = 0
     rounds: int = 0
     behind: int = 0
+    fetched_bytes: int = 0
+    to_fetch_bytes: int = 0
+    """Of the snapshot being fetched; 0 if none is."""
+    catch_up_left_s: float | None = None
+    """Estimated from how it went so far."""
     members: int = 0
     loss: float | None = None
     held_out: float | None = None
@@ -92,6 +99,16 @@ class View:
     meter: Meter = field(default_factory=Meter)
     socket: SocketCount | None = None
     notice: str = ""
+
+
+def _measured_work(size: int) -> float:
+    """Parameter·directions that this machine applies in a second, tried on a vector of this size."""
+    weights, directions = np.zeros(size, np.int32), np.zeros((_TRIED_DIRECTIONS, 3), np.uint32)
+    coefficients = np.zeros(_TRIED_DIRECTIONS, np.int32)
+    kernels.apply(weights, (0, 0), directions, coefficients)  # the first call may load the kernel
+    begin = time.perf_counter()
+    kernels.apply(weights, (0, 0), directions, coefficients)
+    return size * _TRIED_DIRECTIONS / max(time.perf_counter() - begin, 1e-9)
 
 
 class NodeService:
@@ -138,7 +155,8 @@ class NodeService:
             bytes.fromhex(base_digest),
             bytes.fromhex(tokenizer_digest),
             name,
-            saved[1] if saved else None,
+            saved,
+            state.load_download(),
         )
         self._socket = NodeSocket(ticket, state.keys())
         self._trainer: Trainer | None = None
@@ -150,6 +168,7 @@ class NodeService:
         self._saved_at = time.monotonic()
         self._reported_at: float | None = None
         self._end: End | None = None
+        self._catch_up_began: tuple[str, float, int] | None = None
         self.view = View()
 
     def run(self) -> str:
@@ -252,7 +271,12 @@ class NodeService:
                     self._open(manifest)
                 case StartOver(reason):
                     self.view.notice = f"starting over: {reason}"
-                    self._carry_out(self._session.opened(self._fresh_replica()))
+                    self._carry_out(self._session.opened(self._fresh_replica(), time.monotonic()))
+                case Keep(content, data):
+                    self._state.keep_piece(content, data)
+                case Jumped():
+                    self._state.drop_download()
+                    self._save()
                 case Applied():
                     self._applied(effect)
                 case End():
@@ -268,7 +292,8 @@ class NodeService:
             self._trainer = self._open_trainer(manifest)
         self.view.notice = ""
         if self._session.replica is None:
-            self._carry_out(self._session.opened(self._fresh_replica()))
+            self._carry_out(self._session.opened(self._fresh_replica(), time.monotonic()))
+        self._session.work_per_s = _measured_work(manifest.adapter.size)
 
     def _fresh_replica(self) -> Replica:
         assert self._manifest is not None
@@ -329,8 +354,28 @@ class NodeService:
             session.behind,
         )
         view.round = session.replica.round if session.replica else 0
+        self._estimate_catch_up()
         view.socket = self._socket.socket_count()
         self._show(view)
+
+    def _estimate_catch_up(self) -> None:
+        """What is left of a download or a replay, and how long that takes at the pace so far."""
+        session, view = self._session, self.view
+        download = session.download if session.stage is Stage.FETCHING else None
+        view.fetched_bytes = len(download.data) if download else 0
+        view.to_fetch_bytes = (download.num_bytes or 0) if download else 0
+        left = view.to_fetch_bytes - view.fetched_bytes if download else session.behind
+        kind = "fetch" if download else "replay"
+        now = time.monotonic()
+        if left <= 0:
+            self._catch_up_began = None
+            view.catch_up_left_s = None
+        elif self._catch_up_began is None or self._catch_up_began[0] != kind:
+            self._catch_up_began = kind, now, left
+        else:
+            _, began, at_first = self._catch_up_began
+            done = at_first - left
+            view.catch_up_left_s = left * (now - began) / done if done > 0 else None
 
     def _save(self) -> None:
         self._saved_at = time.monotonic()

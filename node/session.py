@@ -1,6 +1,7 @@
 """A node's session: messages, finished probes and the time in, effects out. All decisions of a node, none of its I/O.
 
     CONNECTING --link up--> GREETING --Welcome--> FOLLOWING --caught up, probed--> REPORTED --commit--> FOLLOWING
+    GREETING --Welcome with an offer--> FETCHING --snapshot complete, or replay is quicker--> FOLLOWING
     any state --link down--> CONNECTING          any state --Finished, Refuse--> ENDED
 
 A frame that does not fit the state changes nothing. What was reported is kept until a commit of that round shows that
@@ -9,32 +10,41 @@ coordinator's turn, `Hello` is said again after `GREET_S` of silence: it may hav
 """
 
 import enum
+from collections import deque
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from node.catchup import Download, Way, choose
 from transport.exits import Exit
 from transport.messages import (
     PROTOCOL_VERSION,
     REPORT_ROUND_MODULUS,
+    Fetch,
     Finished,
+    Follow,
     FromCoordinator,
     FromNode,
     Hello,
     History,
     Identify,
     Leave,
+    Offer,
+    Piece,
     Progress,
     Refuse,
     Report,
     Resync,
+    Trace,
     Welcome,
 )
-from zo.commit import Commit, decode_entry
+from zo.commit import Commit, Entry, decode_entry
 from zo.manifest import Manifest, ManifestError, decode_manifest, run_id
-from zo.replica import ChainError, Replica
+from zo.replica import ChainError, HistoryNeeded, Replica
+from zo.snapshot import SnapshotError, decode_snapshot
 from zo.weights import WeightsOverflow
 
 RESEND_S: Final = 10.0
@@ -43,6 +53,11 @@ GREET_S: Final = 30.0
 """Longer than a `History` frame takes on a slow link, since a needless `Hello` makes the ledger come twice."""
 _GREET_MAX_S: Final = 480.0
 _LOSS_MEMORY: Final = 0.9
+_FETCH_PATIENCE_S: Final = 600.0
+"""A piece of 32 kB takes 220 s at 1.2 kbit/s."""
+_TRACE_ROUNDS: Final = 64
+_TRACE_SIZE: Final = 2**18
+"""Up to this many weights, a digest every round costs little: 1 ms."""
 
 
 class Stage(enum.Enum):
@@ -52,6 +67,7 @@ class Stage(enum.Enum):
     GREETING = "greeting"
     FOLLOWING = "following"
     REPORTED = "reported"
+    FETCHING = "fetching a snapshot"
     ENDED = "ended"
 
 
@@ -73,6 +89,19 @@ class StartOver(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Keep(msgspec.Struct, frozen=True):
+    """Keep a piece of a snapshot, so that an interrupted download goes on after it."""
+
+    content: bytes
+    data: bytes
+
+
+class Jumped(msgspec.Struct, frozen=True):
+    """The replica was replaced by a snapshot; the pieces need not be kept any more."""
+
+    round: int
+
+
 class Applied(msgspec.Struct, frozen=True):
     """A commit has become part of the weights."""
 
@@ -90,7 +119,7 @@ class End(msgspec.Struct, frozen=True):
     reason: str
 
 
-Effect = Transmit | Open | StartOver | Applied | End
+Effect = Transmit | Open | StartOver | Keep | Jumped | Applied | End
 
 
 class Session:
@@ -102,18 +131,39 @@ class Session:
         node: its number; None before first contact.
     """
 
-    def __init__(self, run: bytes, base: bytes, tokenizer: bytes, name: str, replica: Replica | None) -> None:
-        """Start, or go on from a saved replica.
+    def __init__(
+        self,
+        run: bytes,
+        base: bytes,
+        tokenizer: bytes,
+        name: str,
+        saved: tuple[Manifest, Replica] | None,
+        download: Download | None = None,
+    ) -> None:
+        """Start, or go on from what was saved.
 
         Args:
             run: the run id of the ticket.
             base: digest of the base this node holds, (16,) bytes.
             tokenizer: digest of its tokenizer, (16,) bytes.
             name: for people.
-            replica: what was saved, if anything.
+            saved: manifest and replica, if there were any.
+            download: a snapshot that was not fetched to its end, if any.
         """
         self.stage = Stage.CONNECTING
-        self.replica = replica
+        self.replica = saved[1] if saved else None
+        self.download = download
+        self.work_per_s = 1e9
+        """Parameter·directions that this machine applies in a second; measured by the service."""
+        self.way = ""
+        """Why it catches up as it does, in words."""
+        self._saved_manifest = saved[0] if saved else None
+        self._offer: Offer | None = None
+        self._fetch_began: tuple[float, int] | None = None
+        """When the first piece of this connection was asked for, and how many bytes were here then."""
+        self._must_leap = False
+        """Whether only a snapshot leads on: the ledger takes back entries that this node does not have."""
+        self._trace: deque[tuple[int, bytes]] = deque(maxlen=_TRACE_ROUNDS)
         self.node: int | None = None
         self.manifest: Manifest | None = None
         self.loss: float | None = None
@@ -142,6 +192,8 @@ class Session:
         """The connection is gone; the socket tries again by itself."""
         if self.stage is not Stage.ENDED:
             self.stage = Stage.CONNECTING
+            if self.download is not None:
+                self.download.rewind()
 
     def on_message(self, message: FromCoordinator, now: float) -> list[Effect]:
         """A message of the coordinator."""
@@ -161,10 +213,12 @@ class Session:
         match message:
             case Identify():
                 return self._greet()
+            case Piece():
+                return self._piece(message, now)
             case Commit():
-                return self._follow([message], now)
+                return self._follow([message])
             case History(frames):
-                return self._history(frames, now)
+                return self._history(frames)
             case Resync(round, digest):
                 if round == 0:
                     self.stage = Stage.ENDED
@@ -173,11 +227,11 @@ class Session:
                     ]
                 reason = f"the weights of round {round} differ from the ledger's digest {digest.hex()}"
                 self._forget_report()
-                return [StartOver(reason)]
+                return [*self._own_trace(), StartOver(reason)]
             case Finished(round, digest):
                 return self._finished(round, digest)
 
-    def opened(self, replica: Replica) -> list[Effect]:
+    def opened(self, replica: Replica, now: float) -> list[Effect]:
         """The replica that `Open` or `StartOver` asked for.
 
         After `StartOver`, or where the saved state turned out not to be this run's, the coordinator thinks we are
@@ -185,6 +239,8 @@ class Session:
         """
         announced = self.replica
         self.replica = replica
+        if self.stage is Stage.FETCHING and self.download is not None:
+            self._fetch_began = now, len(self.download.data)  # loading the base took its time
         if self.stage in (Stage.CONNECTING, Stage.ENDED) or (announced is None and replica.round == 0):
             return []
         return self._greet()
@@ -215,6 +271,8 @@ class Session:
             return self._send_report(now)
         if self.stage in (Stage.CONNECTING, Stage.ENDED) or self.next_probe() is not None:
             return []
+        if self.stage is Stage.FETCHING and self._greet_at is None:
+            self._greet_at = now + _FETCH_PATIENCE_S
         if self._greet_at is None:
             self._greet_at = now + self._greet_s
         if now < self._greet_at:
@@ -224,7 +282,7 @@ class Session:
 
     def leave(self) -> list[Effect]:
         """The person at the node wants to stop."""
-        connected = self.stage in (Stage.FOLLOWING, Stage.REPORTED)
+        connected = self.stage in (Stage.FOLLOWING, Stage.REPORTED, Stage.FETCHING)
         self.stage = Stage.ENDED
         return [Transmit(Leave())] if connected else []
 
@@ -253,12 +311,18 @@ class Session:
         return Hello(PROTOCOL_VERSION, self._run, self._base, self._tokenizer, round, head, self._name)
 
     def _welcome(self, welcome: Welcome, now: float) -> list[Effect]:
-        if run_id(welcome.manifest) != self._run:
-            return self._fail(Exit.WRONG_KEY, "the coordinator's manifest is not that of the ticket's run")
-        try:
-            manifest = decode_manifest(welcome.manifest)
-        except ManifestError as error:
-            return self._fail(Exit.REFUSED, f"this version cannot read the run's manifest: {error}")
+        manifest = self.manifest or self._saved_manifest
+        if welcome.manifest:
+            if run_id(welcome.manifest) != self._run:
+                return self._fail(
+                    Exit.WRONG_KEY, "the coordinator's manifest is not that of the ticket's run"
+                )
+            try:
+                manifest = decode_manifest(welcome.manifest)
+            except ManifestError as error:
+                return self._fail(Exit.REFUSED, f"this version cannot read the run's manifest: {error}")
+        if manifest is None:
+            return self._fail(Exit.REFUSED, "the coordinator sent no manifest")
         self.stage = Stage.FOLLOWING
         self.node = welcome.node
         self._must_reach = welcome.round
@@ -267,6 +331,13 @@ class Session:
         if self.manifest is None:
             self.manifest = manifest
             effects.append(Open(manifest))
+        if welcome.offer is not None:
+            self._forget_report()
+            return [*effects, *self._consider(welcome.offer, now)]
+        if self._must_leap:
+            return self._fail(
+                Exit.DAMAGED, "the ledger takes rounds back, and the coordinator has no snapshot"
+            )
         if self._report is not None and self.replica is not None:
             if self._report[0] == welcome.round == self.replica.round:
                 return [*effects, *self._send_report(now)]
@@ -274,14 +345,82 @@ class Session:
                 self._forget_report()
         return effects
 
-    def _history(self, frames: tuple[bytes, ...], now: float) -> list[Effect]:
+    def _consider(self, offer: Offer, now: float) -> list[Effect]:
+        """Ask for the snapshot's next piece; how long it takes to come decides whether it is worth going on."""
+        self.stage = Stage.FETCHING
+        self._offer = offer
+        if self.download is None or self.download.content != offer.content:
+            self.download = Download(offer.content)
+        self.download.rewind()
+        self._fetch_began = now, len(self.download.data)
+        return self._ask()
+
+    def _ask(self) -> list[Effect]:
+        assert self.download is not None
+        return [Transmit(Fetch(self.download.content, offset)) for offset in self.download.wanted()]
+
+    def _piece(self, piece: Piece, now: float) -> list[Effect]:
+        download, offer, manifest = self.download, self._offer, self.manifest
+        if self.stage is not Stage.FETCHING or download is None or offer is None or manifest is None:
+            return []
+        if piece.content != download.content:
+            return []
+        if piece.num_bytes == 0:
+            self.download = None
+            return self._greet()  # it was removed meanwhile: there is a newer one
+        is_first = download.num_bytes is None
+        new = download.add(piece.offset, piece.num_bytes, piece.data)
+        effects: list[Effect] = [Keep(download.content, new)] if new else []
+        if is_first and not download.is_complete and self._fetch_began is not None:
+            began, num_before = self._fetch_began
+            link = max(len(download.data) - num_before, 1) / max(now - began, 1e-6)
+            way, self.way = choose(offer, len(download.data), manifest.adapter.size, link, self.work_per_s)
+            if way is Way.REPLAY and not self._must_leap:
+                return [*effects, *self._follow_from_here()]
+        if not download.is_complete:
+            return [*effects, *self._ask()]
+        return [*effects, *self._leap(download, manifest)]
+
+    def _leap(self, download: Download, manifest: Manifest) -> list[Effect]:
+        """Go on from a snapshot that is complete."""
+        self.download = None
+        if not download.is_intact:
+            return [Jumped(0), *self._greet()]
         try:
-            commits = [decode_entry(frame) for frame in frames]
+            replica = decode_snapshot(bytes(download.data), manifest)
+        except SnapshotError as error:
+            return self._fail(Exit.DAMAGED, f"the coordinator's snapshot cannot be used: {error}")
+        self.replica = replica
+        self._must_leap = False
+        self._trace.clear()
+        self.way = f"snapshot of round {replica.round}"
+        return [Jumped(replica.round), *self._follow_from_here()]
+
+    def _follow_from_here(self) -> list[Effect]:
+        assert self.replica is not None
+        self.stage = Stage.FOLLOWING
+        return [Transmit(Follow(self.replica.round, self.replica.head))]
+
+    def _own_trace(self) -> list[Effect]:
+        """The digests of the last rounds in a row, for the coordinator to find the first wrong one."""
+        trace = list(self._trace)
+        self._trace.clear()
+        if not trace:
+            return []
+        return [Transmit(Trace(trace[0][0], tuple(digest for _, digest in trace)))]
+
+    def _remember_digest(self, replica: Replica) -> None:
+        if replica.weights.size <= _TRACE_SIZE:
+            self._trace.append((replica.round, replica.digest()))
+
+    def _history(self, frames: tuple[bytes, ...]) -> list[Effect]:
+        try:
+            entries = [decode_entry(frame) for frame in frames]
         except ValueError as error:
             return self._fail(Exit.DAMAGED, f"the coordinator sent a history that is none: {error}")
-        return self._follow(commits, now)
+        return self._follow(entries)
 
-    def _follow(self, commits: list[Commit], now: float) -> list[Effect]:
+    def _follow(self, commits: Sequence[Entry]) -> list[Effect]:
         replica, manifest = self.replica, self.manifest
         assert replica is not None
         assert manifest is not None
@@ -293,8 +432,13 @@ class Session:
                 return [*effects, *self._greet()]  # commits are missing in between: say where we are
             try:
                 replica.apply(commit)
+            except HistoryNeeded:
+                self._must_leap = True
+                return [*effects, *self._greet()]
             except (ChainError, WeightsOverflow) as error:
                 return [*effects, *self._fail(Exit.DAMAGED, str(error))]
+            assert isinstance(commit, Commit)  # a revert needs a history, and there is none here
+            self._remember_digest(replica)
             effects.append(self._applied(commit))
             self._exponent = replica.round, commit.exponents[0]
             if replica.round % manifest.parity.digest_every == 0:
@@ -304,7 +448,7 @@ class Session:
 
     def _applied(self, commit: Commit) -> Applied:
         reported = self._report is not None and self._report[0] <= commit.round
-        own = self.node in commit.participants
+        own = self.node in commit.participants and self.node not in commit.late
         if reported:
             self._forget_report()
         return Applied(commit, own, reported and not own)

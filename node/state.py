@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from node.catchup import Download
 from transport.keys import KeyPair, load_or_make_key
 from zo.manifest import Manifest, ManifestError, parse_manifest
 from zo.replica import Replica
@@ -75,6 +76,29 @@ class StateDirectory:
         except (OSError, UnicodeDecodeError, ManifestError, ValueError):
             return None
 
+    def load_download(self) -> Download | None:
+        """A snapshot that was not fetched to its end; None if there is none."""
+        for part in self.path.glob("*.part"):
+            with contextlib.suppress(OSError, ValueError):
+                return Download(bytes.fromhex(part.stem), part.read_bytes())
+        return None
+
+    def keep_piece(self, content: bytes, data: bytes) -> None:
+        """Append to the snapshot that is being fetched, and forget any other. Raises StateError."""
+        path = self.path / f"{content.hex()}.part"
+        try:
+            if not path.exists():
+                self.drop_download()
+            with path.open("ab") as file:
+                file.write(data)
+        except OSError as error:
+            raise StateError(f"cannot write {path}: {error.strerror}") from error
+
+    def drop_download(self) -> None:
+        """Remove what was kept of a download."""
+        for part in self.path.glob("*.part"):
+            part.unlink(missing_ok=True)
+
     def save_manifest(self, manifest: Manifest) -> None:
         """Keep the manifest. Raises StateError."""
         self._write(self.manifest_path, documented_toml(manifest, "The manifest of the run.").encode())
@@ -104,7 +128,7 @@ def load_result(path: Path) -> tuple[Manifest, Replica]:
     directory = StateDirectory(path)
     try:
         manifest = parse_manifest(directory.manifest_path.read_text("utf-8"))
-        return manifest, decode_snapshot(directory.snapshot_path.read_bytes(), manifest)
+        return manifest, decode_snapshot(_newest_snapshot(directory).read_bytes(), manifest)
     except OSError as error:
         raise StateError(
             f"{path} holds no weights yet: cannot read {error.filename} ({error.strerror}). "
@@ -112,3 +136,13 @@ def load_result(path: Path) -> tuple[Manifest, Replica]:
         ) from error
     except ValueError as error:
         raise StateError(f"{path}: {error}") from error
+
+
+def _newest_snapshot(directory: StateDirectory) -> Path:
+    """A node keeps one snapshot; a coordinator keeps several, named ROUND-CONTENT.zo."""
+    rounds = {
+        int(path.name.partition("-")[0]): path
+        for path in (directory.path / "snapshots").glob("*.zo")
+        if path.name.partition("-")[0].isdigit()
+    }
+    return rounds[max(rounds)] if rounds else directory.snapshot_path

@@ -35,6 +35,8 @@ class Commit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     """int8, the same number for every participant, in the order of participants and of their samples."""
     previous: bytes
     """Digest of the commit before, (16,) bytes."""
+    late: tuple[int, ...] = ()
+    """Participants whose codes are for the samples of the round before: they came too late for it (staleness one)."""
 
     def __post_init__(self) -> None:
         """Check what a type cannot say.
@@ -56,6 +58,12 @@ class Commit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
             raise ValueError(f"participants must be within 0 and {MAX_NODE}, got {self.participants}")
         if any(b <= a for a, b in zip(self.participants, self.participants[1:], strict=False)):
             raise ValueError(f"participants must be ascending and distinct, got {self.participants}")
+        if any(b <= a for a, b in zip(self.late, self.late[1:], strict=False)) or not set(self.late) <= set(
+            self.participants
+        ):
+            raise ValueError(f"late must be ascending participants, got {self.late}")
+        if self.late and self.round == 0:
+            raise ValueError("round 0 has no round before it to be late for")
         if bool(self.participants) != bool(self.codes) or (
             self.participants and len(self.codes) % len(self.participants)
         ):

@@ -37,6 +37,14 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             ge=1, le=100_000_000, description="Rounds until the run is finished; the step decays towards it."
         ),
     ]
+    staleness: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1,
+            description="1: a report that comes too late for its round counts in the next one; 0: it is dropped.",
+        ),
+    ] = 0
     nonce: Annotated[
         Hex16,
         Meta(description="Drawn at init, so that two runs of equal settings have different directions."),

@@ -54,6 +54,7 @@ class Replica:
         self._key = run_key(manifest.run_id)
         self._rounds = manifest.run.rounds
         self._directions = manifest.probe.directions
+        self._staleness = manifest.run.staleness
         self._bound = Bound(self.weights)
 
     def check(self, commit: Commit) -> NDArray[np.int32]:
@@ -67,6 +68,8 @@ class Replica:
         self._check_follows(commit)
         if commit.round >= self._rounds:
             raise ChainError(f"commit of round {commit.round}, but the run ends after {self._rounds} rounds")
+        if commit.late and not self._staleness:
+            raise ChainError(f"commit of round {commit.round} has late codes, which the manifest forbids")
         expected = len(commit.participants) * self._directions
         if len(commit.codes) != expected:
             raise ChainError(
@@ -135,9 +138,10 @@ class Replica:
         num_participants = len(commit.participants)
         names = np.zeros((num_participants * self._directions, 3), np.uint32)
         names[:, 0] = np.repeat(np.asarray(commit.participants, np.uint32), self._directions)
-        names[:, 1] = np.tile(
-            np.asarray(samples(commit.round, self._directions), np.uint32), num_participants
-        )
+        rounds = np.full(num_participants, commit.round, np.int64)
+        rounds[np.isin(commit.participants, commit.late)] -= 1
+        first_samples = rounds[:, None] * self._directions  # of `samples(round, directions)`
+        names[:, 1] = (first_samples + np.arange(self._directions)).astype(np.uint32).ravel()
         return names
 
     def _reverted(self, revert: Revert, history: History | None) -> NDArray[np.int32]:

@@ -80,6 +80,11 @@ def decode_snapshot(data: bytes, manifest: Manifest) -> Replica:
     return Replica(manifest, weights, snapshot.round, snapshot.head)
 
 
+def content_address(data: bytes) -> bytes:
+    """The name of a snapshot's bytes: BLAKE2b-128, (16,) bytes."""
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES, person=b"zo-content").digest()
+
+
 def _seal(head: bytes, weights_digest: bytes) -> bytes:
     return hashlib.blake2b(head + weights_digest, digest_size=DIGEST_BYTES, person=_SEAL_PERSON).digest()
 

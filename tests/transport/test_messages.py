@@ -52,7 +52,7 @@ FROM_COORDINATOR = [
     (Refuse("base", "no"), "93 11 a4 62617365 a2 6e6f"),
     (
         Commit(9, (70_000,), (-4,), (1, 3), b"\x01\xff", ID),
-        f"97 12 09 91 ce00011170 91 fc 92 01 03 c4 02 01ff {ID_HEX}",
+        f"98 12 09 91 ce00011170 91 fc 92 01 03 c4 02 01ff {ID_HEX} 90",
     ),
     (History((b"\x01", b"\x02\x03")), "92 13 92 c4 01 01 c4 02 0203"),
     (Resync(9, ID), f"93 14 09 {ID_HEX}"),
@@ -115,6 +115,8 @@ def test_what_is_no_message_from_a_node_is_said(frame, reason):
         ([18, 0, [1], [0], [1, 0], b"ab", ID], "ascending"),
         ([18, 0, [1], [0], [0, 1], b"abc", ID], "do not divide"),
         ([18, 0, [1], [0], [0], b"a", ID[:15]], "16 bytes"),
+        ([18, 0, [1], [0], [0], b"a", ID, [0]], "round 0 has no round before"),
+        ([18, 1, [1], [0], [0], b"a", ID, [1]], "late must be ascending participants"),
     ],
 )
 def test_an_impossible_commit_is_no_message(commit, reason):
