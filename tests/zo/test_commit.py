@@ -14,9 +14,9 @@ COMMIT = Commit(9, (1000,), (-4,), (0, 3), b"\x01\xff\x80\x7f", PREVIOUS)
 
 def test_bytes_and_digest_are_pinned():  # changing this breaks every ledger and every node in the field
     assert COMMIT.encode() == bytes.fromhex(
-        "97" "12" "09" "91cd03e8" "91fc" "920003" "c40401ff807f" "c410000102030405060708090a0b0c0d0e0f"
+        "98" "12" "09" "91cd03e8" "91fc" "920003" "c40401ff807f" "c410000102030405060708090a0b0c0d0e0f" "90"
     )  # fmt: skip
-    assert COMMIT.digest().hex() == "a9dfb9a920f3190f29db385117024a8b"
+    assert COMMIT.digest().hex() == "7a457bc4e7bd5246d05466e24b38a9ff"
     assert chain_digest(COMMIT.encode()) == COMMIT.digest()
     assert decode_entry(COMMIT.encode()) == COMMIT
 
@@ -62,7 +62,7 @@ def test_an_impossible_commit_says_what_is_wrong(change, message):
 
 @pytest.mark.parametrize("frame", [b"", b"\xc1", b"\x90", COMMIT.encode()[:-1], COMMIT.encode() + b"\x00"])
 def test_what_is_no_commit_is_refused(frame):
-    with pytest.raises(ValueError, match="not a commit"):
+    with pytest.raises(ValueError, match="not a ledger entry"):
         decode_entry(frame)
 
 
@@ -71,7 +71,7 @@ def test_another_form_of_the_same_commit_is_refused_since_its_digest_would_be_an
     assert frame[2] == 9
     wider = frame[:2] + b"\xcc\x09" + frame[3:]  # round 9 as a uint8 with its own prefix
     assert msgspec.msgpack.decode(wider, type=Commit) == COMMIT
-    with pytest.raises(ValueError, match="commit of round 9 is not in its canonical form"):
+    with pytest.raises(ValueError, match="the entry of round 9 is not in its canonical form"):
         decode_entry(wider)
 
 

@@ -59,7 +59,7 @@ def test_any_manifest_survives_its_toml(make_manifest, name, epsilon, step, alph
 def test_every_field_of_the_toml_is_explained(make_manifest):
     lines = documented_toml(make_manifest(), "A run.").splitlines()
     fields = [index for index, line in enumerate(lines) if " = " in line and not line.startswith("#")]
-    assert len(fields) == 23
+    assert len(fields) == 24
     assert all(lines[index - 1].startswith("# ") for index in fields)
     tables = [index for index, line in enumerate(lines) if line.startswith("[")]
     assert all(lines[index - 1].startswith("# ") for index in tables)
@@ -83,6 +83,8 @@ def test_bytes_of_another_form_are_refused_since_their_id_would_be_another(make_
 OUT_OF_RANGE = [
     ("run", "rounds", 0),
     ("run", "rounds", 100_000_001),
+    ("run", "staleness", -1),
+    ("run", "staleness", 2),
     ("run", "name", ""),
     ("run", "name", "../escape"),
     ("run", "name", "x" * 65),
@@ -164,7 +166,7 @@ def test_messages_say_what_would_be_right(make_manifest):
     assert message("rounds = 20", "rounds = 1.5").startswith("run.rounds = 1.5: expected `int`, got `float`")
     assert "missing required field `rounds`" in message("rounds = 20", "")
     assert message("rounds = 20", "round = 20") == (
-        "run: Object contains unknown field `round`; the fields are name, rounds, nonce"
+        "run: Object contains unknown field `round`; the fields are name, rounds, staleness, nonce"
     )
     assert message('["q_proj", "v_proj"]', '["q_proj", 3]').startswith(
         "adapter.targets[1] = 3: expected `str`"
@@ -215,15 +217,15 @@ def test_manifests_differ_in_their_ids_by_any_field(make_manifest):
 
 
 GOLDEN_BYTES = (
-    "87a870726f746f636f6c01a372756e83a46e616d65a474657374a6726f756e647314a56e6f6e6365d920303132333435"
-    "3637383961626364656630313233343536373839616263646566a46261736583a46e616d65a46e6f6e65a66469676573"
-    "74d9206230623062306230623062306230623062306230623062306230623062306230b0746f6b656e697a65725f6469"
-    "67657374d9203730373037303730373037303730373037303730373037303730373037303730a76164617074657286a7"
-    "7461726765747392a6715f70726f6aa6765f70726f6aa472616e6b04a5616c706861cb4020000000000000a574726169"
-    "6ea142a473697a65cd01f4ad6c61796f75745f646967657374d920316131613161316131613161316131613161316131"
-    "6131613161316131613161a570726f626584a7657073696c6f6ecb3f847ae147ae147baa646972656374696f6e7302aa"
-    "62617463685f73697a6508af73657175656e63655f6c656e677468cc80a87363686564756c6584a473746570cb3f947a"
-    "e147ae147ba56465636179a66c696e656172a9736d6f6f7468696e6703ae66697273745f6578706f6e656e74fca67061"
-    "7269747982ac6469676573745f657665727904aa73686172655f6c6f7373c3"
+    "87a870726f746f636f6c01a372756e84a46e616d65a474657374a6726f756e647314a97374616c656e65737300a56e6f6e63"
+    "65d9203031323334353637383961626364656630313233343536373839616263646566a46261736583a46e616d65a46e6f6e"
+    "65a6646967657374d9206230623062306230623062306230623062306230623062306230623062306230b0746f6b656e697a"
+    "65725f646967657374d9203730373037303730373037303730373037303730373037303730373037303730a7616461707465"
+    "7286a77461726765747392a6715f70726f6aa6765f70726f6aa472616e6b04a5616c706861cb4020000000000000a5747261"
+    "696ea142a473697a65cd01f4ad6c61796f75745f646967657374d92031613161316131613161316131613161316131613161"
+    "31613161316131613161a570726f626584a7657073696c6f6ecb3f847ae147ae147baa646972656374696f6e7302aa626174"
+    "63685f73697a6508af73657175656e63655f6c656e677468cc80a87363686564756c6584a473746570cb3f947ae147ae147b"
+    "a56465636179a66c696e656172a9736d6f6f7468696e6703ae66697273745f6578706f6e656e74fca670617269747982ac64"
+    "69676573745f657665727904aa73686172655f6c6f7373c3"
 )
-GOLDEN_RUN_ID = "0dcdb200ad8ad397887f49863022f35e"
+GOLDEN_RUN_ID = "dee6a149762976c49237f326b1e23b7c"
