@@ -380,9 +380,9 @@ class Conductor:
     # ---- what nodes say -------------------------------------------------------------------------------------------
 
     def _report(self, member: Member, report: Report, now: float) -> list[Effect]:
-        number = member.resolve(report.round)
+        number = None if member.is_choosing else member.resolve(report.round)
         if number is None:
-            return []  # of a round it acknowledged long ago, or was never asked for
+            return []  # from weights that are being replaced, of a round it acknowledged long ago, or was never asked for
         member.acknowledge(number)
         self._round, verdict, reason = receive(
             self._round, member.node, number, report.codes, self.manifest.probe.directions
@@ -395,6 +395,8 @@ class Conductor:
         return self._feed(member)
 
     def _progress(self, member: Member, progress: Progress) -> list[Effect]:
+        if member.is_choosing:
+            return []  # on its way when the node was told to start over: one fault is one divergence
         member.acknowledge(progress.round)
         if progress.loss_milli is not None:
             member.loss = progress.loss_milli / 1000

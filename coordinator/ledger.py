@@ -7,7 +7,7 @@ block the writer. It stores bytes and chains them; it decides nothing.
 import contextlib
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
@@ -216,11 +216,12 @@ class Ledger:
             "SELECT round, frame FROM commits WHERE round >= ? AND round < ? ORDER BY round", first, end
         )
         due = first
-        for round, frame in rows:
-            if round != due:
-                break
-            yield frame
-            due += 1
+        with contextlib.closing(rows):  # a reader that stops half way does not keep the statement open
+            for round, frame in rows:
+                if round != due:
+                    break
+                yield frame
+                due += 1
         if due < end:
             raise LedgerError(f"{self.path}: commit {due} is missing")
 
@@ -318,7 +319,7 @@ class Ledger:
                 "then serve again"
             ) from error
 
-    def _read(self, statement: str, *values: Any) -> Iterator[Any]:
+    def _read(self, statement: str, *values: Any) -> Generator[Any, None, None]:
         try:
             yield from self._db.execute(statement, values)
         except sqlite3.DatabaseError as error:

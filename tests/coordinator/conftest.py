@@ -1,0 +1,158 @@
+"""A coordinator without sockets, files or clock: the real conductor over a ledger in memory."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from coordinator.conductor import (
+    Conductor,
+    Effect,
+    Enrol,
+    Note,
+    Persist,
+    PersistCheckpoint,
+    Quarantine,
+    Send,
+    SendPiece,
+    history_slice,
+)
+from coordinator.config import ServiceConfig
+from coordinator.membership import Member
+from transport.messages import Commit, History, Offer, Welcome, decode_from_coordinator
+from zo.commit import chain_digest, decode_entry
+from zo.manifest import Manifest
+from zo.replica import Replica
+from zo.steps import replay_scale, step_rule
+from zo.weights import zeros
+
+
+class VirtualCoordinator:
+    """Carries out a conductor's effects in memory, and checks law 4 with every one of them.
+
+    `stop_before` makes it die like a process: the effect with that number, and all after it, never happen.
+    """
+
+    def __init__(self, manifest: Manifest, config: ServiceConfig | None = None) -> None:
+        self.manifest = manifest
+        self.config = config or ServiceConfig()
+        self.frames: list[bytes] = []
+        self.checkpoints = {}
+        self.enrolled = {}
+        self.quarantined: set[int] = set()
+        self.pieces: list[SendPiece] = []
+        self.notes: list[Note] = []
+        self.outbox: list[tuple[bytes, object]] = []
+        self.now = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Start, or start again, from what is durable."""
+        replica = self.replay()
+        codes = ((n, np.frombuffer(decode_entry(f).codes, np.int8)) for n, f in enumerate(self.frames))
+        self.conductor = Conductor(
+            self.manifest,
+            self.config,
+            replica,
+            replay_scale(step_rule(self.manifest), codes),
+            [
+                Member(node=node, key=key, name=name, is_quarantined=node in self.quarantined)
+                for node, (key, name) in self.enrolled.items()
+            ],
+            lambda n: chain_digest(self.frames[n - 1]) if n else self.manifest.run_id,
+            lambda n: self.checkpoints.get(n, (None,))[0],
+            lambda first, last: history_slice(self.frames[first:last]),
+            self.offer_for,
+            self.digests_between,
+            self.now,
+        )
+        self.settle()
+
+    def offer_for(self, round: int) -> Offer | None:
+        """What a node at this round is offered; tests may replace it."""
+        return None
+
+    def digests_between(self, first: int, last: int) -> list[bytes]:
+        """The digests after first..last commits, replayed."""
+        replica, digests = self.replay(first), []
+        for frame in self.frames[first:last]:
+            digests.append(replica.digest())
+            replica.apply(decode_entry(frame), frame)
+        return [*digests, replica.digest()]
+
+    def replay(self, rounds: int | None = None) -> Replica:
+        """A fault-free replay of the ledger."""
+        replica = Replica(self.manifest, zeros(self.manifest.adapter.size))
+        for frame in self.frames[:rounds]:
+            replica.apply(decode_entry(frame), frame)
+        return replica
+
+    def message(self, session: bytes, key: bytes, message: object) -> list[object]:
+        """What that session is sent in answer."""
+        return self.carry_out(self.conductor.on_message(session, key, message, self.now), session)
+
+    def tick(self, now: float | None = None) -> None:
+        self.now = self.now if now is None else now
+        self.carry_out(self.conductor.on_tick(self.now))
+
+    def unsent(self, session: bytes) -> None:
+        self.carry_out(self.conductor.on_unsent(session, self.now))
+
+    def settle(self) -> None:
+        for effect in self.conductor.settle():
+            self.do(effect)
+
+    def carry_out(self, effects: list[Effect], session: bytes = b"") -> list[object]:
+        before = len(self.outbox)
+        for effect in effects:
+            self.do(effect)
+        self.settle()
+        return [message for to, message in self.outbox[before:] if to == session]
+
+    def do(self, effect: Effect) -> None:
+        match effect:
+            case Send(session, kind, frame):
+                message = decode_from_coordinator(frame)
+                assert kind == type(message).__name__
+                self.check_durable(message)
+                self.outbox.append((session, message))
+            case Persist(commit, frame):
+                assert commit.round == len(self.frames)
+                assert frame == commit.encode()
+                self.frames.append(frame)
+            case PersistCheckpoint(round, digest, scale):
+                assert round <= len(self.frames)
+                self.checkpoints[round] = (digest, scale)
+            case Enrol(node, key, name):
+                assert node not in self.enrolled
+                self.enrolled[node] = (key, name)
+            case Quarantine(node):
+                self.quarantined.add(node)
+            case SendPiece():
+                self.pieces.append(effect)
+            case Note():
+                self.notes.append(effect)
+
+    def check_durable(self, message: object) -> None:
+        """Law 4: nothing is visible before it is durable."""
+        match message:
+            case Commit():
+                assert self.frames[message.round] == message.encode()
+            case History(frames):
+                first = decode_entry(frames[0]).round
+                assert tuple(self.frames[first : first + len(frames)]) == frames
+            case Welcome():
+                assert message.node in self.enrolled
+                assert message.round == len(self.frames)
+
+    def noted(self, kind: str) -> list[str]:
+        return [note.text for note in self.notes if note.kind == kind]
+
+    @property
+    def commits(self) -> list[Commit]:
+        return [decode_entry(frame) for frame in self.frames]
+
+
+@pytest.fixture(scope="session")
+def virtual_coordinator() -> Callable[..., VirtualCoordinator]:
+    return VirtualCoordinator

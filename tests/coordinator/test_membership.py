@@ -1,0 +1,85 @@
+"""Members: every arrow of the transition table, and the flow window."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.membership import FLOW_WINDOW, TRANSITIONS, Event, Member, Presence, transition
+from transport.messages import REPORT_ROUND_MODULUS
+
+GONE, JOINING, LIVE, SILENT = Presence.GONE, Presence.JOINING, Presence.LIVE, Presence.SILENT
+
+ARROWS = [
+    (GONE, Event.HELLO, JOINING),
+    (JOINING, Event.REPORTED, LIVE),
+    (JOINING, Event.LOST, GONE),
+    (JOINING, Event.LEFT, GONE),
+    (LIVE, Event.HELLO, JOINING),
+    (LIVE, Event.MISSED, SILENT),
+    (LIVE, Event.LOST, GONE),
+    (LIVE, Event.LEFT, GONE),
+    (SILENT, Event.HELLO, JOINING),
+    (SILENT, Event.HEARD, LIVE),
+    (SILENT, Event.LOST, GONE),
+    (SILENT, Event.LEFT, GONE),
+]
+
+
+def member(**given: object) -> Member:
+    return Member(**{"node": 1, "key": bytes(32), "name": "n", **given})
+
+
+@pytest.mark.parametrize(("presence", "event", "expected"), ARROWS)
+def test_every_arrow(presence, event, expected):
+    someone = member(presence=presence, session=b"s")
+    someone.note(event)
+    assert someone.presence is expected
+    assert someone.session == (None if expected is GONE else b"s")
+
+
+def test_there_are_no_other_arrows():
+    assert {(presence, event): after for presence, event, after in ARROWS} == TRANSITIONS
+    for presence, event in itertools.product(Presence, Event):
+        if (presence, event) not in TRANSITIONS:
+            assert transition(presence, event) is presence
+
+
+def test_everyone_can_leave_be_lost_and_come_back():
+    for presence in Presence:
+        for event in (Event.LEFT, Event.LOST):
+            assert transition(presence, event) is GONE
+        assert transition(presence, Event.HELLO) is JOINING
+
+
+def test_the_flow_window():
+    someone = member(acknowledged=10, cursor=10)
+    assert someone.room() == FLOW_WINDOW
+    someone.cursor += FLOW_WINDOW
+    assert someone.room() == 0
+    someone.acknowledge(20)
+    assert someone.room() == 10
+
+
+def test_an_acknowledgement_goes_neither_back_nor_past_what_was_sent():
+    someone = member(acknowledged=10, cursor=15)
+    someone.acknowledge(5)
+    assert someone.acknowledged == 10
+    someone.acknowledge(1000)
+    assert someone.acknowledged == 15
+
+
+@given(st.integers(0, 10**6), st.integers(0, FLOW_WINDOW), st.data())
+def test_a_round_modulo_256_names_one_round_of_the_window(acknowledged, ahead, data):
+    someone = member(acknowledged=acknowledged, cursor=acknowledged + ahead)
+    round = data.draw(st.integers(acknowledged, acknowledged + ahead))
+    assert someone.resolve(round % REPORT_ROUND_MODULUS) == round
+
+
+@given(
+    st.integers(0, 10**6), st.integers(0, FLOW_WINDOW), st.integers(1, REPORT_ROUND_MODULUS - FLOW_WINDOW - 1)
+)
+def test_a_round_just_outside_the_window_names_none(acknowledged, ahead, distance):
+    someone = member(acknowledged=acknowledged, cursor=acknowledged + ahead)
+    assert someone.resolve((someone.cursor + distance) % REPORT_ROUND_MODULUS) is None

@@ -1,0 +1,76 @@
+"""One round, in virtual time."""
+
+import pytest
+
+from coordinator.rounds import Outcome, Round, Verdict, decide, receive
+
+
+def with_reports(*nodes: int) -> Round:
+    return Round(5, 100.0, dict.fromkeys(nodes, b"\x01\x02"))
+
+
+def test_a_report_counts():
+    collection, verdict, reason = receive(Round(5, 100.0), 3, 5, b"\x01\x02", 2)
+    assert (verdict, reason) == (Verdict.COUNTED, "")
+    assert collection == Round(5, 100.0, {3: b"\x01\x02"})
+
+
+def test_receiving_changes_no_round_but_returns_another():
+    before = with_reports(1)
+    after, _, _ = receive(before, 2, 5, b"\x03\x04", 2)
+    assert before.codes_by_node.keys() == {1}
+    assert after.codes_by_node.keys() == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("node", "number", "codes", "verdict", "reason"),
+    [
+        (1, 5, b"\x09\x09", Verdict.DUPLICATE, "round 5: node 1 reported before"),
+        (2, 4, b"\x09\x09", Verdict.LATE, "round 4: report of node 2 came in round 5"),
+        (1, 4, b"\x09", Verdict.MISFIT, "round 4: node 1 sent 1 codes, the manifest asks for 2"),
+        (2, 5, b"\x09", Verdict.MISFIT, "round 5: node 2 sent 1 codes, the manifest asks for 2"),
+        (2, 5, b"\x09" * 3, Verdict.MISFIT, "round 5: node 2 sent 3 codes, the manifest asks for 2"),
+    ],
+)
+def test_any_other_report_changes_nothing_and_says_why(node, number, codes, verdict, reason):
+    before = with_reports(1)
+    assert receive(before, node, number, codes, 2) == (before, verdict, reason)
+
+
+@pytest.mark.parametrize(
+    ("reported", "awaited", "quorum", "now", "outcome", "reason"),
+    [
+        ((), (), 1, 100.0, Outcome.WAIT, "round 5: waiting for a quorum (0 of 0 reported, quorum 1)"),
+        (
+            (1,),
+            (1, 2, 3),
+            2,
+            999.0,
+            Outcome.WAIT,
+            "round 5: waiting for a quorum (1 of 3 reported, quorum 2)",
+        ),
+        ((1, 2, 3), (1, 2, 3), 2, 100.0, Outcome.CLOSE, "round 5: closed (3 of 3 reported, quorum 2)"),
+        ((1, 3), (1, 2, 3), 2, 109.9, Outcome.WAIT, "round 5: waiting for [2] (2 of 3 reported, quorum 2)"),
+        (
+            (1, 3),
+            (1, 2, 3),
+            2,
+            110.0,
+            Outcome.CLOSE,
+            "round 5: closed without [2] (2 of 3 reported, quorum 2)",
+        ),
+        ((1, 3), (), 2, 100.0, Outcome.CLOSE, "round 5: closed (2 of 2 reported, quorum 2)"),
+        ((9,), (1,), 1, 100.0, Outcome.WAIT, "round 5: waiting for [1] (1 of 2 reported, quorum 1)"),
+    ],
+)
+def test_when_a_round_is_over(reported, awaited, quorum, now, outcome, reason):
+    collection = with_reports(*reported)
+    assert decide(collection, frozenset(awaited), quorum, 10.0, now) == (outcome, reason)
+
+
+def test_the_deadline_is_the_very_sum_that_a_service_sleeps_until():
+    # in floats 7.3 + 0.3 - 7.3 is less than 0.3: a service would wake up too early, again and again
+    opened_at, wait = 7.3, 0.3
+    assert (opened_at + wait) - opened_at < wait
+    outcome, _ = decide(Round(0, opened_at, {0: b"\x01"}), frozenset({1}), 1, wait, opened_at + wait)
+    assert outcome is Outcome.CLOSE

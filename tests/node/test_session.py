@@ -1,0 +1,503 @@
+"""A node's session: every arrow between its stages, and every message in each of them."""
+
+import msgspec
+import numpy as np
+import pytest
+
+from node.session import GREET_S, RESEND_S, Applied, End, Open, Session, Stage, StartOver, Transmit
+from transport.exits import Exit
+from transport.messages import (
+    PROTOCOL_VERSION,
+    Commit,
+    Finished,
+    Hello,
+    History,
+    Identify,
+    Leave,
+    Offer,
+    Progress,
+    Refuse,
+    Report,
+    Resync,
+    Welcome,
+)
+from zo.replica import Replica
+from zo.weights import zeros
+
+BASE, TOKENIZER = b"\xb0" * 16, b"\x70" * 16
+OFFER = Offer(b"\xcc" * 16, 3, 500, 0, 0, 10**6, 10**6, True)
+CODES = np.array([3, -4], np.int8)
+
+
+class Rig:
+    """A session, a manifest, and the replica of a node that never fails."""
+
+    def __init__(self, manifest, replica=None):
+        self.manifest = manifest
+        self.session = Session(
+            manifest.run_id, BASE, TOKENIZER, "n", (manifest, replica) if replica else None
+        )
+        self.truth = Replica(manifest, zeros(500))
+        self.commits = []
+
+    def fresh(self):
+        return Replica(self.manifest, zeros(500))
+
+    def commit(self, participants=(0, 1), step=1000):
+        """The next commit of the run."""
+        codes = bytes(range(1, 1 + 2 * len(participants)))
+        commit = Commit(len(self.commits), (step,), (-5,), participants, codes, self.truth.head)
+        self.truth.apply(commit)
+        self.commits.append(commit)
+        return commit
+
+    def welcome(self, round=None, exponent=-4, node=0):
+        number = len(self.commits) if round is None else round
+        return Welcome(PROTOCOL_VERSION, node, self.manifest.encode(), number, exponent, None)
+
+    def hello(self):
+        replica = self.session.replica
+        round, head = (replica.round, replica.head) if replica else (0, self.manifest.run_id)
+        return Transmit(Hello(PROTOCOL_VERSION, self.manifest.run_id, BASE, TOKENIZER, round, head, "n"))
+
+    def get(self, message, now=0.0):
+        return self.session.on_message(message, now)
+
+    def in_stage(self, stage):
+        """Bring the session there."""
+        session = self.session
+        if stage is not Stage.CONNECTING:
+            session.on_link_up()
+        if stage is Stage.FETCHING:
+            self.get(msgspec.structs.replace(self.welcome(), offer=OFFER))
+            session.opened(self.fresh(), 0.0)
+        if stage in (Stage.FOLLOWING, Stage.REPORTED):
+            self.get(self.welcome())
+            session.opened(self.fresh(), 0.0)
+        if stage is Stage.REPORTED:
+            session.on_probed(0, CODES, 1.0, 0.0)
+        if stage is Stage.ENDED:
+            self.get(Refuse("full", "no room"))
+        assert session.stage is stage
+        return self
+
+
+@pytest.fixture
+def rig(make_manifest):
+    return Rig(make_manifest())
+
+
+@pytest.fixture
+def following(rig):
+    return rig.in_stage(Stage.FOLLOWING)
+
+
+@pytest.fixture
+def reported(rig):
+    return rig.in_stage(Stage.REPORTED)
+
+
+# ---- arrows between stages ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [stage for stage in Stage if stage is not Stage.ENDED])
+def test_a_connection_that_comes_up_is_greeted(rig, stage):
+    rig.in_stage(stage)
+    assert rig.session.on_link_up() == [rig.hello()]
+    assert rig.session.stage is Stage.GREETING
+
+
+@pytest.mark.parametrize("stage", [stage for stage in Stage if stage is not Stage.ENDED])
+def test_a_connection_that_goes_down_is_waited_for(rig, stage):
+    rig.in_stage(stage).session.on_link_down()
+    assert rig.session.stage is Stage.CONNECTING
+    assert rig.session.next_probe() is None
+
+
+@pytest.mark.parametrize("stage", [stage for stage in Stage if stage is not Stage.ENDED])
+@pytest.mark.parametrize(
+    ("cause", "code"),
+    [("full", Exit.REFUSED), ("base", Exit.BASE), ("tokenizer", Exit.BASE), ("fork", Exit.REFUSED)],
+)
+def test_a_refusal_ends_it_in_any_stage(rig, stage, cause, code):
+    assert rig.in_stage(stage).get(Refuse(cause, "because")) == [End(code, "because")]
+    assert rig.session.stage is Stage.ENDED
+
+
+def test_once_ended_nothing_happens_any_more(rig):
+    session = rig.in_stage(Stage.ENDED).session
+    assert session.on_link_up() == []
+    session.on_link_down()
+    for message in (rig.welcome(), Identify(), rig.commit(), Finished(0, bytes(16)), Refuse("x", "y")):
+        assert rig.get(message) == []
+    assert session.on_tick(1e9) == []
+    assert session.opened(rig.fresh(), 0.0) == []
+    assert session.leave() == []
+    assert session.next_probe() is None
+    assert session.stage is Stage.ENDED
+
+
+def test_the_first_welcome_opens_the_run_then_there_is_a_probe(rig):
+    session = rig.in_stage(Stage.GREETING).session
+    assert rig.get(rig.welcome(node=7)) == [Open(rig.manifest)]
+    assert session.stage is Stage.FOLLOWING
+    assert session.node == 7
+    assert session.next_probe() is None  # there are no weights yet
+    assert session.opened(rig.fresh(), 0.0) == []
+    assert session.next_probe() == (0, -4)
+
+
+def test_a_probe_becomes_a_report(following):
+    session = following.session
+    effects = session.on_probed(0, CODES, 2.5, 0.0)
+    assert effects == [Transmit(Report(0, b"\x03\xfc"))]
+    assert session.stage is Stage.REPORTED
+    assert session.loss == 2.5
+    assert session.next_probe() is None
+
+
+def test_the_commit_of_the_round_ends_the_waiting(reported):
+    commit = reported.commit()
+    assert reported.get(commit) == [Applied(commit, own_codes=True, was_late=False)]
+    assert reported.session.stage is Stage.FOLLOWING
+    assert reported.session.next_probe() == (1, -5)
+    assert reported.session.replica.digest() == reported.truth.digest()
+
+
+def test_a_commit_without_the_own_codes_says_that_they_came_too_late(reported):
+    commit = reported.commit(participants=(1,))
+    assert reported.get(commit) == [Applied(commit, own_codes=False, was_late=True)]
+    assert reported.session.stage is Stage.FOLLOWING
+
+
+def test_a_commit_for_which_nothing_was_reported_is_just_followed(following):
+    commit = following.commit(participants=(1,))
+    assert following.get(commit) == [Applied(commit, own_codes=False, was_late=False)]
+    assert following.session.on_probed(0, CODES, 1.0, 0.0) == []  # the probe of a round that closed meanwhile
+    assert following.session.next_probe() == (1, -5)
+
+
+def test_at_the_end_it_proves_its_digest_and_leaves(make_manifest):
+    rig = Rig(make_manifest(rounds=1)).in_stage(Stage.REPORTED)
+    rig.get(rig.commit())
+    assert rig.session.next_probe() is None
+    digest = rig.truth.digest()
+    progress, leave, end = rig.get(Finished(1, digest))
+    assert progress == Transmit(Progress(1, digest, 1000))
+    assert leave == Transmit(Leave())
+    assert end.code is Exit.OK
+    assert digest.hex() in end.reason
+    assert rig.session.stage is Stage.ENDED
+
+
+def test_leaving(rig, make_manifest):
+    for stage in Stage:
+        rig = Rig(make_manifest()).in_stage(stage)
+        connected = stage in (Stage.FETCHING, Stage.FOLLOWING, Stage.REPORTED)
+        assert rig.session.leave() == ([Transmit(Leave())] if connected else [])
+        assert rig.session.stage is Stage.ENDED
+
+
+# ---- messages that do not fit the stage ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [Stage.CONNECTING, Stage.GREETING])
+def test_before_the_welcome_only_welcome_and_refusal_count(rig, stage):
+    rig.in_stage(stage)
+    for message in (rig.commit(), History((b"x",)), Resync(1, bytes(16)), Finished(0, bytes(16)), Identify()):
+        assert rig.get(message) == []
+        assert rig.session.stage is stage
+
+
+def test_a_welcome_of_a_connection_that_broke_is_ignored(rig):
+    assert rig.in_stage(Stage.CONNECTING).get(rig.welcome()) == []
+    assert rig.session.stage is Stage.CONNECTING
+
+
+def test_while_the_run_is_being_opened_commits_wait_for_a_hello(rig):
+    rig.in_stage(Stage.GREETING).get(rig.welcome())
+    assert rig.get(rig.commit()) == []
+    assert rig.session.opened(rig.fresh(), 0.0) == []
+
+
+# ---- following ----------------------------------------------------------------------------------------------------
+
+
+def test_history_is_followed_with_progress_at_every_digest_round(rig):
+    commits = [rig.commit() for _ in range(9)]
+    rig.in_stage(Stage.GREETING).get(rig.welcome())
+    rig.session.opened(rig.fresh(), 0.0)
+    assert rig.session.behind == 9
+    assert rig.session.next_probe() is None
+    effects = rig.get(History(tuple(commit.encode() for commit in commits)))
+    assert [e.commit for e in effects if isinstance(e, Applied)] == commits
+    sent = [e.message for e in effects if isinstance(e, Transmit)]
+    assert [message.round for message in sent] == [4, 8]
+    assert rig.session.behind == 0
+    assert rig.session.next_probe() == (9, -5)
+    assert rig.session.replica.digest() == rig.truth.digest()
+
+
+def test_what_was_seen_before_is_skipped(following):
+    commits = [following.commit() for _ in range(3)]
+    frames = tuple(commit.encode() for commit in commits)
+    following.get(History(frames[:2]))
+    assert [e.commit.round for e in following.get(History(frames))] == [2]
+    assert following.get(commits[0]) == []
+    assert following.session.replica.digest() == following.truth.digest()
+
+
+def test_a_gap_is_answered_with_where_it_stands(following):
+    following.commit()
+    second = following.commit()
+    assert following.get(second) == [following.hello()]
+    assert following.session.stage is Stage.GREETING
+    assert following.session.replica.round == 0
+    # what follows on the heels of the gap has its answer on the way
+    assert following.get(following.commit()) == []
+    following.get(following.welcome())
+    following.get(History(tuple(commit.encode() for commit in following.commits)))
+    assert following.session.replica.digest() == following.truth.digest()
+
+
+def test_history_that_is_none_ends_it(following):
+    (end,) = following.get(History((b"\x00",)))
+    assert end.code is Exit.DAMAGED
+    assert following.session.stage is Stage.ENDED
+
+
+def test_a_commit_of_another_chain_ends_it(following):
+    commit = msgspec.structs.replace(following.commit(), previous=bytes(16))
+    (end,) = following.get(commit)
+    assert end.code is Exit.DAMAGED
+    assert "follows" in end.reason
+    assert following.session.replica.round == 0
+
+
+def test_a_commit_that_would_overflow_ends_it_and_changes_nothing(following):
+    commits = []
+    for number in range(9):
+        commits.append(Commit(number, (2**31 - 1,), (0,), (0,), b"\x7f\x7f", following.session.replica.head))
+        effects = following.get(commits[-1])
+        if isinstance(effects[-1], End):
+            break
+    assert effects[-1].code is Exit.DAMAGED
+    assert "leave ±8" in effects[-1].reason
+    assert following.session.replica.round == number
+
+
+# ---- reports ------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_is_sent_again_after_silence_ever_more_rarely(reported):
+    session = reported.session
+    assert session.on_tick(RESEND_S - 0.1) == []
+    times, now = [], 0.0
+    while now < 300:
+        now += 1.0
+        if session.on_tick(now):
+            times.append(now)
+    assert times == [10, 30, 70, 130, 190, 250]
+    reported.get(reported.commit(), now)
+    session.on_probed(1, CODES, 1.0, now)
+    assert session.on_tick(now + RESEND_S) == [Transmit(Report(1, b"\x03\xfc"))]
+
+
+def test_a_report_is_sent_again_on_a_new_connection(reported):
+    session = reported.session
+    session.on_link_down()
+    session.on_link_up()
+    assert session.next_probe() is None
+    assert reported.get(reported.welcome()) == [Transmit(Report(0, b"\x03\xfc"))]
+    assert session.stage is Stage.REPORTED
+
+
+def test_a_report_that_counted_while_away_is_not_sent_again(reported):
+    session = reported.session
+    session.on_link_down()
+    commit = reported.commit()
+    session.on_link_up()
+    assert reported.get(reported.welcome()) == []
+    assert session.next_probe() is None
+    assert reported.get(History((commit.encode(),))) == [Applied(commit, own_codes=True, was_late=False)]
+    assert session.next_probe() == (1, -5)
+
+
+def test_a_probe_that_ends_without_a_connection_is_reported_with_the_next(following):
+    session = following.session
+    session.on_link_down()
+    assert session.on_probed(0, CODES, 1.0, 0.0) == []
+    session.on_link_up()
+    assert session.on_probed(0, CODES, 1.0, 0.0) == []
+    assert following.get(following.welcome()) == [Transmit(Report(0, b"\x03\xfc"))]
+
+
+def test_an_identify_is_answered_with_hello_and_the_report_follows_the_welcome(reported):
+    assert reported.get(Identify()) == [reported.hello()]
+    assert reported.get(Identify()) == []  # several frames were on their way: one hello is enough
+    assert reported.get(reported.welcome()) == [Transmit(Report(0, b"\x03\xfc"))]
+
+
+def test_the_round_of_a_report_is_sent_modulo_256(make_manifest):
+    rig = Rig(make_manifest(rounds=1000))
+    for _ in range(300):
+        rig.commit()
+    rig.in_stage(Stage.GREETING).get(rig.welcome())
+    rig.session.opened(rig.fresh(), 0.0)
+    rig.get(History(tuple(commit.encode() for commit in rig.commits)))
+    assert rig.session.on_probed(300, CODES, 1.0, 0.0) == [Transmit(Report(44, b"\x03\xfc"))]
+
+
+# ---- losses -------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_a_running_mean_of_finite_ones(following):
+    session = following.session
+    session.on_probed(99, CODES, 2.0, 0.0)
+    session.on_probed(99, CODES, float("nan"), 0.0)
+    session.on_probed(99, CODES, float("inf"), 0.0)
+    assert session.loss == 2.0
+    session.on_probed(99, CODES, 3.0, 0.0)
+    assert session.loss == pytest.approx(2.1)
+
+
+@pytest.mark.parametrize(
+    ("share", "loss", "sent"), [(True, 1.2345, 1234), (True, -1.0, 0), (False, 1.0, None)]
+)
+def test_the_loss_is_shared_only_if_the_manifest_says_so(make_manifest, share, loss, sent):
+    rig = Rig(make_manifest(share_loss=share, digest_every=1)).in_stage(Stage.FOLLOWING)
+    rig.session.on_probed(0, CODES, loss, 0.0)
+    effects = rig.get(rig.commit())
+    assert effects[-1] == Transmit(Progress(1, rig.truth.digest(), sent))
+
+
+def test_without_a_loss_none_is_shared(make_manifest):
+    rig = Rig(make_manifest(digest_every=1)).in_stage(Stage.FOLLOWING)
+    assert rig.get(rig.commit())[-1].message.loss_milli is None
+
+
+# ---- starting over ------------------------------------------------------------------------------------------------
+
+
+def test_a_resync_starts_over_from_round_0(reported):
+    session = reported.session
+    for _ in range(4):
+        reported.get(reported.commit())
+    session.replica.weights[3] += 1  # a bit flipped by a ray
+    trace, start_over = reported.get(Resync(4, reported.truth.digest()))
+    # the digests of the rounds before, from which the coordinator finds the first wrong one
+    assert trace.message.first == 1
+    assert len(trace.message.digests) == 4
+    assert isinstance(start_over, StartOver)
+    assert reported.truth.digest().hex() in start_over.reason
+    (greeting,) = session.opened(reported.fresh(), 0.0)
+    assert (greeting.message.round, greeting.message.head) == (0, reported.manifest.run_id)
+    assert session.next_probe() is None
+    # the coordinator had an older message of ours and asks who we are: the hello is on its way
+    assert reported.get(Identify()) == []
+    reported.get(reported.welcome())
+    assert session.behind == 4
+    reported.get(History(tuple(commit.encode() for commit in reported.commits)))
+    assert session.replica.digest() == reported.truth.digest()
+    assert session.next_probe() == (4, -5)
+
+
+def test_a_report_is_forgotten_when_starting_over(reported):
+    reported.get(Resync(4, bytes(16)))
+    reported.session.opened(reported.fresh(), 0.0)
+    assert reported.get(reported.welcome()) == []
+    assert reported.session.next_probe() == (0, -4)
+
+
+def test_a_difference_at_round_0_cannot_be_mended(following):
+    (end,) = following.get(Resync(0, bytes(16)))
+    assert end.code is Exit.MISMATCH
+    assert following.session.stage is Stage.ENDED
+
+
+def test_a_wrong_digest_at_the_end_waits_for_the_coordinators_word(make_manifest):
+    rig = Rig(make_manifest(rounds=1)).in_stage(Stage.FOLLOWING)
+    rig.get(rig.commit())
+    rig.session.replica.weights[0] += 1
+    (progress,) = rig.get(Finished(1, rig.truth.digest()))
+    assert progress.message.digest == rig.session.replica.digest() != rig.truth.digest()
+    assert rig.session.stage is Stage.FOLLOWING
+    _, start_over = rig.get(Resync(1, rig.truth.digest()))
+    assert isinstance(start_over, StartOver)
+
+
+def test_an_end_before_all_commits_have_come_asks_for_them(following):
+    following.commit()
+    assert following.get(Finished(1, following.truth.digest())) == [following.hello()]
+
+
+# ---- going on -----------------------------------------------------------------------------------------------------
+
+
+def test_saved_weights_are_gone_on_with(make_manifest):
+    manifest = make_manifest()
+    first = Rig(manifest).in_stage(Stage.FOLLOWING)
+    for _ in range(3):
+        first.get(first.commit())
+    rig = Rig(manifest, first.session.replica)
+    (greeting,) = rig.session.on_link_up()
+    assert (greeting.message.round, greeting.message.head) == (3, first.truth.head)
+    assert rig.get(first.welcome(exponent=-5)) == [Open(manifest)]
+    assert rig.session.next_probe() == (3, -5)
+
+
+def test_a_manifest_that_is_not_the_tickets(rig, make_manifest):
+    other = make_manifest(rank=5)
+    rig.in_stage(Stage.GREETING)
+    (end,) = rig.get(msgspec.structs.replace(rig.welcome(), manifest=other.encode()))
+    assert end.code is Exit.WRONG_KEY
+    assert rig.session.stage is Stage.ENDED
+
+
+def test_a_manifest_that_this_version_cannot_read(make_manifest):
+    data = b"\x81\xa8protocol\x02"
+    rig = Rig(make_manifest())
+    from zo.manifest import run_id
+
+    rig.session = Session(run_id(data), BASE, TOKENIZER, "n", None)
+    rig.session.on_link_up()
+    (end,) = rig.get(msgspec.structs.replace(rig.welcome(), manifest=data))
+    assert end.code is Exit.REFUSED
+    assert "cannot read the run's manifest" in end.reason
+
+
+# ---- silence where it is the coordinator's turn -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [Stage.GREETING, Stage.FOLLOWING])
+def test_hello_is_said_again_after_silence(rig, stage):
+    # The coordinator may have given this node up for gone, when its queue was full, without the connection breaking.
+    for _ in range(5):
+        rig.commit()
+    session = rig.in_stage(stage).session
+    assert session.next_probe() is None
+    times, now = [], 0.0
+    while now < 1000:
+        now += 1.0
+        if session.on_tick(now):
+            times.append(now)
+    gaps = np.diff([1.0, *times])
+    assert gaps[0] == GREET_S
+    assert np.all(np.diff(gaps) > 0)
+
+
+def test_any_message_ends_the_silence(rig):
+    commits = [rig.commit() for _ in range(5)]
+    session = rig.in_stage(Stage.FOLLOWING).session
+    now = 0.0
+    for commit in commits:
+        assert session.on_tick(now) == []
+        assert session.on_tick(now + GREET_S - 1) == []
+        rig.get(commit, now + GREET_S - 1)
+        now += GREET_S
+
+
+def test_who_has_something_to_probe_is_not_waiting(following):
+    assert following.session.on_tick(0.0) == []
+    assert following.session.on_tick(1e9) == []
+    assert following.session.next_probe() == (0, -4)

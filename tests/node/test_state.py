@@ -1,0 +1,145 @@
+"""A node's state directory: one process at a time, and nothing in it that is trusted without proof."""
+
+import os
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from node.state import StateBusyError, StateDirectory, StateError, load_result
+from transport.keys import KeyFileError
+from zo.replica import Replica
+from zo.weights import zeros
+
+
+@pytest.fixture
+def manifest(make_manifest):
+    return make_manifest()
+
+
+@pytest.fixture
+def replica(manifest):
+    return Replica(manifest, np.arange(500, dtype=np.int32), round=3, head=bytes(16))
+
+
+@pytest.fixture
+def state(tmp_path):
+    state = StateDirectory(tmp_path / "deep" / "state")
+    with state.lock():
+        yield state
+
+
+def test_what_was_saved_is_there_again(state, manifest, replica):
+    assert state.load(manifest.run_id) is None
+    state.save_manifest(manifest)
+    assert state.load(manifest.run_id) is None
+    state.save(replica, manifest)
+    loaded, restored = state.load(manifest.run_id)
+    assert loaded == manifest
+    assert (restored.round, restored.head, restored.digest()) == (3, bytes(16), replica.digest())
+
+
+def test_another_runs_state_is_none(state, manifest, replica, make_manifest):
+    state.save_manifest(manifest)
+    state.save(replica, manifest)
+    assert state.load(make_manifest(rank=5).run_id) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"hello = 3", b"[run]\n", b"\x00" * 100])
+@pytest.mark.parametrize("file", ["manifest.toml", "snapshot.zo"])
+def test_damaged_state_is_as_good_as_none(state, manifest, replica, file, content):
+    state.save_manifest(manifest)
+    state.save(replica, manifest)
+    (state.path / file).write_bytes(content)
+    assert state.load(manifest.run_id) is None
+
+
+def test_weights_of_another_run_beside_this_manifest_are_none(state, manifest, replica, make_manifest):
+    state.save_manifest(manifest)
+    other = make_manifest(rank=5)
+    state.save(Replica(other, zeros(500)), other)
+    assert state.load(manifest.run_id) is None
+
+
+def test_a_save_that_fails_keeps_what_was_there(state, manifest, replica, monkeypatch):
+    state.save_manifest(manifest)
+    state.save(replica, manifest)
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StateError, match=r"cannot write .*snapshot\.zo: No space left on device"):
+        state.save(Replica(manifest, zeros(500)), manifest)
+    assert state.load(manifest.run_id)[1].digest() == replica.digest()
+
+
+def test_the_key_is_made_once_and_only_the_owner_can_read_it(state):
+    assert state.keys() == state.keys()
+    assert stat.S_IMODE((state.path / "node.key").stat().st_mode) == 0o600
+    assert stat.S_IMODE(state.path.stat().st_mode) == 0o700
+
+
+def test_a_damaged_key_is_an_error_and_not_a_new_identity(state):
+    state.keys()
+    (state.path / "node.key").write_text("nonsense")
+    with pytest.raises(KeyFileError):
+        state.keys()
+
+
+def test_the_private_seed_follows_from_the_key_and_is_not_part_of_it(state, tmp_path):
+    seed = state.private_seed()
+    assert seed == state.private_seed()
+    assert 0 <= seed < 2**64
+    assert seed.to_bytes(8, "little") not in state.keys().secret
+    other = StateDirectory(tmp_path / "other")
+    with other.lock():
+        assert other.private_seed() != seed
+
+
+def test_a_second_node_in_the_same_directory_is_told_what_to_do(state):
+    with pytest.raises(StateBusyError, match="give it its own --name"), StateDirectory(state.path).lock():
+        pass
+
+
+def test_the_lock_ends_with_its_process(tmp_path):
+    path = tmp_path / "state"
+    program = (
+        "import sys, pathlib, node.state\n"
+        f"with node.state.StateDirectory(pathlib.Path({str(path)!r})).lock():\n"
+        "    print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(StateBusyError), StateDirectory(path).lock():
+            pass
+        process.kill()
+        process.wait(30)
+    with StateDirectory(path).lock():
+        pass
+
+
+def test_a_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(StateError, match="cannot write the state directory"),
+        StateDirectory(tmp_path / "file").lock(),
+    ):
+        pass
+
+
+def test_the_result_of_a_node(state, manifest, replica):
+    with pytest.raises(StateError, match=r"holds no weights yet: cannot read .*manifest\.toml"):
+        load_result(state.path)
+    state.save_manifest(manifest)
+    with pytest.raises(StateError, match=r"holds no weights yet: cannot read .*snapshot\.zo"):
+        load_result(state.path)
+    state.save(replica, manifest)
+    assert load_result(state.path)[1].digest() == replica.digest()
+    (state.path / "snapshot.zo").write_bytes(b"x")
+    with pytest.raises(StateError, match="not a snapshot"):
+        load_result(state.path)
