@@ -11,14 +11,17 @@ acknowledgements would ride on the next message and the figures would be lower.
 
 import argparse
 import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean
 from time import monotonic
 from typing import Any, Final
 
 from benchmarks import machine
-from coordinator.base import digest, linear_shapes, tokenizer_digest
+from coordinator.rundir import RunDirectory
 from node import embedded
 from transport.keys import KeyPair, new_key_pair
 from transport.messages import (
@@ -37,15 +40,13 @@ from transport.meter import SocketCount, zmtp_bytes
 from transport.sockets import Arrival, CoordinatorSocket, Link, NodeSocket, Sent
 from transport.ticket import Ticket
 from zo.commit import Commit
-from zo.layout import Layout, lora_layout
-from zo.manifest import Adapter, BaseModel, Manifest, Parity, Probing, Run, Schedule
+from zo.manifest import Manifest
 
 DIRECTIONS: Final = (1, 8, 64, 256)
 NODES: Final = (4, 16)
 FIRST_ROUND: Final = 1_000
 """Rounds from 128 to 65,535 have numbers of two or three bytes; earlier ones are a little cheaper."""
 _ID: Final = bytes(range(16))
-_TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _TIMEOUT_S: Final = 10.0
 
 
@@ -123,8 +124,16 @@ class Swarm:
         return counts
 
     def wait(self, seconds: float) -> None:
-        """Let the connections be idle."""
-        list(self._coordinator.receive(seconds))
+        """Let the connections be idle.
+
+        Raises:
+            RuntimeError: one was lost.
+        """
+        deadline = monotonic() + seconds
+        while (left := deadline - monotonic()) > 0:
+            list(self._coordinator.receive(min(left, 0.25)))
+            if any(Link.DOWN in node.poll(0.0)[0] for node in self.nodes):
+                raise RuntimeError("an idle connection was lost")
 
     def _pause(self) -> None:
         self.wait(self._pause_s)
@@ -179,7 +188,7 @@ def measure_rounds(num_nodes: int, num_directions: int, num_rounds: int, pause_s
     return row
 
 
-def measure_session(pause_s: float, idle_s: float) -> list[dict[str, Any]]:
+def measure_session(manifest: Manifest, pause_s: float, idle_s: float) -> list[dict[str, Any]]:
     """What the rest of a session costs one node: joining, a progress message, leaving, and `idle_s` of nothing."""
     swarm = Swarm(1, pause_s)
     try:
@@ -196,20 +205,19 @@ def measure_session(pause_s: float, idle_s: float) -> list[dict[str, Any]]:
             }
         ]
         hello = Hello(PROTOCOL_VERSION, _ID, _ID, _ID, 0, _ID, "a-node")
-        welcome = Welcome(PROTOCOL_VERSION, 0, _manifest().encode(), 0, -4)
+        welcome = Welcome(PROTOCOL_VERSION, 0, manifest.encode(), 0, -4, None)
         rows.append(_exchange(swarm, "Hello and Welcome", hello, welcome))
         rows.append(_exchange(swarm, "Progress", Progress(FIRST_ROUND, _ID, 4_770), None))
         if idle_s:
-            rows.append(_exchange(swarm, f"{idle_s:.0f} s of heartbeats", None, None, idle_s))
+            rows.append(
+                _exchange(
+                    swarm, f"{idle_s:.0f} s of nothing else (a heartbeat every 30 s)", None, None, idle_s
+                )
+            )
         rows.append(_exchange(swarm, "Leave", Leave(), None))
     finally:
         swarm.close()
     return rows
-
-
-def adapter_layout() -> Layout:
-    """The layout of the demo's adapter: LoRA rank 4 on all projections of the embedded model, B alone."""
-    return lora_layout(linear_shapes(embedded.path()), _TARGETS, 4, "B")
 
 
 def markdown(figures: dict[str, Any]) -> str:
@@ -259,14 +267,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.rounds < 1 or min(options.pause_ms, options.idle_s) < 0:
         parser.error("--rounds must be at least 1, --pause-ms and --idle-s not negative")
     pause_s = options.pause_ms / 1000
-    sizes = (("the demo's", adapter_layout().size), ("a larger one", 1_000_000))
+    manifest = _manifest()
+    sizes = (("the demo's", manifest.adapter.size), ("a larger one", 1_000_000))
     figures = {
         "rounds": [
             measure_rounds(nodes, directions, options.rounds, pause_s)
             for nodes in NODES
             for directions in DIRECTIONS
         ],
-        "session": measure_session(pause_s, options.idle_s),
+        "session": measure_session(manifest, pause_s, options.idle_s),
         "float32": [
             {"what": what, "parameters": size, "payload_up": 4 * size, "payload_down": 4 * size}
             for what, size in sizes
@@ -302,31 +311,23 @@ def _exchange(
 
 def _commit(number: int, num_nodes: int, num_directions: int) -> Commit:
     codes = bytes(num_nodes * num_directions)
-    return Commit(number, (2**31 - 1,), (-4,), tuple(range(num_nodes)), codes, _ID)
+    return Commit(
+        round=number,
+        steps=(2**31 - 1,),
+        exponents=(-4,),
+        participants=tuple(range(num_nodes)),
+        codes=codes,
+        previous=_ID,
+    )
 
 
 def _manifest() -> Manifest:
-    layout = adapter_layout()
-    return Manifest(
-        protocol=PROTOCOL_VERSION,
-        run=Run(name="demo", rounds=240, nonce="0" * 32),
-        base=BaseModel(
-            name="embedded",
-            digest=digest(embedded.path()),
-            tokenizer_digest=tokenizer_digest(embedded.path()),
-        ),
-        adapter=Adapter(
-            targets=_TARGETS,
-            rank=4,
-            alpha=8.0,
-            train="B",
-            size=layout.size,
-            layout_digest=layout.digest().hex(),
-        ),
-        probe=Probing(epsilon=0.01, directions=4, batch_size=4, sequence_length=128),
-        schedule=Schedule(step=0.02, decay="linear", smoothing=3, first_exponent=-4),
-        parity=Parity(digest_every=16, share_loss=True),
-    )
+    """A manifest as `zo-coordinator init` writes it for the demo's base."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "demo"
+        arguments = ["-m", "coordinator.cli", "init", str(path), "--model", str(embedded.path())]
+        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, cwd=machine.ROOT)
+        return RunDirectory(path).manifest()
 
 
 def _check(deadline: float, what: str) -> None:
