@@ -1,7 +1,7 @@
 """The service: one loop that receives, hands to the conductor, and does what it says, in its order."""
 
-import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Final
@@ -39,7 +39,8 @@ from zo.weights import WeightsOverflow
 
 STATUS_EVERY_S: Final = 1.0
 SNAPSHOT_CHECK_S: Final = 5.0
-SPEED_MEMORY_S: Final = 10.0
+SPEED_MEMORY_S: Final = 20.0
+SPEED_MEMORY_ROUNDS: Final = 8
 _FAREWELL_S: Final = 30.0
 """How long a finished service waits for its last nodes to fetch the end and say that they leave."""
 _MALFORMED_NOTED: Final = 16
@@ -47,26 +48,29 @@ _MALFORMED_NOTED: Final = 16
 
 
 class Speed:
-    """Rounds a second over the recent past: what lies `SPEED_MEMORY_S` back counts 1/e of what is now."""
+    """Rounds a second over the recent past: `SPEED_MEMORY_S` seconds or `SPEED_MEMORY_ROUNDS`, whichever is longer."""
 
     def __init__(self, round: int, now: float) -> None:
-        self._round = round
+        self._marks = deque([(round, now)])
         self._now = now
-        self._rounds = 0.0
-        self._seconds = 0.0
 
     def observe(self, round: int, now: float) -> None:
         """There are `round` commits at the time `now`, in seconds."""
-        elapsed = now - self._now
-        memory = math.exp(-elapsed / SPEED_MEMORY_S)
-        self._rounds = memory * self._rounds + (round - self._round)
-        self._seconds = memory * self._seconds + elapsed
-        self._round, self._now = round, now
+        self._now = now
+        if round > self._marks[-1][0]:
+            self._marks.append((round, now))
+        while len(self._marks) > 2:
+            next_round, next_at = self._marks[1]
+            if now - next_at < SPEED_MEMORY_S or round - next_round < SPEED_MEMORY_ROUNDS:
+                return
+            self._marks.popleft()
 
     @property
     def rounds_per_s(self) -> float:
-        """The weighted mean; 0 before any time has passed."""
-        return self._rounds / self._seconds if self._seconds else 0.0
+        """The mean; 0 before any time has passed."""
+        first_round, first_at = self._marks[0]
+        elapsed = self._now - first_at
+        return (self._marks[-1][0] - first_round) / elapsed if elapsed > 0 else 0.0
 
 
 def restore(
@@ -296,7 +300,10 @@ class Service:
         return self._last_loss
 
     def _save_status(self) -> None:
-        self._speed.observe(self.conductor.round, time.monotonic())
+        if self.conductor.present:
+            self._speed.observe(self.conductor.round, time.monotonic())
+        else:  # the time without nodes is no measure of their speed
+            self._speed = Speed(self.conductor.round, time.monotonic())
         self.status = self._make_status()
         self._ledger.set_status(msgspec.json.encode(self.status))
 
