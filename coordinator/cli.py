@@ -13,22 +13,19 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.live import Live
 
 from coordinator import base as base_files
-from coordinator.audit import AuditError, audit
-from coordinator.config import ConfigError, ServiceConfig
+from coordinator.audit import audit
+from coordinator.cli_app import JsonOption, RunArgument, app, epilog, err, failures_explained, out
+from coordinator.config import ServiceConfig
 from coordinator.config import validate as validate_config
 from coordinator.display import duration, replay_progress, status_line, status_view
-from coordinator.ledger import LedgerError, StorageError
-from coordinator.rundir import BusyError, RunDirectory, RunDirectoryError
+from coordinator.rundir import RunDirectory
 from coordinator.service import Service, restore
 from coordinator.status import Status, read_status
-from transport.exits import HELP, Exit
-from transport.keys import KeyFileError
 from transport.messages import PROTOCOL_VERSION
-from transport.sockets import CoordinatorSocket, SocketError
+from transport.sockets import CoordinatorSocket
 from transport.ticket import Ticket, reachable_host
 from zo import kernels
 from zo.directions import run_key
@@ -46,61 +43,11 @@ from zo.manifest import (
     validate,
 )
 from zo.replica import Replica
-from zo.snapshot import SnapshotError
-from zo.weights import WeightsOverflow
-
-app = typer.Typer(
-    name="zo-coordinator",
-    help="Order the bytes of a swarm into a ledger: one model, fine-tuned together, one byte per projected gradient.",
-    epilog=HELP,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,  # plain text keeps its lines whole in a narrow terminal
-    pretty_exceptions_enable=False,
-)
-out = Console()
-err = Console(stderr=True)
-
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.", show_default=False)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.", show_default=False)]
-
-_EXIT_BY_ERROR: dict[type[Exception], Exit] = {
-    RunDirectoryError: Exit.INPUT,
-    ManifestError: Exit.INPUT,
-    ConfigError: Exit.INPUT,
-    base_files.BaseFilesError: Exit.BASE,
-    KeyFileError: Exit.INPUT,
-    BusyError: Exit.BUSY,
-    SocketError: Exit.BUSY,
-    LedgerError: Exit.DAMAGED,
-    SnapshotError: Exit.DAMAGED,
-    AuditError: Exit.DAMAGED,
-    StorageError: Exit.STORAGE,
-    WeightsOverflow: Exit.OVERFLOW,
-}
-
-
-def _epilog(example: str) -> str:
-    """What follows a command's help; the line after \\b is left as it is, to be copied whole."""
-    return f"\b\nExample:\n  {example}\n\n{HELP}"
-
-
-@contextlib.contextmanager
-def _failures_explained() -> Iterator[None]:
-    """Turn the errors we know into one line and their exit code; anything else is a bug and shows its trace."""
-    try:
-        yield
-    except tuple(_EXIT_BY_ERROR) as error:
-        code = next(code for kind, code in _EXIT_BY_ERROR.items() if isinstance(error, kind))
-        err.print(
-            f"zo-coordinator: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
-        raise typer.Exit(code) from None
 
 
 @app.command(
     short_help="Make a run directory.",
-    epilog=_epilog("zo-coordinator init my-run --model ./my-model"),
+    epilog=epilog("zo-coordinator init my-run --model ./my-model"),
 )
 def init(
     run: RunArgument,
@@ -171,7 +118,7 @@ def init(
 
     Reads the base's files without loading it. Nodes whose base differs from it are refused.
     """
-    with _failures_explained():
+    with failures_explained():
         directory = RunDirectory(run)
         targets = tuple(target or _default_targets(base_files.linear_shapes(model)))
         try:
@@ -237,9 +184,7 @@ def _default_targets(shapes: dict[str, tuple[int, int]]) -> list[str]:
     return found
 
 
-@app.command(
-    short_help="Serve a run to its nodes.", epilog=_epilog("zo-coordinator serve my-run --port 7411")
-)
+@app.command(short_help="Serve a run to its nodes.", epilog=epilog("zo-coordinator serve my-run --port 7411"))
 def serve(
     run: RunArgument,
     host: Annotated[
@@ -269,7 +214,7 @@ def serve(
 
     On a directory that was served before it goes on where the ledger ends. Ctrl-C stops it; nothing is lost.
     """
-    with _failures_explained():
+    with failures_explained():
         directory = RunDirectory(run)
         manifest = directory.manifest()
         changes = {"host": host, "port": port, "advertise": advertise}
@@ -328,7 +273,7 @@ def _serve(service: Service, stopping: threading.Event, stay: bool) -> None:
     err.print(f"{done} at round {status.round}/{status.rounds}, digest {status.digest}", highlight=False)
 
 
-@app.command(short_help="Show where a run stands.", epilog=_epilog("zo-coordinator status my-run --watch"))
+@app.command(short_help="Show where a run stands.", epilog=epilog("zo-coordinator status my-run --watch"))
 def status(
     run: RunArgument,
     json: JsonOption = False,
@@ -338,7 +283,7 @@ def status(
     ] = False,
 ) -> None:
     """Show where a run stands: round, members, digests, loss, bytes. Never disturbs the coordinator."""
-    with _failures_explained():
+    with failures_explained():
         directory = RunDirectory(run)
         manifest = directory.manifest()
         with directory.ledger(manifest, read_only=True) as ledger:
@@ -368,13 +313,13 @@ def _renewing(json: bool) -> Iterator[Callable[[Status], None]]:
             yield lambda status: live.update(status_view(status), refresh=True)
 
 
-@app.command(short_help="Prove a ledger by replaying it.", epilog=_epilog("zo-coordinator verify my-run"))
+@app.command(short_help="Prove a ledger by replaying it.", epilog=epilog("zo-coordinator verify my-run"))
 def verify(
     run: RunArgument,
     json: JsonOption = False,
 ) -> None:
     """Replay the whole ledger and prove the chain, every step and every recorded digest."""
-    with _failures_explained():
+    with failures_explained():
         directory = RunDirectory(run)
         manifest = directory.manifest()
         started = time.monotonic()
@@ -395,6 +340,10 @@ def verify(
             highlight=False,
         )
         out.print(f"digest {proof.digest}\nhead   {proof.head}", highlight=False)
+
+
+# After the commands above, so that `--help` lists these below them.
+from coordinator import cli_history  # noqa: E402, F401
 
 
 def main() -> None:

@@ -335,7 +335,7 @@ class Conductor:
         if known is not None and self.members[known].is_quarantined:
             return Refuse(
                 "quarantined",
-                f"node {known} differed from the ledger again after it had started over: check its memory and its disk. "
+                f"node {known} differed from the ledger again after starting over: check its memory and its disk. "
                 "`zo-coordinator release` lets it in again",
             )
         if hello.protocol != PROTOCOL_VERSION:
@@ -382,7 +382,7 @@ class Conductor:
     def _report(self, member: Member, report: Report, now: float) -> list[Effect]:
         number = None if member.is_choosing else member.resolve(report.round)
         if number is None:
-            return []  # from weights that are being replaced, of a round it acknowledged long ago, or was never asked for
+            return []  # from weights that are being replaced, long acknowledged, or never asked for
         member.acknowledge(number)
         self._round, verdict, reason = receive(
             self._round, member.node, number, report.codes, self.manifest.probe.directions

@@ -1,0 +1,71 @@
+"""What the modules of `zo-coordinator` share: the application, its two consoles, and errors told as one line."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from coordinator import base as base_files
+from coordinator.audit import AuditError
+from coordinator.config import ConfigError
+from coordinator.history import HistoryError
+from coordinator.ledger import LedgerError, StorageError
+from coordinator.rundir import BusyError, RunDirectoryError
+from transport.exits import HELP, Exit
+from transport.keys import KeyFileError
+from transport.sockets import SocketError
+from zo.manifest import ManifestError
+from zo.snapshot import SnapshotError
+from zo.weights import WeightsOverflow
+
+app = typer.Typer(
+    name="zo-coordinator",
+    help="Order the bytes of a swarm into a ledger: one model, fine-tuned together, one byte per projected gradient.",
+    epilog=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain text keeps its lines whole in a narrow terminal
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.", show_default=False)]
+
+_EXIT_BY_ERROR: dict[type[Exception], Exit] = {
+    RunDirectoryError: Exit.INPUT,
+    ManifestError: Exit.INPUT,
+    HistoryError: Exit.INPUT,
+    ConfigError: Exit.INPUT,
+    base_files.BaseFilesError: Exit.BASE,
+    KeyFileError: Exit.INPUT,
+    BusyError: Exit.BUSY,
+    SocketError: Exit.BUSY,
+    LedgerError: Exit.DAMAGED,
+    SnapshotError: Exit.DAMAGED,
+    AuditError: Exit.DAMAGED,
+    StorageError: Exit.STORAGE,
+    WeightsOverflow: Exit.OVERFLOW,
+}
+
+
+def epilog(example: str) -> str:
+    """What follows a command's help; the line after \\b is left as it is, to be copied whole."""
+    return f"\b\nExample:\n  {example}\n\n{HELP}"
+
+
+@contextlib.contextmanager
+def failures_explained() -> Iterator[None]:
+    """Turn the errors we know into one line and their exit code; anything else is a bug and shows its trace."""
+    try:
+        yield
+    except tuple(_EXIT_BY_ERROR) as error:
+        code = next(code for kind, code in _EXIT_BY_ERROR.items() if isinstance(error, kind))
+        err.print(
+            f"zo-coordinator: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
+        raise typer.Exit(code) from None

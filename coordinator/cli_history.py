@@ -1,0 +1,208 @@
+"""The commands of `zo-coordinator` that look back: log, diff, export, rollback, retract, release, backup, simulate."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.table import Table
+
+from coordinator.cli_app import JsonOption, RunArgument, app, epilog, err, failures_explained, out
+from coordinator.history import (
+    Difference,
+    HistoryError,
+    LogRecord,
+    back_up,
+    compare,
+    export_state,
+    records,
+    take_back,
+)
+from coordinator.rundir import RunDirectory
+from transport.exits import Exit
+
+
+@app.command(
+    short_help="Show the ledger and its events.", epilog=epilog("zo-coordinator log my-run --last 50")
+)
+def log(
+    run: RunArgument,
+    first: Annotated[int | None, typer.Option("--from", metavar="ROUND", help="First round to show.")] = None,
+    last: Annotated[int, typer.Option(metavar="N", help="Without --from: show the last N rounds.")] = 20,
+    json: JsonOption = False,
+) -> None:
+    """Show the ledger: what each round did, and what happened beside it."""
+    with failures_explained():
+        directory = RunDirectory(run)
+        manifest = directory.manifest()
+        with directory.ledger(manifest, read_only=True) as ledger:
+            total = ledger.num_commits()
+            start = max(0, total - last) if first is None else first
+            if not 0 <= start <= total:
+                raise HistoryError(f"the ledger has {total} rounds, got --from {start}")
+            for record in records(ledger, start, total):
+                if json:
+                    sys.stdout.write(msgspec.json.encode(record).decode() + "\n")
+                else:
+                    out.print(_line(record), markup=False, highlight=False, style=_style(record))
+
+
+def _line(record: LogRecord) -> str:
+    digest = f"  digest {record.digest[:12]}…" if record.digest else ""
+    kind = "" if record.kind == "commit" else f"{record.kind}: "
+    return f"{record.round:>8}  {kind}{record.text}{digest}"
+
+
+def _style(record: LogRecord) -> str:
+    if record.kind in ("diverged", "first-difference", "malformed", "refused", "misfit", "revert"):
+        return "yellow"
+    return "" if record.kind == "commit" else "dim"
+
+
+@app.command(short_help="Compare two runs.", epilog=epilog("zo-coordinator diff my-run backup-of-my-run"))
+def diff(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run directory.", show_default=False)],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another.", show_default=False)],
+    json: JsonOption = False,
+) -> None:
+    """Compare two runs: their manifests, and from which round on their ledgers differ. Exit code 12 if they do."""
+    with failures_explained():
+        a, b = RunDirectory(run_a), RunDirectory(run_b)
+        manifests = a.manifest(), b.manifest()
+        with a.ledger(manifests[0], read_only=True) as one, b.ledger(manifests[1], read_only=True) as other:
+            difference = compare(manifests, (one, other))
+        if json:
+            sys.stdout.write(msgspec.json.encode(difference).decode() + "\n")
+        else:
+            _show(difference)
+        if not difference.are_equal:
+            raise typer.Exit(Exit.MISMATCH)
+
+
+def _show(difference: Difference) -> None:
+    if difference.fields:
+        table = Table("field", "A", "B", box=None, pad_edge=False)
+        for name, (a, b) in difference.fields.items():
+            table.add_row(name, str(a), str(b))
+        out.print(table, highlight=False)
+    a, b = difference.rounds
+    if not difference.same_run:
+        out.print("two runs of their own: no round in common", highlight=False)
+    elif difference.are_equal:
+        out.print(f"equal: {a} rounds", highlight=False)
+    elif difference.common_rounds == min(a, b):
+        longer = "A" if a > b else "B"
+        out.print(f"equal up to round {min(a, b)}; {longer} has {abs(a - b)} more", highlight=False)
+    else:
+        out.print(
+            f"a fork: equal up to round {difference.common_rounds}, then {a - difference.common_rounds} rounds in A alone "
+            f"and {b - difference.common_rounds} in B",
+            highlight=False,
+        )
+
+
+@app.command(
+    short_help="Write the weights after a round.",
+    epilog=epilog("zo-coordinator export my-run --round 9 -o state"),
+)
+def export(
+    run: RunArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to make.", show_default=False)],
+    round: Annotated[
+        int | None, typer.Option(metavar="R", help="After so many rounds.", show_default="the newest")
+    ] = None,
+) -> None:
+    """Write the weights after a round, for `zo-node export` to turn into a PEFT adapter."""
+    with failures_explained():
+        directory = RunDirectory(run)
+        manifest = directory.manifest()
+        with directory.ledger(manifest, read_only=True) as ledger:
+            at = ledger.num_commits() if round is None else round
+            replica = export_state(directory, manifest, ledger, at, output)
+        out.print(f"round {replica.round}, digest {replica.digest().hex()}", highlight=False)
+        out.print(f"Next: zo-node export {output} -o ADAPTER --model MODEL", highlight=False, soft_wrap=True)
+
+
+@app.command(
+    short_help="Take back everything since a round.", epilog=epilog("zo-coordinator rollback my-run --to 120")
+)
+def rollback(
+    run: RunArgument,
+    to: Annotated[
+        int, typer.Option(metavar="R", help="Weights as they were after R rounds.", show_default=False)
+    ],
+) -> None:
+    """Take back everything since a round, exactly, as an entry of its own; the history stays.
+
+    The run must not be served meanwhile. Nodes follow when it is served again. Rounds are not given back.
+    """
+    with failures_explained():
+        _take_back(run, to, [])
+
+
+@app.command(short_help="Take back what some nodes did.", epilog=epilog("zo-coordinator retract my-run 3"))
+def retract(
+    run: RunArgument,
+    nodes: Annotated[list[int], typer.Argument(metavar="NODE...", help="Node numbers, from `status`.")],
+    since: Annotated[int, typer.Option("--from", metavar="ROUND", help="Only from this round on.")] = 0,
+) -> None:
+    """Take back what some nodes' codes did, exactly, as an entry of its own; the history stays.
+
+    It undoes their direct moves. It does not undo that others measured their slopes at weights which these moves had
+    shaped, nor that they entered the steps' normalisation: only a rollback does.
+    """
+    with failures_explained():
+        _take_back(run, since, nodes)
+
+
+def _take_back(run: Path, first: int, nodes: list[int]) -> None:
+    directory = RunDirectory(run)
+    manifest = directory.manifest()
+    with directory.lock(), directory.ledger(manifest) as ledger:
+        entry, replica = take_back(directory, manifest, ledger, first, nodes)
+        whose = f" of node {', '.join(map(str, entry.nodes))}" if entry.nodes else ""
+        text = f"took back rounds {entry.first} to {entry.last - 1}{whose}"
+        ledger.note(entry.round, "retracted" if entry.nodes else "rolled-back", None, text)
+    out.print(f"round {entry.round}: {text}", highlight=False)
+    out.print(f"digest {replica.digest().hex()}", highlight=False)
+
+
+@app.command(short_help="Let a quarantined node in again.", epilog=epilog("zo-coordinator release my-run 3"))
+def release(
+    run: RunArgument,
+    node: Annotated[
+        int, typer.Argument(metavar="NODE", help="A quarantined node's number.", show_default=False)
+    ],
+) -> None:
+    """Let a quarantined node join again. The run must not be served meanwhile."""
+    with failures_explained():
+        directory = RunDirectory(run)
+        manifest = directory.manifest()
+        with directory.lock(), directory.ledger(manifest) as ledger:
+            known = {each.node: each for each in ledger.members()}
+            if node not in known or not known[node].is_quarantined:
+                raise HistoryError(f"node {node} is not in quarantine")
+            ledger.set_quarantined(node, False)
+            ledger.note(ledger.num_commits(), "released", node, f"node {node} may join again")
+        out.print(f"node {node} may join again", highlight=False)
+
+
+@app.command(
+    short_help="Copy a run, served or not.", epilog=epilog("zo-coordinator backup my-run /media/disk/my-run")
+)
+def backup(
+    run: RunArgument,
+    destination: Annotated[
+        Path, typer.Argument(metavar="DESTINATION", help="Directory to make.", show_default=False)
+    ],
+) -> None:
+    """Copy a run, while it is served or not, into a directory that can be served in its place. It holds the key too."""
+    with failures_explained():
+        directory = RunDirectory(run)
+        manifest = directory.manifest()
+        back_up(directory, destination)
+        copy = RunDirectory(destination)
+        with copy.ledger(manifest, read_only=True) as ledger:
+            rounds = ledger.num_commits()
+        err.print(f"copied {rounds} rounds to {destination}", highlight=False, soft_wrap=True)

@@ -1,0 +1,240 @@
+"""History as a tool: what a ledger tells, how two of them differ, and how to take back without forgetting.
+
+Nothing here removes anything. A rollback and a retraction are entries of their own (`zo.commit.Revert`), so a ledger
+still proves everything that ever happened, and nodes follow them as they follow any other entry.
+"""
+
+import shutil
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from coordinator.ledger import Checkpoint, Ledger, StorageError
+from coordinator.rundir import RunDirectory, RunDirectoryError, write_atomically
+from zo.codes import NO_VOTE
+from zo.commit import Commit, Entry, Revert
+from zo.manifest import Manifest
+from zo.replica import Replica
+from zo.snapshot import encode_snapshot
+from zo.steps import step_rule
+
+
+class HistoryError(ValueError):
+    """A request that does not fit the ledger; the message says why."""
+
+
+class LogRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One line of `zo-coordinator log`: an entry of the ledger, or an event beside it."""
+
+    round: int
+    kind: str
+    """"commit", "revert", or the kind of an event."""
+    text: str
+    participants: tuple[int, ...] = ()
+    late: tuple[int, ...] = ()
+    step: int | None = None
+    exponent: int | None = None
+    rms: float | None = None
+    """Root mean square of the codes."""
+    no_votes: int = 0
+    digest: str | None = None
+    """Digest of the weights after the entry, where it was recorded."""
+    at: float | None = None
+    """Seconds since the epoch, of events."""
+    node: int | None = None
+
+
+def records(ledger: Ledger, first: int, last: int) -> Iterator[LogRecord]:
+    """Entries first..last-1 of a ledger with the events that happened before each, in order.
+
+    Raises:
+        LedgerError: an entry is missing or damaged.
+    """
+    events = [event for event in ledger.events() if first <= event.round <= last]
+    digests = {each.round: each.digest.hex() for each in ledger.checkpoints()}
+    position = 0
+    for entry in ledger.entries(first, last):
+        while position < len(events) and events[position].round <= entry.round:
+            event = events[position]
+            yield LogRecord(round=event.round, kind=event.kind, text=event.text, at=event.at, node=event.node)
+            position += 1
+        yield _entry_record(entry, digests.get(entry.round + 1))
+    for event in events[position:]:
+        yield LogRecord(round=event.round, kind=event.kind, text=event.text, at=event.at, node=event.node)
+
+
+def _entry_record(entry: Entry, digest: str | None) -> LogRecord:
+    if isinstance(entry, Revert):
+        whose = f"of node {', '.join(map(str, entry.nodes))}" if entry.nodes else "of everyone"
+        text = f"takes back rounds {entry.first} to {entry.last - 1} {whose}"
+        return LogRecord(round=entry.round, kind="revert", text=text, digest=entry.digest.hex())
+    codes = np.frombuffer(entry.codes, np.int8)
+    votes = codes[codes != NO_VOTE].astype(np.float64)
+    rms = float(np.sqrt(np.mean(votes**2))) if votes.size else None
+    who = " ".join(f"{node}{'*' if node in entry.late else ''}" for node in entry.participants)
+    shown = "" if rms is None else f", RMS {rms:.1f}"
+    return LogRecord(
+        round=entry.round,
+        kind="commit",
+        text=f"nodes {who}: {codes.size} codes{shown}, step {entry.steps[0]}",
+        participants=entry.participants,
+        late=entry.late,
+        step=entry.steps[0],
+        exponent=entry.exponents[0],
+        rms=rms,
+        no_votes=int(codes.size - votes.size),
+        digest=digest,
+    )
+
+
+class Difference(msgspec.Struct, frozen=True, kw_only=True):
+    """How two runs relate."""
+
+    same_run: bool
+    fields: dict[str, tuple[Any, Any]]
+    """Fields of the manifest that differ, by dotted name: (in A, in B)."""
+    rounds: tuple[int, int]
+    common_rounds: int
+    """Entries from the start that are equal in both."""
+
+    @property
+    def are_equal(self) -> bool:
+        """Whether both are the same run at the same round."""
+        return self.same_run and self.common_rounds == max(self.rounds)
+
+
+def compare(manifests: tuple[Manifest, Manifest], ledgers: tuple[Ledger, Ledger]) -> Difference:
+    """How two runs differ: in their manifests, and from which round on in their ledgers.
+
+    The chain makes the common part one bisection: two heads are equal only if everything before is.
+    """
+    a, b = (dict(_flat(msgspec.to_builtins(manifest))) for manifest in manifests)
+    fields = {name: (a.get(name), b.get(name)) for name in sorted(a | b) if a.get(name) != b.get(name)}
+    same_run = manifests[0].run_id == manifests[1].run_id
+    rounds = ledgers[0].num_commits(), ledgers[1].num_commits()
+    low, high = 0, min(rounds) if same_run else 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        if ledgers[0].head_after(middle) == ledgers[1].head_after(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return Difference(same_run=same_run, fields=fields, rounds=rounds, common_rounds=low)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def take_back(
+    directory: RunDirectory, manifest: Manifest, ledger: Ledger, first: int, nodes: Sequence[int]
+) -> tuple[Revert, Replica]:
+    """Append the entry that takes back everything from round `first` on, of all or of some nodes.
+
+    Args:
+        directory: of the run, locked by the caller.
+        manifest: of the run.
+        ledger: of the run.
+        first: the first round to take back.
+        nodes: whose part; empty for everyone's.
+
+    Returns:
+        The entry, durable, and the replica after it.
+
+    Raises:
+        HistoryError: nothing to take back.
+        WeightsOverflow: it would move a weight out of range; nothing has changed then.
+        StorageError: it could not be written; nothing has changed then.
+    """
+    total = ledger.num_commits()
+    if not 0 <= first < total:
+        raise HistoryError(
+            f"the ledger has {total} rounds: from round {first} on there is nothing to take back"
+        )
+    unknown = set(nodes) - {each.node for each in ledger.members()}
+    if unknown:
+        raise HistoryError(f"no node {min(unknown)} has ever joined; `zo-coordinator status` lists them")
+    replica = directory.state_at(total, manifest, ledger)
+    if nodes and not any(_took_part(entry, nodes) for entry in ledger.entries(first, total)):
+        raise HistoryError(f"node {', '.join(map(str, nodes))} took part in no round from {first} on")
+    entry = replica.revert(first, total, tuple(sorted(set(nodes))), ledger.entries)
+    replica.apply(entry, history=ledger.entries)
+    ledger.append(entry)
+    checkpoint = ledger.last_checkpoint()
+    start, scale = (checkpoint.round, checkpoint.scale) if checkpoint else (0, step_rule(manifest).start())
+    rule = step_rule(manifest)
+    for each in ledger.entries(start, total):
+        if isinstance(each, Commit):
+            _, scale = rule.advance(scale, each.round, np.frombuffer(each.codes, np.int8))
+    ledger.checkpoint(Checkpoint(replica.round, replica.digest(), scale))
+    directory.snapshots.save(replica.round, encode_snapshot(replica, manifest))
+    return entry, replica
+
+
+def _took_part(entry: Entry, nodes: Sequence[int]) -> bool:
+    return isinstance(entry, Commit) and not set(nodes).isdisjoint(entry.participants)
+
+
+def export_state(
+    directory: RunDirectory, manifest: Manifest, ledger: Ledger, round: int, output: Path
+) -> Replica:
+    """Write manifest and weights after `round` commits to a directory that `zo-node export` takes.
+
+    Raises:
+        HistoryError: no such round, or the directory holds something already.
+        StorageError: it cannot be written.
+    """
+    total = ledger.num_commits()
+    if not 0 <= round <= total:
+        raise HistoryError(f"the ledger has {total} rounds, got --round {round}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise HistoryError(f"{output} exists already; choose another directory")
+    replica = directory.state_at(round, manifest, ledger)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(directory.manifest_path, output / "manifest.toml")
+        write_atomically(output / "snapshot.zo", encode_snapshot(replica, manifest))
+    except OSError as error:
+        raise StorageError(f"cannot write {output}: {error}") from error
+    return replica
+
+
+def back_up(directory: RunDirectory, destination: Path) -> None:
+    """Copy a run directory, served or not, to a new one that can be served: a consistent ledger, keys and snapshots.
+
+    Raises:
+        RunDirectoryError: the destination holds something already.
+        StorageError: it cannot be written.
+    """
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise RunDirectoryError(f"{destination} exists already; choose another directory")
+    copy = RunDirectory(destination)
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+        # Snapshots first: one that is newer than the copied ledger would be passed over, but never the other way round.
+        for stored in directory.snapshots.stored():
+            copy.snapshots.save(stored.round, directory.snapshots.read(stored))
+        source = sqlite3.connect(f"{directory.ledger_path.resolve().as_uri()}?mode=ro", uri=True)
+        target = sqlite3.connect(copy.ledger_path)
+        try:
+            source.backup(target)
+        finally:
+            source.close()
+            target.close()
+        for path in (
+            directory.key_path,
+            directory.config_path,
+            directory.initial_path,
+            directory.manifest_path,
+        ):
+            shutil.copy2(path, destination / path.name)  # with its mode: the key stays its owner's alone
+    except (OSError, sqlite3.Error) as error:
+        raise StorageError(f"cannot back up to {destination}: {error}") from error
