@@ -63,7 +63,7 @@ def init(
     directions: Annotated[
         int, typer.Option(metavar="N", help="Directions a node measures in a round, one byte each.")
     ] = 1,
-    step: Annotated[float, typer.Option(metavar="X", help="How far a round moves the weights.")] = 0.02,
+    step: Annotated[float, typer.Option(metavar="X", help="How far a round moves the weights.")] = 0.01,
     constant_step: Annotated[
         bool,
         typer.Option(
@@ -78,7 +78,7 @@ def init(
     train: Annotated[
         Literal["B", "AB"],
         typer.Option(metavar="B|AB", help="B: freeze A, train B from zero. AB: train both."),
-    ] = "B",
+    ] = "AB",
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -154,7 +154,7 @@ def init(
                     sequence_length=sequence_length,
                 ),
                 schedule=Schedule(
-                    step=step, decay="constant" if constant_step else "linear", smoothing=3, first_exponent=-4
+                    step=step, decay="constant" if constant_step else "linear", smoothing=2, first_exponent=-4
                 ),
                 parity=Parity(digest_every=digest_every, share_loss=share_loss),
             )
