@@ -3,7 +3,7 @@
 from rich.text import Text
 
 from node.service import View
-from node.session import Stage
+from transport.session import Stage
 
 
 def si_bytes(count: float) -> str:

@@ -15,11 +15,11 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from node.session import Applied, Effect, End, Jumped, Keep, Open, Session, Stage, StartOver, Transmit
 from node.state import StateDirectory
 from transport.exits import Exit
 from transport.messages import Report, WireError, decode_from_coordinator, encode
 from transport.meter import Meter, SocketCount
+from transport.session import Applied, Effect, End, Jumped, Keep, Open, Session, Stage, StartOver, Transmit
 from transport.sockets import Link, NodeSocket
 from transport.ticket import Ticket
 from zo import kernels

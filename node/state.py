@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from node.catchup import Download
+from transport.catchup import Download
 from transport.keys import KeyPair, load_or_make_key
 from zo.manifest import Manifest, ManifestError, parse_manifest
 from zo.replica import Replica

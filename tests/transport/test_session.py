@@ -4,7 +4,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from node.session import GREET_S, RESEND_S, Applied, End, Open, Session, Stage, StartOver, Transmit
 from transport.exits import Exit
 from transport.messages import (
     PROTOCOL_VERSION,
@@ -21,6 +20,7 @@ from transport.messages import (
     Resync,
     Welcome,
 )
+from transport.session import GREET_S, RESEND_S, Applied, End, Open, Session, Stage, StartOver, Transmit
 from zo.replica import Replica
 from zo.weights import zeros
 

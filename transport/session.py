@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from node.catchup import Download, Way, choose
+from transport.catchup import Download, Way, choose
 from transport.exits import Exit
 from transport.messages import (
     PROTOCOL_VERSION,
