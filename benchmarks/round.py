@@ -27,8 +27,8 @@ from node.base import load_base
 from node.corpus import pydoc_topics
 from node.data import pack
 from node.language import LanguageTrainer
-from node.session import Open, Session
 from transport.messages import PROTOCOL_VERSION, Welcome, decode_from_coordinator, encode
+from transport.session import Open, Session
 from zo import kernels
 from zo.commit import Commit
 from zo.manifest import Manifest

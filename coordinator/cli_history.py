@@ -96,7 +96,7 @@ def _show(difference: Difference) -> None:
         out.print(f"equal up to round {min(a, b)}; {longer} has {abs(a - b)} more", highlight=False)
     else:
         out.print(
-            f"a fork: equal up to round {difference.common_rounds}, then {a - difference.common_rounds} rounds in A alone "
+            f"a fork: equal up to round {difference.common_rounds}, then {a - difference.common_rounds} in A alone "
             f"and {b - difference.common_rounds} in B",
             highlight=False,
         )

@@ -170,8 +170,8 @@ class Swarm:
                 node.save()
             elif faults and what < 0.03:  # killed, and started again from what it saved last
                 node.boot()
-            elif faults and what < 0.035 and transport.session.stage is not Stage.ENDED:
-                node.carry_out(transport.session.leave())
+            elif faults and what < 0.035 and node.session.stage is not Stage.ENDED:
+                node.carry_out(node.session.leave())
                 while node.up:
                     self.deliver_up(node, dies=False)
                 node.save()
@@ -181,11 +181,9 @@ class Swarm:
                     self.carry_out(self.coordinator.conductor.on_unsent(node.connection, self.now))
             elif faults and what < 0.045:
                 self.restart_coordinator()
-            elif faults and what < 0.0455 and transport.session.replica is not None and not node.is_spoilt:
+            elif faults and what < 0.0455 and node.session.replica is not None and not node.is_spoilt:
                 node.is_spoilt = True  # once: who differs again is shut out
-                transport.session.replica.weights[self.rng.randrange(40)] ^= (
-                    1 << 20
-                )  # a bit flips in its memory
+                node.session.replica.weights[self.rng.randrange(40)] ^= 1 << 20  # a bit flips in its memory
             elif node.connection is None:
                 if what > 0.7:
                     node.connect()
@@ -196,11 +194,11 @@ class Swarm:
                 for _ in range(self.rng.randrange(4)):
                     if node.down:
                         message = decode_from_coordinator(node.down.popleft())
-                        node.carry_out(transport.session.on_message(message, self.now))
+                        node.carry_out(node.session.on_message(message, self.now))
             elif what < 0.9:
                 node.probe(self.now)
             elif what < 0.95:
-                node.carry_out(transport.session.on_tick(self.now))
+                node.carry_out(node.session.on_tick(self.now))
             else:
                 self.carry_out(self.coordinator.conductor.on_tick(self.now))
         except ProcessDied:
@@ -235,8 +233,8 @@ def test_all_replicas_equal_a_fault_free_replay_of_the_ledger(make_manifest, vir
     truth = swarm.coordinator.replay()
     assert swarm.coordinator.conductor.replica.digest() == truth.digest()
     for node in swarm.nodes:
-        assert transport.session.replica.digest() == truth.digest()
-        assert transport.session.replica.head == truth.head
+        assert node.session.replica.digest() == truth.digest()
+        assert node.session.replica.head == truth.head
     swarm.check_ledger()
     for round, (digest, _) in swarm.coordinator.checkpoints.items():
         replica = Replica(manifest, zeros(40))

@@ -97,7 +97,7 @@ def test_a_frame_over_the_limit_costs_the_sender_its_connection(coordinator, key
     node = node_for(coordinator, keys)
     pump(coordinator, node, lambda links, *_: Link.UP in links)
     node.send(bytes(9 * 1024))
-    links, _, arrivals = pump(coordinator, node, lambda links, *_: Link.DOWN in links)
+    _, _, arrivals = pump(coordinator, node, lambda links, *_: Link.DOWN in links)
     assert arrivals == []
     node.close()
 
