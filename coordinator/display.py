@@ -1,6 +1,7 @@
 """How a run looks in a terminal: one live line for `serve`, a table for `status`."""
 
 import time
+from typing import Final
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -8,6 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.status import MemberStatus, Status
+
+SILENT_S: Final = 10.0
+"""A coordinator renews its status every second; one that has not for so long was killed, or is stuck."""
 
 
 def si_bytes(count: float) -> str:
@@ -27,6 +31,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def pace(rounds_per_s: float) -> str:
+    """A speed for people: 2.5 rounds/s, 40 s a round."""
+    return f"{rounds_per_s:.1f} rounds/s" if rounds_per_s >= 0.5 else f"{duration(1 / rounds_per_s)} a round"
+
+
 def status_line(status: Status, reason: str) -> Text:
     """The one line that `serve` keeps up to date."""
     parts = [f"round {status.round}/{status.rounds}", f"{status.live} live"]
@@ -34,10 +43,10 @@ def status_line(status: Status, reason: str) -> Text:
         parts.append(f"loss {status.loss:.3f}")
     parts.append(f"up {si_bytes(status.payload_bytes_up)} down {si_bytes(status.payload_bytes_down)}")
     left = status.rounds - status.round
-    if left and status.live and status.rounds_per_s > 0:
-        parts.append(f"{status.rounds_per_s:.1f} rounds/s, {duration(left / status.rounds_per_s)} left")
-    elif left and not status.live:
+    if left and not status.live:
         parts.append("waiting for nodes")
+    elif left and status.rounds_per_s > 0:
+        parts.append(f"{pace(status.rounds_per_s)}, {duration(left / status.rounds_per_s)} left")
     elif left:
         parts.append(reason.partition(": ")[2])
     return Text(" · ".join(parts), overflow="ellipsis", no_wrap=True)
@@ -52,8 +61,13 @@ def status_view(status: Status) -> RenderableType:
         )
     for member in status.members:
         table.add_row(*_row(member))
-    age = time.time() - status.updated_at
-    serving = f"served, status {duration(age)} old" if status.serving else "not served"
+    age = max(0.0, time.time() - status.updated_at)
+    if not status.serving:
+        serving = "not served"
+    elif age < SILENT_S:
+        serving = "being served"
+    else:
+        serving = f"nothing heard of its coordinator for {duration(age)}"
     head = Text(f"{status.name}  run {status.run}  ({serving})\n", style="bold")
     head.append(f"round {status.round}/{status.rounds}", style="not bold")
     if status.digest:
@@ -66,11 +80,16 @@ def status_view(status: Status) -> RenderableType:
     return Group(head, table if status.members else Text("nobody has joined yet"))
 
 
-def _row(member: MemberStatus) -> tuple[str, ...]:
+def plain(text: str) -> Text:
+    """What a node calls itself, as it is: no markup of ours, and nothing that a terminal would obey."""
+    return Text("".join(letter if letter.isprintable() else "\ufffd" for letter in text))
+
+
+def _row(member: MemberStatus) -> tuple[str | Text, ...]:
     digest = "" if member.digest is None else f"{member.digest[:12]}… @{member.digest_round}"
     loss = "" if member.loss is None else f"{member.loss:.3f}"
     up, down = si_bytes(member.payload_bytes_up), si_bytes(member.payload_bytes_down)
-    return (str(member.node), member.name, member.presence, str(member.round), digest, loss, up, down)
+    return (str(member.node), plain(member.name), member.presence, str(member.round), digest, loss, up, down)
 
 
 def replay_progress(console: Console) -> Progress:

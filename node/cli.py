@@ -37,6 +37,7 @@ app = typer.Typer(
     epilog=HELP,
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # plain text keeps its lines whole in a narrow terminal
     pretty_exceptions_enable=False,
 )
 out = Console()
@@ -56,13 +57,20 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Base model: directory or Hugging Face name. Default: the small one that comes with this program.",
-        show_default=False,
+        metavar="MODEL",
+        help="Base model: a directory or a Hugging Face name.",
+        show_default="the small one of this program",
     ),
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="Threads to compute with.", show_default="all cores")
+    int | None,
+    typer.Option(metavar="N", min=1, help="Threads to compute with.", show_default="all cores"),
 ]
+
+
+def _epilog(example: str) -> str:
+    """What follows a command's help; the lines after \\b are left as they are, to be copied whole."""
+    return f"\b\nExample:\n  {example}\n\n{HELP}"
 
 
 @contextlib.contextmanager
@@ -88,7 +96,8 @@ def default_state(run_id: bytes, name: str) -> Path:
 
 
 @app.command(
-    epilog="Example: zo-node join 'zo://192.0.2.7:7411/…#…' --data notes.txt --data letters.jsonl\n\n" + HELP
+    short_help="Join a run and train.",
+    epilog=_epilog("zo-node join 'zo://192.0.2.7:7411/…#…' --data notes.txt"),
 )
 def join(
     ticket: Annotated[
@@ -100,26 +109,38 @@ def join(
     data: Annotated[
         list[Path],
         typer.Option(
-            help="Private training text: .txt, or .jsonl with a field 'text'. Repeat it for several files.",
+            metavar="FILE",
+            help="Private training text: .txt, or .jsonl with a field 'text'; may be repeated.",
             show_default=False,
         ),
     ],
     model: ModelOption = None,
     name: Annotated[
-        str | None, typer.Option(help="Name of this node, for people.", show_default="the host's name")
+        str | None,
+        typer.Option(metavar="NAME", help="Name of this node, for people.", show_default="the host's name"),
     ] = None,
     state: Annotated[
         Path | None,
-        typer.Option(help="Where to keep key and weights.", show_default="~/.local/state/zo-node/RUN/NAME"),
+        typer.Option(
+            metavar="DIR", help="Where to keep key and weights.", show_default="~/.local/state/zo-node/…"
+        ),
     ] = None,
     eval_data: Annotated[
         list[Path] | None,
-        typer.Option("--eval", help="Held-out text to measure the loss on; stays here too."),
+        typer.Option(
+            "--eval",
+            metavar="FILE",
+            help="Held-out text to measure the loss on; may be repeated.",
+            show_default=False,
+        ),
     ] = None,
-    eval_every: Annotated[int, typer.Option(min=1, help="Measure it every so many rounds.")] = 50,
+    eval_every: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Measure it every so many rounds.")
+    ] = 50,
     threads: ThreadsOption = None,
     connect_timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds to try to reach the coordinator for the first time.")
+        float,
+        typer.Option(metavar="S", min=0.1, help="Seconds to try to reach the coordinator at first."),
     ] = 30.0,
 ) -> None:
     """Join a run and train until it ends or Ctrl-C; joining again goes on where this node left.
@@ -128,12 +149,11 @@ def join(
     """
     with _failures_explained():
         parsed = parse_ticket(ticket)
+        for file in [*data, *(eval_data or [])]:
+            _check_file(file.expanduser())
         name = (name or socket.gethostname())[:64]
         directory = StateDirectory((state or default_state(parsed.run_id, name)).expanduser())
         path = model or str(embedded.path())
-        for file in [*data, *(eval_data or [])]:
-            if not file.expanduser().is_file():
-                raise DataError(f"{file}: no such file")
         with directory.lock(), _log(directory.log_path) as log, _live_line() as show:
             base_digest, tokenizer_digest = read_digest(path), read_tokenizer_digest(path)
             _compile_kernels()
@@ -178,7 +198,10 @@ def join(
         err.print(f"state in {directory.path}", style="dim", highlight=False, soft_wrap=True)
 
 
-@app.command(epilog="Example: zo-node export my-run -o my-adapter --model ./my-model\n\n" + HELP)
+@app.command(
+    short_help="Write the weights as a PEFT adapter.",
+    epilog=_epilog("zo-node export my-run -o my-adapter --model ./my-model"),
+)
 def export(
     source: Annotated[
         Path,
@@ -189,13 +212,19 @@ def export(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Directory to write the adapter to.", show_default=False)
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="DIR", help="Directory to write the adapter to.", show_default=False
+        ),
     ],
     model: ModelOption = None,
 ) -> None:
     """Write the newest weights as a plain PEFT adapter, for PeftModel.from_pretrained."""
     with _failures_explained():
-        manifest, replica = load_result(source)
+        try:
+            manifest, replica = load_result(source)
+        except StateError as error:
+            raise NodeError(Exit.INPUT, str(error)) from error
         path = model or str(embedded.path())
         _check_base(path, manifest, model)
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -216,20 +245,23 @@ def export(
 
 
 @app.command(
-    epilog="Example: zo-node evaluate --adapter my-adapter --data held-out.txt --model ./my-model\n\n" + HELP
+    short_help="Measure a loss.",
+    epilog=_epilog("zo-node evaluate --data held-out.txt --adapter my-adapter"),
 )
 def evaluate(
     data: Annotated[
-        list[Path], typer.Option(help="Text to measure the loss on: .txt or .jsonl.", show_default=False)
+        list[Path],
+        typer.Option(metavar="FILE", help="Text to measure the loss on: .txt or .jsonl.", show_default=False),
     ],
     model: ModelOption = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="A PEFT adapter directory.", show_default="the base alone")
+        Path | None,
+        typer.Option(metavar="DIR", help="A PEFT adapter.", show_default="the base alone"),
     ] = None,
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows in one forward pass.")] = 8,
+    sequence_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens in a window.")] = 128,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Windows in one forward pass.")] = 8,
     threads: ThreadsOption = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead.", show_default=False)] = False,
 ) -> None:
     """Measure the loss of the base, with or without an adapter, as plain transformers and PEFT compute it."""
     with _failures_explained():
@@ -260,17 +292,19 @@ def evaluate(
             out.print(f"loss {loss:.4f} nats per token over {windows.num_windows} windows", highlight=False)
 
 
-@app.command(epilog="Example: zo-node demo --output demo-out\n\n" + HELP)
+@app.command(short_help="A whole run on this machine.", epilog=_epilog("zo-node demo --output demo-out"))
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for everything it makes.")] = Path(
-        "demo-out"
-    ),
-    rounds: Annotated[int, typer.Option(min=12, help="Rounds to train.")] = 240,
-    directions: Annotated[int, typer.Option(min=1, help="Directions a node and round.")] = 4,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Directory for everything it makes.")
+    ] = Path("demo-out"),
+    rounds: Annotated[int, typer.Option(metavar="N", min=12, help="Rounds to train.")] = 240,
+    directions: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Directions a node measures in a round.")
+    ] = 4,
 ) -> None:
     """Fine-tune the embedded model with four processes on this machine; one is killed, another joins late.
 
-    A coordinator and the nodes talk over real, encrypted connections on 127.0.0.1. Ends with exit code 12 if the
+    A coordinator and the nodes talk over real, encrypted connections on 127.0.0.1. Ends with exit code 1 if the
     held-out loss did not fall or any two digests differ.
     """
     from node.demo import DemoError, run_demo
@@ -282,6 +316,14 @@ def demo(
             _fail(error, Exit.MISMATCH)
         if not passed:
             raise typer.Exit(1)
+
+
+def _check_file(file: Path) -> None:
+    """Say at once what is wrong with a file, before anything is loaded; `node.data` reads it later."""
+    if not file.is_file():
+        raise DataError(f"{file}: no such file")
+    if file.stat().st_size == 0:
+        raise DataError(f"{file}: the file is empty")
 
 
 def _check_base(path: str, manifest: Manifest, model: str | None) -> None:
@@ -313,12 +355,23 @@ def _compile_kernels() -> None:
 
 @contextlib.contextmanager
 def _log(path: Path) -> Iterator[Callable[[dict[str, object]], None]]:
+    """Appends one JSON object for each record."""
+
+    def write(record: dict[str, object]) -> None:
+        try:
+            print(json_format.dumps({"at": round(time.time(), 3), **record}), file=file)
+        except OSError as error:
+            raise StateError(f"cannot write {path}: {error.strerror}") from error
+
     try:
         file = path.open("a", buffering=1)
     except OSError as error:
         raise StateError(f"cannot write {path}: {error.strerror}") from error
-    with file:
-        yield lambda record: print(json_format.dumps({"at": round(time.time(), 3), **record}), file=file)
+    try:
+        yield write
+    finally:
+        with contextlib.suppress(OSError):  # what could not be written has been said
+            file.close()
 
 
 @contextlib.contextmanager

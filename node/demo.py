@@ -254,7 +254,7 @@ def _view(status: dict[str, Any], swarm: _Swarm) -> RenderableType:
         loss = "" if member["loss"] is None else f"{member['loss']:.3f}"
         digest = "" if member["digest"] is None else f"{member['digest'][:10]}… @{member['digest_round']}"
         table.add_row(
-            member["name"],
+            Text(member["name"]),
             member["presence"],
             str(member["round"]),
             loss,
