@@ -6,6 +6,8 @@ adapter's business (`node.adapter`).
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +62,7 @@ def load_base(path: str | Path, *, threads: int | None = None) -> Base:
     digest = _digest_of(_base_files(folder))
     tokenizer_digest = _digest_of(_tokenizer_files(folder))
 
+    _silence_known_warnings()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
@@ -116,6 +119,21 @@ def load_base(path: str | Path, *, threads: int | None = None) -> Base:
         },
         max_sequence_length=getattr(model.config, "max_position_embeddings", None),
     )
+
+
+def _silence_known_warnings() -> None:
+    """Keep two messages of the libraries off the terminal: they are not for whoever runs a node.
+
+    One is about a call that PEFT makes and transformers has renamed, the other about optional kernels for 4-bit
+    arithmetic that bitsandbytes looks for when it is imported. Every other warning is shown.
+    """
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.backends.utils"):
+        logging.getLogger(name).addFilter(_is_worth_showing)
+
+
+def _is_worth_showing(record: logging.LogRecord) -> bool:
+    return "gemm_4bit_forward" not in record.getMessage()
 
 
 def read_digest(path: str | Path) -> str:
