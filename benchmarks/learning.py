@@ -11,11 +11,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -195,9 +198,9 @@ def run(model: str, text: str, settings: Settings, seed: int) -> Row:
     )
 
 
-def main() -> None:
-    """Read the command line, run once per seed, print a table or one JSON object."""
-    options = _options()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line, run once per seed, print a table or one JSON object, and write if asked to."""
+    options = _options(arguments)
     settings = Settings(**{name: getattr(options, name) for name in Settings.__dataclass_fields__})
     text = Path(options.data).read_text(encoding="utf-8")
     if not options.keep_line_breaks:
@@ -212,27 +215,76 @@ def main() -> None:
                 f"{row.forwards:,} forwards, {row.code_bytes:,} bytes of codes, {row.seconds:.0f} s",
                 flush=True,
             )
-    result = {
+    figures = {
         "benchmark": "learning",
-        "command": machine.command("benchmarks.learning"),
+        "command": _command(options, sys.argv[1:] if arguments is None else arguments),
+        "date": datetime.now(UTC).date().isoformat(),
         "cpu": machine.cpu(),
         "versions": machine.versions(["numpy", "torch", "transformers", "peft"]),
         "commit": machine.commit(),
         "base": {"name": Path(options.model).name, "digest": bases.read_digest(options.model)},
-        "text": f"{Path(options.data).name}, line breaks {'kept' if options.keep_line_breaks else 'folded'}",
+        "text": _text_name(options),
         "settings": asdict(settings),
         "rows": [asdict(row) for row in rows],
         "held_out_end_worst": max(row.held_out_end for row in rows),
     }
     if options.json:
-        print(json.dumps(result))
-    if options.out:
-        folder = Path(options.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "learning.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(figures))
+    if options.out is not None:
+        write(figures, options.out)
+    return 0
 
 
-def _options() -> argparse.Namespace:
+def write(figures: dict[str, Any], folder: Path) -> None:
+    """Put figures into learning.json, in the place of older ones of the same base and text; write learning.md anew."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "learning.json"
+    known: list[dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.exists() else []
+
+    def subject(each: dict[str, Any]) -> tuple[str, str]:
+        return each["base"]["name"], each["text"]
+
+    kept = sorted([*(each for each in known if subject(each) != subject(figures)), figures], key=subject)
+    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    (folder / "learning.md").write_text("\n".join(map(markdown, kept)), encoding="utf-8")
+
+
+def markdown(figures: dict[str, Any]) -> str:
+    """The figures as a section for the docs."""
+    settings, versions = figures["settings"], figures["versions"]
+    lines = [
+        f"## {figures['base']['name']} on {figures['text']}",
+        "",
+        f"`{figures['command']}`, {figures['date']}, commit {figures['commit']}, {figures['cpu']} (one thread), "
+        f"torch {versions['torch']}: {settings['nodes']} nodes, {settings['rounds']} rounds, {settings['directions']} "
+        f"direction(s) a node and round, batches of {settings['batch_size']} × {settings['sequence_length']}; "
+        f"train {settings['train']}, rank {settings['rank']}, alpha {settings['alpha']:g}, step {settings['step']:g} "
+        f"({settings['decay']} decay), epsilon {settings['epsilon']:g}.",
+        "",
+        "| seed | held-out loss before | after | forward passes | codes | time |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['seed']} | {row['held_out_start']:.3f} | {row['held_out_end']:.3f} | {row['forwards']:,} | "
+        f"{row['code_bytes']:,} B | {row['seconds']:.0f} s |"
+        for row in figures["rows"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _text_name(options: argparse.Namespace) -> str:
+    file = Path(options.data)
+    name = file.parent.name if file.stem == "input" and file.parent.name else file.name
+    return f"{name}, line breaks {'kept' if options.keep_line_breaks else 'folded'}"
+
+
+def _command(options: argparse.Namespace, arguments: Sequence[str]) -> str:
+    """The command line, with placeholders for the places where somebody keeps models, data and results."""
+    placeholders = {options.model: "MODEL", options.data: "TEXT", str(options.out): "DIR"}
+    return " ".join(["python -m benchmarks.learning", *(placeholders.get(each, each) for each in arguments)])
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.learning", description=__doc__.partition("\n")[0]
     )
@@ -257,9 +309,16 @@ def _options() -> argparse.Namespace:
         "--keep-line-breaks", action="store_true", help="do not fold white space into one space"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--out", help="directory for learning.json")
-    return parser.parse_args()
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        nargs="?",
+        const=Path("docs/results"),
+        help="also write learning.json and learning.md to DIR (docs/results)",
+    )
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,12 +1,15 @@
 """The learning benchmark measures what it says, and the same run twice is the same run."""
 
+import json
+import os
 from dataclasses import replace
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
 
-from benchmarks.learning import Settings, fold, make_manifest, run, split
+from benchmarks.learning import Settings, fold, main, make_manifest, run, split
 from node import embedded
 from node.base import load_base
 from node.probe import mean_loss
@@ -79,3 +82,37 @@ def test_the_manifest_says_what_the_settings_say():
     assert manifest.base.digest == base.digest
     assert (manifest.adapter.train, manifest.adapter.rank, manifest.probe.directions) == ("AB", 2, 2)
     assert manifest.run_id != make_manifest(base, SETTINGS, seed=2).run_id
+
+
+def test_results_replace_those_of_the_same_text_and_name_no_place_on_disk(text, tmp_path, capsys):
+    data = tmp_path / "topics.txt"
+    data.write_text(text[:8_000].replace(" ", "\n", 3), "utf-8")
+    results = tmp_path / "results"
+    tiny = ["--seeds", "1", "--nodes", "1", "--rounds", "1", "--rank", "1"]
+    tiny += ["--batch-size", "1", "--sequence-length", "32"]
+    place = ["--model", str(embedded.path()), "--data", str(data), "--out", str(results)]
+    for more in ([], ["--keep-line-breaks"], ["--step", "0.02"]):
+        assert main([*place, *tiny, *more]) == 0
+    figures = json.loads((results / "learning.json").read_text())
+    assert [each["text"] for each in figures] == [
+        "topics.txt, line breaks folded",
+        "topics.txt, line breaks kept",
+    ]
+    assert [each["settings"]["step"] for each in figures] == [0.02, 0.01]
+    page = (results / "learning.md").read_text()
+    assert page.count("| 1 |") == 2
+    assert "python -m benchmarks.learning --model MODEL --data TEXT --out DIR --seeds 1" in page
+    assert str(tmp_path) not in page + json.dumps(figures)
+    assert "2 forwards" in capsys.readouterr().out
+
+
+@pytest.mark.assets
+@pytest.mark.skipif("ZO_TEST_ASSETS" not in os.environ, reason="ZO_TEST_ASSETS names no directory")
+def test_a_foreign_model_learns_a_text_within_forty_rounds():
+    assets = Path(os.environ["ZO_TEST_ASSETS"])
+    shakespeare = (assets / "data" / "tinyshakespeare" / "input.txt").read_text("utf-8")[:40_000]
+    settings = replace(
+        SETTINGS, nodes=4, rounds=40, train="AB", rank=4, alpha=8, batch_size=4, sequence_length=64
+    )
+    row = run(str(assets / "models" / "stories260K"), fold(shakespeare), settings, seed=1)
+    assert row.held_out_end < row.held_out_start - 0.1
