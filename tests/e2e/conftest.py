@@ -119,7 +119,18 @@ class Swarm:
 
     def init(self, *options, rounds=30):
         """Make the run directory, in this process."""
-        fixed = ("--model", self.base, "--rounds", rounds, "--directions", 2, "--digest-every", 4)
+        fixed = (
+            "--model",
+            self.base,
+            "--rounds",
+            rounds,
+            "--directions",
+            2,
+            "--digest-every",
+            4,
+            "--train",
+            "B",
+        )
         arguments = ["init", self.run, *fixed, "--host", "127.0.0.1", *options]
         made = CliRunner().invoke(app, [str(argument) for argument in arguments])
         assert made.exit_code == 0, made.output
