@@ -14,6 +14,7 @@ from coordinator.config import ConfigError
 from coordinator.history import HistoryError
 from coordinator.ledger import LedgerError, StorageError
 from coordinator.rundir import BusyError, RunDirectoryError
+from coordinator.simulation import SimulationError
 from transport.exits import HELP, Exit
 from transport.keys import KeyFileError
 from transport.sockets import SocketError
@@ -50,6 +51,7 @@ _EXIT_BY_ERROR: dict[type[Exception], Exit] = {
     AuditError: Exit.DAMAGED,
     StorageError: Exit.STORAGE,
     WeightsOverflow: Exit.OVERFLOW,
+    SimulationError: Exit.MISMATCH,
 }
 
 

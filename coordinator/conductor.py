@@ -5,8 +5,8 @@ service that cannot persist must stop, and then nobody has seen anything.
 """
 
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -104,13 +104,24 @@ class Note(msgspec.Struct, frozen=True):
 Effect = Send | SendPiece | Persist | PersistCheckpoint | Enrol | Quarantine | Note
 
 
+@dataclass
+class _Waiting:
+    """Whom the round in progress waits for, and how long. Kept up to date member by member: at a thousand members,
+    making it anew at every report would be most of the work."""
+
+    awaited: set[int]
+    missing: set[int]
+    """Those of them who have not reported."""
+    typical_s: float | None
+    wait_s: float
+
+
 class Conductor:
     """One run's decisions.
 
     Attributes:
         members: by node number, everyone ever admitted.
         replica: the coordinator's own copy of the weights.
-        last_reason: why the last round closed, or what the present one waits for.
     """
 
     def __init__(
@@ -146,7 +157,6 @@ class Conductor:
         self.config = config
         self.replica = replica
         self.members = {member.node: member for member in members}
-        self.last_reason = ""
         self._rule = step_rule(manifest)
         self._scale = scale
         self._exponent_before: int | None = None
@@ -158,9 +168,11 @@ class Conductor:
         self._digests_between = digests_between
         self._node_by_key = {member.key: member.node for member in self.members.values()}
         self._node_by_session: dict[bytes, int] = {}
-        self._opened_at: deque[tuple[int, float]] = deque(maxlen=_REMEMBERED_ROUNDS)
+        self._next_node = max(self.members, default=-1) + 1
+        self._opened_at: dict[int, float] = {}
+        self._waiting: _Waiting | None = None
         self._round = Round(replica.round, now)
-        self._opened_at.append((replica.round, now))
+        self._open_round(self._round)
         self._unsettled: tuple[Commit, bytes] | None = None
         # A stop between a commit and its checkpoint leaves a digest out: it is made up for at the first `settle`.
         self._owes_checkpoint = self._wants_checkpoint() and digest_at(replica.round) is None
@@ -196,7 +208,12 @@ class Conductor:
         """When the next tick is due, on the clock of `now`; None if only messages can change anything."""
         if self.is_over or len(self._round.codes_by_node) < self.config.quorum:
             return None
-        return self._round.opened_at_s + self._wait_s()
+        return self._round.opened_at_s + self._wait().wait_s
+
+    def reason(self, now: float) -> str:
+        """What the round in progress waits for, in words."""
+        waiting = self._wait()
+        return decide(self._round, frozenset(waiting.awaited), self.config.quorum, waiting.wait_s, now)[1]
 
     # ---- events ---------------------------------------------------------------------------------------------------
 
@@ -207,7 +224,7 @@ class Conductor:
         member = self.session_member(session)
         if member is None or member.key != key:
             return [] if isinstance(message, Leave) else [_send(session, Identify())]
-        member.note(Event.HEARD)
+        self._note(member, Event.HEARD)
         match message:
             case Report():
                 effects = self._report(member, message, now)
@@ -270,7 +287,8 @@ class Conductor:
             return
         node = self._node_by_key.get(key)
         if node is None:
-            node = max(self.members, default=-1) + 1
+            node = self._next_node
+            self._next_node += 1
             self.members[node] = Member(node=node, key=key, name=hello.name)
             self._node_by_key[key] = node
             yield Enrol(node, key, hello.name)
@@ -287,7 +305,7 @@ class Conductor:
         member.latency = None
         self._node_by_session[session] = node
         was = member.presence
-        member.note(Event.HELLO)
+        self._note(member, Event.HELLO)
         if was is Presence.GONE:
             behind = self.round - hello.round
             yield Note(
@@ -318,6 +336,9 @@ class Conductor:
 
     def _trace(self, member: Member, trace: Trace) -> list[Effect]:
         """Find the first round after which a diverged node was wrong, by bisection: once wrong, it stays wrong."""
+        if not member.owes_trace:
+            return []  # finding a round takes a replay: one for each divergence
+        member.owes_trace = False
         own = self._digests_between(trace.first, trace.first + len(trace.digests) - 1)
         if not own or len(own) != len(trace.digests):
             return []
@@ -374,7 +395,7 @@ class Conductor:
     def _lose(self, member: Member, event: Event, what: str) -> list[Effect]:
         if member.session is not None:
             self._node_by_session.pop(member.session, None)
-        member.note(event)
+        self._note(member, event)
         return [Note(event.name.lower(), member.node, f"node {member.node} ({member.name}) {what}")]
 
     # ---- what nodes say -------------------------------------------------------------------------------------------
@@ -391,7 +412,9 @@ class Conductor:
             return [Note("misfit", member.node, reason)]
         if verdict in (Verdict.COUNTED, Verdict.COUNTED_LATE, Verdict.LATE):
             self._learn_latency(member, number, now)
-            member.note(Event.REPORTED)
+            self._note(member, Event.REPORTED)
+        if verdict is Verdict.COUNTED and self._waiting is not None:
+            self._waiting.missing.discard(member.node)
         return self._feed(member)
 
     def _progress(self, member: Member, progress: Progress) -> list[Effect]:
@@ -405,6 +428,7 @@ class Conductor:
             member.digest_round, member.digest = progress.round, progress.digest
             if expected != progress.digest:
                 member.num_divergences += 1
+                member.owes_trace = True
                 text = (
                     f"node {member.node} ({member.name}) differs at round {progress.round}: it has digest "
                     f"{progress.digest.hex()}, the ledger gives {expected.hex()}; told to start over"
@@ -416,49 +440,77 @@ class Conductor:
                 if member.session is not None:
                     effects.append(_send(member.session, Resync(progress.round, expected)))
                 # It answers with its trace and a `Hello`; until then no round waits for it and it is sent nothing.
-                member.note(Event.HELLO)
+                self._note(member, Event.HELLO)
                 member.is_choosing = True
                 return effects
         return self._feed(member)
 
     def _learn_latency(self, member: Member, number: int, now: float) -> None:
-        opened_at = next((at for round, at in self._opened_at if round == number), None)
+        opened_at = self._opened_at.get(number)
         if opened_at is None:
             return
         sample = now - opened_at
-        typical = self._typical_s()
-        if typical is not None:
+        typical = self._wait().typical_s
+        if typical is None:
+            self._waiting = None  # from now on there is something typical
+        else:
             # One long silence (a suspended laptop) is no measure of speed: not to be held against a member.
             sample = min(sample, 2 * max(self.config.patience * typical, pace.MIN_WAIT_S))
         member.latency = pace.observe(member.latency, sample)
 
+    def _note(self, member: Member, event: Event) -> None:
+        before = member.presence
+        member.note(event)
+        if member.presence is before or self._waiting is None:
+            return
+        waiting = self._waiting
+        waiting.awaited.discard(member.node)
+        waiting.missing.discard(member.node)
+        if self._is_awaited(member, waiting.typical_s):
+            waiting.awaited.add(member.node)
+            if member.node not in self._round.codes_by_node:
+                waiting.missing.add(member.node)
+            waiting.wait_s = max(
+                waiting.wait_s, self._wait_for({member.node: member.latency}, waiting.typical_s)
+            )
+
     # ---- rounds ---------------------------------------------------------------------------------------------------
 
-    def _live(self) -> list[Member]:
-        return [
-            m
-            for m in self.members.values()
-            if m.presence is Presence.LIVE and m.cursor == self.round and not m.is_choosing
-        ]
+    def _open_round(self, round: Round) -> None:
+        self._round = round
+        self._waiting = None
+        self._opened_at[round.number] = round.opened_at_s
+        self._opened_at.pop(round.number - _REMEMBERED_ROUNDS, None)
 
-    def _typical_s(self) -> float | None:
-        return pace.typical_s({m.node: m.latency for m in self._live() if m.latency is not None})
+    def _wait(self) -> _Waiting:
+        """Whom the round waits for and how long, from what is known of the members' pace."""
+        if self._waiting is None:
+            live = [m for m in self.members.values() if self._is_following(m)]
+            typical = pace.typical_s({m.node: m.latency for m in live if m.latency is not None})
+            awaited = {m.node: m.latency for m in live if self._is_awaited(m, typical)}
+            missing = awaited.keys() - self._round.codes_by_node.keys()
+            self._waiting = _Waiting(set(awaited), missing, typical, self._wait_for(awaited, typical))
+        return self._waiting
 
-    def _awaited(self) -> dict[int, pace.Latency | None]:
-        typical, patience = self._typical_s(), self.config.patience
-        return {
-            m.node: m.latency for m in self._live() if pace.is_worth_waiting_for(m.latency, typical, patience)
-        }
+    def _is_following(self, member: Member) -> bool:
+        return member.presence is Presence.LIVE and member.cursor == self.round and not member.is_choosing
 
-    def _wait_s(self) -> float:
-        return pace.wait_s(self._awaited(), self._typical_s(), self.config.patience, self.config.max_wait_s)
+    def _is_awaited(self, member: Member, typical_s: float | None) -> bool:
+        patience = self.config.patience
+        return self._is_following(member) and pace.is_worth_waiting_for(member.latency, typical_s, patience)
+
+    def _wait_for(self, awaited: Mapping[int, pace.Latency | None], typical_s: float | None) -> float:
+        return pace.wait_s(awaited, typical_s, self.config.patience, self.config.max_wait_s)
 
     def _pass_on(self, now: float) -> list[Effect]:
         """Close the round if it is over, and send its commit to everyone who has all before it."""
-        if self.is_over:
+        if self.is_over or len(self._round.codes_by_node) < self.config.quorum:
             return []
-        awaited = frozenset(self._awaited())
-        outcome, self.last_reason = decide(self._round, awaited, self.config.quorum, self._wait_s(), now)
+        waiting = self._wait()
+        if waiting.missing and now < self._round.opened_at_s + waiting.wait_s:
+            return []
+        awaited = frozenset(waiting.awaited)
+        outcome, reason = decide(self._round, awaited, self.config.quorum, waiting.wait_s, now)
         if outcome is Outcome.WAIT:
             return []
         effects = self.settle()
@@ -486,10 +538,9 @@ class Conductor:
         missing = awaited - closed.codes_by_node.keys()
         for node in sorted(missing):
             self.members[node].note(Event.MISSED)
-            effects.append(Note("missed", node, self.last_reason))
-        unheard = self.members.keys() - set(participants) if self.manifest.run.staleness else ()
-        self._round = Round(closed.number + 1, now, may_be_late=frozenset(unheard))
-        self._opened_at.append((self._round.number, now))
+            effects.append(Note("missed", node, reason))
+        unheard = self.members.keys() - closed.codes_by_node.keys() if self.manifest.run.staleness else ()
+        self._open_round(Round(closed.number + 1, now, may_be_late=frozenset(unheard)))
         for member in self.present:
             is_next = member.cursor == closed.number and not member.is_choosing
             if member.session is not None and is_next and member.room():

@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from coordinator.simulation import SimulationResult
 from coordinator.status import MemberStatus, Status
 
 SILENT_S: Final = 10.0
@@ -90,6 +91,38 @@ def _row(member: MemberStatus) -> tuple[str | Text, ...]:
     loss = "" if member.loss is None else f"{member.loss:.3f}"
     up, down = si_bytes(member.payload_bytes_up), si_bytes(member.payload_bytes_down)
     return (str(member.node), plain(member.name), member.presence, str(member.round), digest, loss, up, down)
+
+
+def simulation_view(result: SimulationResult, seconds: float) -> RenderableType:
+    """What `simulate` shows: what happened, and what held."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(justify="right")
+    table.add_column()
+    rows: list[tuple[object, str]] = [
+        (
+            f"{result.rounds:,}",
+            f"rounds in {duration(result.virtual_s)} of virtual time, {duration(seconds)} of real",
+        ),
+        (
+            f"{result.joins:,}",
+            f"joins, {result.leaves:,} departures, {result.coordinator_kills} coordinator kills",
+        ),
+        (f"{result.frames_lost:,}", "frames lost"),
+        (
+            f"{result.reports_counted:,}",
+            f"reports counted, none twice; {result.reports_late:,} of them a round late",
+        ),
+        (f"{result.median_round_s:.1f} s", f"median round; the longest took {result.longest_round_s:.1f} s"),
+        (
+            f"{result.replicas_equal:,}",
+            f"of {result.nodes_at_the_end:,} nodes were up to date at the end, all equal",
+        ),
+    ]
+    if result.round_after_mass_loss_s is not None:
+        rows.append((f"{result.round_after_mass_loss_s:.1f} s", "for the round in which most nodes vanished"))
+    for number, text in rows:
+        table.add_row(str(number), text)
+    return Group(table, Text(f"digest {result.digest}   seed {result.seed}"))
 
 
 def replay_progress(console: Console) -> Progress:

@@ -22,7 +22,8 @@ from transport.ticket import Ticket
 
 HEARTBEAT_INTERVAL_MS: Final = 30_000
 HEARTBEAT_TIMEOUT_MS: Final = 60_000
-_HEARTBEAT_TTL_MS: Final = 90_000
+# libzmq keeps the time to live in 16 bits of milliseconds before it rounds: above 65,535 it wraps to a few seconds.
+_HEARTBEAT_TTL_MS: Final = 65_000
 _HANDSHAKE_MS: Final = 20_000
 _QUEUE_FRAMES: Final = 256
 _LINGER_MS: Final = 500  # a last Leave, Finished or Refuse still gets out

@@ -262,7 +262,7 @@ def test_a_round_closes_when_everyone_awaited_has_reported(start):
     run = start(3, quorum=3)
     for node in (2, 0):
         assert run.report(node, 0, codes=bytes([node + 1, 0])) == []
-    assert run.conductor.last_reason == "round 0: waiting for a quorum (2 of 2 reported, quorum 3)"
+    assert run.conductor.reason(0.0) == "round 0: waiting for a quorum (2 of 2 reported, quorum 3)"
     (commit,) = run.report(1, 0, codes=b"\x02\x00")
     assert commit.participants == (0, 1, 2)
     assert commit.codes == b"\x01\x00\x02\x00\x03\x00"
