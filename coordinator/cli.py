@@ -121,54 +121,58 @@ def init(
     with failures_explained():
         directory = RunDirectory(run)
         targets = tuple(target or _default_targets(base_files.linear_shapes(model)))
+        base = BaseModel(
+            name=model.resolve().name,
+            digest=base_files.digest(model),
+            tokenizer_digest=base_files.tokenizer_digest(model),
+        )
         try:
             layout = lora_layout(base_files.linear_shapes(model), targets, rank, train)
+            manifest = validate(
+                Manifest(
+                    protocol=PROTOCOL_VERSION,
+                    run=Run(
+                        name=name or run.resolve().name,
+                        rounds=rounds,
+                        nonce=secrets.token_hex(16),
+                        staleness=staleness,
+                    ),
+                    base=base,
+                    adapter=Adapter(
+                        targets=targets,
+                        rank=rank,
+                        alpha=alpha,
+                        train=train,
+                        size=layout.size,
+                        layout_digest=layout.digest().hex(),
+                    ),
+                    probe=Probing(
+                        epsilon=epsilon,
+                        directions=directions,
+                        batch_size=batch_size,
+                        sequence_length=sequence_length,
+                    ),
+                    schedule=Schedule(
+                        step=step,
+                        decay="constant" if constant_step else "linear",
+                        smoothing=2,
+                        first_exponent=-4,
+                    ),
+                    parity=Parity(digest_every=digest_every, share_loss=share_loss),
+                )
+            )
         except ValueError as error:
             raise ManifestError(str(error)) from error
-        manifest = validate(
-            Manifest(
-                protocol=PROTOCOL_VERSION,
-                run=Run(
-                    name=name or run.resolve().name,
-                    rounds=rounds,
-                    nonce=secrets.token_hex(16),
-                    staleness=staleness,
-                ),
-                base=BaseModel(
-                    name=model.resolve().name,
-                    digest=base_files.digest(model),
-                    tokenizer_digest=base_files.tokenizer_digest(model),
-                ),
-                adapter=Adapter(
-                    targets=targets,
-                    rank=rank,
-                    alpha=alpha,
-                    train=train,
-                    size=layout.size,
-                    layout_digest=layout.digest().hex(),
-                ),
-                probe=Probing(
-                    epsilon=epsilon,
-                    directions=directions,
-                    batch_size=batch_size,
-                    sequence_length=sequence_length,
-                ),
-                schedule=Schedule(
-                    step=step, decay="constant" if constant_step else "linear", smoothing=2, first_exponent=-4
-                ),
-                parity=Parity(digest_every=digest_every, share_loss=share_loss),
-            )
-        )
         config = validate_config(ServiceConfig(host=host, port=port, quorum=quorum))
         weights = initial_weights(layout, run_key(manifest.run_id), manifest.adapter.train)
         directory.create(manifest, config, Replica(manifest, weights))
-    out.print(f"Made {run}: run {manifest.run_id.hex()}", highlight=False)
+    out.print(f"Made {run}: run {manifest.run_id.hex()}", highlight=False, soft_wrap=True)
     out.print(
         f"{layout.size:,} trained parameters on {manifest.base.name}; {rounds} rounds of {directions} "
         f"direction{'s' * (directions > 1)} a node",
         highlight=False,
     )
-    out.print(f"Next: zo-coordinator serve {run}", highlight=False)
+    out.print(f"Next: zo-coordinator serve {run}", highlight=False, soft_wrap=True)
 
 
 def _default_targets(shapes: dict[str, tuple[int, int]]) -> list[str]:
