@@ -246,7 +246,7 @@ def export(
 
 @app.command(
     short_help="Measure a loss.",
-    epilog=_epilog("zo-node evaluate --data held-out.txt --adapter my-adapter"),
+    epilog=_epilog("zo-node evaluate --data held-out.txt --adapter adapter"),
 )
 def evaluate(
     data: Annotated[

@@ -1,0 +1,187 @@
+"""`zo-coordinator`: what it says to a person, and with which exit code it ends."""
+
+import json
+import re
+import sqlite3
+import struct
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from coordinator.cli import app
+from coordinator.rundir import RunDirectory
+from transport.exits import Exit
+
+
+@pytest.fixture
+def base(tmp_path):
+    directory = tmp_path / "base"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    (directory / "tokenizer.json").write_text("{}")
+    header = {"a.q_proj.weight": {"dtype": "F32", "shape": [8, 8], "data_offsets": [0, 256]}}
+    encoded = json.dumps(header).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(256))
+    return directory
+
+
+@pytest.fixture
+def made(base, tmp_path):
+    """A run directory."""
+    result = run("init", tmp_path / "run", "--model", base, "--host", "127.0.0.1", "--port", 0)
+    assert result.exit_code == 0, result.output
+    return tmp_path / "run"
+
+
+def run(*arguments, width=80):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], terminal_width=width)
+
+
+def fails(result, code, *words):
+    """One line on stderr, the documented exit code, no trace."""
+    assert result.exit_code == code, (result.output, result.exception)
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("zo-coordinator: error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert re.search(old, text), old
+    path.write_text(re.sub(old, new, text, count=1))
+
+
+def test_init_says_what_it_made_and_what_comes_next(base, tmp_path):
+    result = run("init", tmp_path / "run", "--model", base, "--rounds", 7, "--directions", 2)
+    assert result.exit_code == 0
+    run_id = RunDirectory(tmp_path / "run").manifest().run_id.hex()
+    assert f"run {run_id}" in result.stdout
+    assert "7 rounds of 2 directions" in result.stdout
+    assert "Next: zo-coordinator serve" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--epsilon", "0"], ("probe.epsilon = 0.0",)),
+        (["--rounds", "0"], ("run.rounds = 0",)),
+        (["--directions", "5000"], ("probe.directions = 5000", "4096")),
+        (["--step", "nan"], ("schedule.step",)),
+        (["--port", "70000"], ("port = 70000",)),
+        (["--quorum", "0"], ("quorum = 0",)),
+        (["--name", "a b"], ("run.name",)),
+        (["--target", "q_prj"], ("q_prj", "q_proj")),
+        (["--rounds", "100000000", "--directions", "4096"], ("uint32",)),
+    ],
+)
+def test_a_value_out_of_range_is_named_and_nothing_is_made(base, tmp_path, options, words):
+    fails(run("init", tmp_path / "run", "--model", base, *options), Exit.INPUT, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_that_is_none(tmp_path):
+    fails(run("init", tmp_path / "run", "--model", tmp_path / "no"), Exit.BASE, "is not a directory")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "model.safetensors").write_bytes(b"\x05\0\0\0\0\0\0\0hello")
+    fails(run("init", tmp_path / "run", "--model", tmp_path / "bad"), Exit.BASE, "is not a safetensors file")
+
+
+def test_init_never_overwrites(base, made):
+    before = (made / "manifest.toml").read_bytes()
+    fails(run("init", made, "--model", base), Exit.INPUT, "exists already; choose another directory")
+    assert (made / "manifest.toml").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["serve", "status", "verify"])
+def test_what_is_no_run_directory(tmp_path, command):
+    fails(run(command, tmp_path), Exit.INPUT, "is not a run directory", "zo-coordinator init")
+
+
+@pytest.mark.parametrize("command", ["serve", "status", "verify"])
+def test_a_manifest_field_out_of_range(made, command):
+    edit(made / "manifest.toml", r"epsilon = .*", "epsilon = -1.0")
+    fails(run(command, made), Exit.INPUT, "manifest.toml", "probe.epsilon = -1.0")
+
+
+@pytest.mark.parametrize("command", ["serve", "status", "verify"])
+def test_a_manifest_edited_after_the_run_was_made(made, command):
+    edit(made / "manifest.toml", r"batch_size = .*", "batch_size = 9")
+    fails(run(command, made), Exit.DAMAGED, "must not be edited: restore it, or `init` a new run")
+
+
+@pytest.mark.parametrize("command", ["serve", "status", "verify"])
+def test_a_run_directory_of_another_version(made, command):
+    edit(made / "manifest.toml", r"protocol = \d+", "protocol = 99")
+    result = run(command, made)
+    assert "protocol version 99" in result.stderr
+    assert "use the version that made it" in result.stderr
+    assert result.exit_code in (Exit.INPUT, Exit.DAMAGED)
+
+
+@pytest.mark.parametrize("command", ["serve", "status", "verify"])
+def test_a_ledger_of_another_version(made, command):
+    with sqlite3.connect(made / "ledger.sqlite") as database:
+        database.execute("UPDATE meta SET value = ? WHERE key = 'format'", (b"zo-ledger-99",))
+    fails(run(command, made), Exit.DAMAGED, "has format 'zo-ledger-99', this version reads")
+
+
+@pytest.mark.parametrize("command", ["serve", "status", "verify"])
+def test_a_ledger_that_is_none(made, command):
+    for file in made.glob("ledger.sqlite*"):
+        file.unlink()
+    (made / "ledger.sqlite").write_bytes(b"not a database at all" * 100)
+    fails(run(command, made), Exit.DAMAGED, "is not a ledger, or is damaged")
+
+
+def test_an_address_that_cannot_be_bound(made):
+    fails(run("serve", made, "--host", "192.0.2.1"), Exit.BUSY, "cannot bind 192.0.2.1:0")
+
+
+def test_a_key_that_others_could_read(made):
+    (made / "coordinator.key").chmod(0o644)
+    fails(run("serve", made), Exit.INPUT, "others could read it. Run: chmod 600")
+
+
+def test_a_configuration_out_of_range(made):
+    edit(made / "coordinator.toml", r"quorum = .*", "quorum = 0")
+    fails(run("serve", made), Exit.INPUT, "coordinator.toml", "quorum = 0")
+    edit(made / "coordinator.toml", r"quorum = .*", "quorun = 1")
+    fails(run("serve", made), Exit.INPUT, "coordinator.toml", "quorun")
+
+
+def test_status_and_proof_of_a_run_that_was_never_served(made):
+    status = json.loads(run("status", made, "--json").stdout)
+    assert (status["round"], status["members"], status["serving"]) == (0, [], False)
+    proof = json.loads(run("verify", made, "--json").stdout)
+    assert (proof["rounds"], proof["run"], proof["head"]) == (0, status["run"], status["run"])
+
+
+def commands():
+    shown = run("--help").stdout.partition("Commands:")[2].partition("Exit codes")[0]
+    return re.findall(r"^  ([a-z]+)  ", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize("width", [80, 60])
+@pytest.mark.parametrize("command", commands())
+def test_help_has_an_example_and_exit_codes_and_fits(command, width):
+    shown = run(command, "--help", width=width)
+    assert shown.exit_code == 0
+    lines = shown.stdout.splitlines()
+    assert max(map(len, lines)) <= width
+    example = lines[lines.index("  Example:") + 1].strip()
+    assert example.startswith(f"zo-coordinator {command} ")
+    assert "Exit codes: 0 done; 3 bad input" in shown.stdout
+
+
+def test_the_list_of_commands_cuts_no_sentence():
+    assert {"init", "serve", "status", "verify"} <= set(commands())
+    assert "..." not in run("--help", width=60).stdout.partition("Commands:")[2]
+
+
+def test_help_loads_no_torch():
+    check = "import sys, coordinator.cli; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=60)

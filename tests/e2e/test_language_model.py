@@ -1,0 +1,89 @@
+"""The commands themselves, with the embedded language model: two nodes train, and the adapter works in plain PEFT."""
+
+import json
+import shutil
+
+import pytest
+
+from node import embedded
+from node.state import load_result
+
+pytestmark = pytest.mark.e2e
+PROBE = ("--rounds", 4, "--directions", 1, "--batch-size", 1, "--sequence-length", 16, "--quorum", 2)
+
+
+@pytest.fixture
+def language_swarm(swarm, tmp_path):
+    swarm.base = embedded.path()
+    swarm.init(*PROBE)
+    (tmp_path / "data.txt").write_text("Return the absolute value of the number. " * 20)
+    return swarm
+
+
+def join(swarm, name, data, *options):
+    arguments = ("join", swarm.ticket, "--data", data, "--name", name, "--state", swarm.state(name))
+    swarm.nodes[name] = swarm.start(name, "-m", "node.cli", *arguments, "--threads", 1, *options)
+    return swarm.nodes[name]
+
+
+def test_two_nodes_train_and_the_adapter_measures_the_same_in_plain_peft(language_swarm, tmp_path):
+    swarm = language_swarm
+    swarm.serve()
+    data = tmp_path / "data.txt"
+    join(swarm, "ada", data, "--eval", data, "--eval-every", 2)
+    join(swarm, "ben", data)
+    proof = swarm.assert_finished("ada", "ben")
+    assert "all 4 rounds are done" in swarm.nodes["ada"].err
+    assert [r["round"] for r in swarm.log("ada") if "held_out" in r] == [0, 2]
+    adapter = tmp_path / "adapter"
+    exported = swarm.command("node.cli", "export", swarm.run, "-o", adapter)
+    assert exported.wait() == 0, exported
+    assert proof.digest in exported.out
+
+    window = ("--sequence-length", 16, "--threads", 1)
+    options = ("--data", data, "--adapter", adapter, "--json", *window)
+    measured = swarm.command("node.cli", "evaluate", *options)
+    assert measured.wait() == 0, measured
+
+    from peft import PeftModel
+
+    from node.base import load_base
+    from node.data import read_windows
+    from node.probe import mean_loss_over
+
+    base = load_base(embedded.path(), threads=1)
+    windows = read_windows([data], base.tokenizer, 16)
+    before = mean_loss_over(base.model, windows, batch_size=8)
+    loss = mean_loss_over(PeftModel.from_pretrained(base.model, str(adapter)).eval(), windows, batch_size=8)
+    assert json.loads(measured.out)["loss"] == loss
+    assert abs(loss - before) > 1e-6, "the adapter does something"
+    # A second export into the same place loses nothing.
+    again = swarm.command("node.cli", "export", swarm.state("ben"), "-o", adapter)
+    assert again.wait() == 3
+    assert "exists already; choose another directory" in again.err
+    assert load_result(swarm.state("ben"))[1].digest().hex() == proof.digest
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("rows.jsonl", '{"text": "fine"}\n\n{"txt": "not fine"}\n', "rows.jsonl, line 3: "),
+        ("rows.jsonl", '{"text": "fine"}\nnot JSON\n', "rows.jsonl, line 2: "),
+        ("short.txt", "Hi", "do not fill one window of 16; give this node more text"),
+    ],
+)
+def test_data_that_cannot_be_used_is_said_with_its_line(language_swarm, says, tmp_path, name, content, words):
+    language_swarm.serve()
+    (tmp_path / name).write_text(content)
+    says(join(language_swarm, "ada", tmp_path / name), 3, words)
+    assert language_swarm.coordinator.is_running
+
+
+def test_another_base_than_the_runs_is_refused_before_it_is_loaded(language_swarm, says, tmp_path):
+    language_swarm.serve()
+    shutil.copytree(embedded.path(), tmp_path / "model")
+    with (tmp_path / "model" / "config.json").open("a") as file:
+        file.write("\n")
+    model = ("--model", tmp_path / "model")
+    says(join(language_swarm, "ada", tmp_path / "data.txt", *model), 5, "the run's base 'embedded' has")
+    assert language_swarm.status().members == []
