@@ -18,7 +18,7 @@ from rich.live import Live
 from coordinator import base as base_files
 from coordinator.audit import audit
 from coordinator.cli_app import JsonOption, RunArgument, app, epilog, err, failures_explained, out
-from coordinator.config import ServiceConfig
+from coordinator.config import ServiceConfig, check_capacity
 from coordinator.config import validate as validate_config
 from coordinator.display import duration, replay_progress, status_line, status_view
 from coordinator.rundir import RunDirectory
@@ -164,6 +164,7 @@ def init(
         except ValueError as error:
             raise ManifestError(str(error)) from error
         config = validate_config(ServiceConfig(host=host, port=port, quorum=quorum))
+        check_capacity(config, manifest)
         weights = initial_weights(layout, run_key(manifest.run_id), manifest.adapter.train)
         directory.create(manifest, config, Replica(manifest, weights))
     out.print(f"Made {run}: run {manifest.run_id.hex()}", highlight=False, soft_wrap=True)
@@ -224,6 +225,7 @@ def serve(
         changes = {"host": host, "port": port, "advertise": advertise}
         given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
         config = validate_config(msgspec.structs.replace(directory.config(), **given))
+        check_capacity(config, manifest)
         keys = directory.keys()
         stopping = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -311,6 +311,9 @@ class Conductor:
             yield Note(
                 "joined", node, f"node {node} ({member.name}) joined at round {self.round}, {behind} behind"
             )
+        if member.must_start_over and hello.round == 0:
+            member.must_start_over = False
+            yield Note("started-over", node, f"node {node} ({member.name}) starts over")
         offer = self._offer_for(hello.round) if hello.round < self.round else None
         member.is_choosing = offer is not None
         manifest = b"" if hello.round else self.manifest.encode()
@@ -427,16 +430,18 @@ class Conductor:
         if expected is not None:
             member.digest_round, member.digest = progress.round, progress.digest
             if expected != progress.digest:
-                member.num_divergences += 1
-                member.owes_trace = True
-                text = (
-                    f"node {member.node} ({member.name}) differs at round {progress.round}: it has digest "
-                    f"{progress.digest.hex()}, the ledger gives {expected.hex()}; told to start over"
-                )
-                effects: list[Effect] = [Note("diverged", member.node, text)]
-                if member.num_divergences >= _DIVERGENCES_ALLOWED:
-                    member.is_quarantined = True
-                    effects.append(Quarantine(member.node))
+                effects: list[Effect] = []
+                if not member.must_start_over:  # else it was told, and the word did not reach it: one fault
+                    member.must_start_over = member.owes_trace = True
+                    member.num_divergences += 1
+                    text = (
+                        f"node {member.node} ({member.name}) differs at round {progress.round}: it has digest "
+                        f"{progress.digest.hex()}, the ledger gives {expected.hex()}; told to start over"
+                    )
+                    effects.append(Note("diverged", member.node, text))
+                    if member.num_divergences >= _DIVERGENCES_ALLOWED:
+                        member.is_quarantined = True
+                        effects.append(Quarantine(member.node))
                 if member.session is not None:
                     effects.append(_send(member.session, Resync(progress.round, expected)))
                 # It answers with its trace and a `Hello`; until then no round waits for it and it is sent nothing.

@@ -1,12 +1,18 @@
 """How this coordinator is operated: what may change between two `serve`s of one run, unlike the manifest."""
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta
 
+from transport.messages import MAX_COORDINATOR_FRAME_BYTES
 from transport.ticket import DEFAULT_PORT
+from zo.manifest import Manifest
 from zo.toml import explain
+
+_BYTES_PER_NODE: Final = 10
+"""Of a participant's number, twice: it may be late."""
+_BYTES_BESIDE: Final = 256
 
 
 class ConfigError(ValueError):
@@ -77,3 +83,18 @@ def validate(config: ServiceConfig) -> ServiceConfig:
         return msgspec.convert(plain, ServiceConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(explain(error, plain, ServiceConfig)) from error
+
+
+def check_capacity(config: ServiceConfig, manifest: Manifest) -> None:
+    """Check that the commit of a round in which everyone reports is not larger than nodes accept.
+
+    Raises:
+        ConfigError: it is; the message says how many nodes would do.
+    """
+    per_node = manifest.probe.directions + _BYTES_PER_NODE
+    most = (MAX_COORDINATOR_FRAME_BYTES - _BYTES_BESIDE) // per_node
+    if config.capacity > most:
+        raise ConfigError(
+            f"capacity = {config.capacity}: a commit of so many nodes with {manifest.probe.directions} directions each "
+            f"is larger than the {MAX_COORDINATOR_FRAME_BYTES:,} bytes that a node accepts; choose at most {most}"
+        )

@@ -13,8 +13,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from coordinator.durable import write_atomically
 from coordinator.ledger import Checkpoint, Ledger, StorageError
-from coordinator.rundir import RunDirectory, RunDirectoryError, write_atomically
+from coordinator.rundir import RunDirectory, RunDirectoryError
 from zo.codes import NO_VOTE
 from zo.commit import Commit, Entry, Revert
 from zo.manifest import Manifest
@@ -54,8 +55,8 @@ def records(ledger: Ledger, first: int, last: int) -> Iterator[LogRecord]:
     Raises:
         LedgerError: an entry is missing or damaged.
     """
-    events = [event for event in ledger.events() if first <= event.round <= last]
-    digests = {each.round: each.digest.hex() for each in ledger.checkpoints()}
+    events = ledger.events(first=first, last=last)
+    digests = {each.round: each.digest.hex() for each in ledger.checkpoints(first, last)}
     position = 0
     for entry in ledger.entries(first, last):
         while position < len(events) and events[position].round <= entry.round:

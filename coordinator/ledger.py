@@ -17,6 +17,7 @@ from zo.commit import Commit, Entry, Revert, chain_digest, decode_entry
 from zo.steps import Scale
 
 FORMAT: Final = "zo-ledger-1"
+_NO_ROUND: Final = 2**62
 _SCHEMA: Final = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE commits (
@@ -31,6 +32,7 @@ CREATE TABLE members (
 CREATE TABLE events (
     id INTEGER PRIMARY KEY, at REAL NOT NULL, round INTEGER NOT NULL, kind TEXT NOT NULL, node INTEGER,
     text TEXT NOT NULL);
+CREATE INDEX divergences ON events (id) WHERE kind IN ('diverged', 'released', 'started-over');
 CREATE TABLE status (id INTEGER PRIMARY KEY CHECK (id = 1), json BLOB NOT NULL);
 """
 
@@ -58,6 +60,15 @@ class Enrolment(NamedTuple):
     key: bytes
     name: str
     is_quarantined: bool = False
+
+
+class Divergences(NamedTuple):
+    """What is remembered of a node whose digest differed."""
+
+    number: int
+    """How often, since it was last released."""
+    must_start_over: bool
+    """Whether it has not come back from round 0 since."""
 
 
 class LedgerEvent(msgspec.Struct, frozen=True):
@@ -254,9 +265,14 @@ class Ledger:
         """The chain's head after so many commits: the last one's digest, or the run id."""
         return chain_digest(next(self.frames(num_commits - 1, num_commits))) if num_commits else self._run_id
 
-    def checkpoints(self) -> Iterator[Checkpoint]:
-        """All recorded digests, by round."""
-        for round, digest, mean_square, exponent in self._read("SELECT * FROM checkpoints ORDER BY round"):
+    def checkpoints(self, first: int = 0, last: int | None = None) -> Iterator[Checkpoint]:
+        """The digests recorded for rounds from first to last, by round; all of them without bounds."""
+        rows = self._read(
+            "SELECT * FROM checkpoints WHERE round >= ? AND round <= ? ORDER BY round",
+            first,
+            _NO_ROUND if last is None else last,
+        )
+        for round, digest, mean_square, exponent in rows:
             yield Checkpoint(round, digest, Scale(mean_square, exponent))
 
     def last_checkpoint(self) -> Checkpoint | None:
@@ -274,10 +290,32 @@ class Ledger:
         rows = self._read("SELECT node, key, name, is_quarantined FROM members ORDER BY node")
         return [Enrolment(node, key, name, bool(shut_out)) for node, key, name, shut_out in rows]
 
-    def events(self, limit: int = -1) -> list[LedgerEvent]:
-        """The newest events, oldest first; all of them without a limit."""
-        rows = self._read("SELECT at, round, kind, node, text FROM events ORDER BY id DESC LIMIT ?", limit)
+    def events(self, limit: int = -1, first: int = 0, last: int | None = None) -> list[LedgerEvent]:
+        """The newest events of rounds from first to last, oldest first; all of them without limit and bounds."""
+        rows = self._read(
+            "SELECT at, round, kind, node, text FROM events WHERE round >= ? AND round <= ? ORDER BY id DESC LIMIT ?",
+            first,
+            _NO_ROUND if last is None else last,
+            limit,
+        )
         return [LedgerEvent(*row) for row in rows][::-1]
+
+    def divergences(self) -> dict[int, Divergences]:
+        """What became of the nodes whose digests differed, by node."""
+        rows = self._read(
+            "SELECT node, kind FROM events WHERE kind IN ('diverged', 'released', 'started-over') ORDER BY id"
+        )
+        found: dict[int, Divergences] = {}
+        for node, kind in rows:
+            before = found.get(node, Divergences(0, False))
+            match kind:
+                case "diverged":
+                    found[node] = Divergences(before.number + 1, True)
+                case "started-over":
+                    found[node] = Divergences(before.number, False)
+                case "released":
+                    found[node] = Divergences(0, before.must_start_over)
+        return found
 
     def status(self) -> bytes | None:
         """The last status written: JSON."""

@@ -82,6 +82,10 @@ class Member:
     down: Count = field(default_factory=Count)
     is_choosing: bool = False
     """Whether it was made an offer and has not said yet from where on it wants the ledger."""
+    must_start_over: bool = False
+    """Whether it differed, and has not come back from round 0 since."""
+    owes_trace: bool = False
+    """Whether it differed, and has not sent the digests yet from which the first wrong round is found."""
     is_quarantined: bool = False
     """Whether it differed too often; it is refused until somebody releases it."""
     is_finished: bool = False

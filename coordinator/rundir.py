@@ -10,8 +10,9 @@ from typing import Final
 import msgspec
 
 from coordinator.config import ConfigError, ServiceConfig, parse_config
+from coordinator.durable import write_atomically
 from coordinator.ledger import Ledger, StorageError
-from coordinator.snapshots import SnapshotStore
+from coordinator.snapshots import SnapshotStore, Stored
 from transport.keys import KeyPair, load_key, new_key_pair, save_key
 from transport.messages import PROTOCOL_VERSION
 from zo.manifest import Manifest, ManifestError, parse_manifest
@@ -119,12 +120,25 @@ class RunDirectory:
     def newest(self, manifest: Manifest, ledger: Ledger, before: int | None = None) -> tuple[Replica, str]:
         """The newest state from which to replay, and in words which one it is.
 
-        A snapshot is a short cut only: one that is missing, damaged or not part of the ledger is passed over.
-
         Args:
             manifest: of the run.
             ledger: of the run.
             before: not after this round.
+
+        Raises:
+            SnapshotError, RunDirectoryError: no snapshot serves, and the weights of round 0 cannot be had.
+        """
+        found, reason = self.newest_snapshot(manifest, ledger, before)
+        if found is None:
+            return self.initial(manifest), f"start of the run ({reason})"
+        return found[1], f"snapshot of round {found[0].round}"
+
+    def newest_snapshot(
+        self, manifest: Manifest, ledger: Ledger, before: int | None = None
+    ) -> tuple[tuple[Stored, Replica] | None, str]:
+        """The newest snapshot that can be trusted with the replica in it, if there is one; why none newer serves.
+
+        A snapshot is a short cut only: one that is missing, damaged or not part of the ledger is passed over.
         """
         reason = "there is no snapshot yet"
         total = ledger.num_commits()
@@ -133,12 +147,13 @@ class RunDirectory:
                 continue
             try:
                 replica = decode_snapshot(self.snapshots.read(stored), manifest)
-                if replica.round <= total and ledger.head_after(replica.round) == replica.head:
-                    return replica, f"snapshot of round {replica.round}"
-                reason = f"snapshot of round {replica.round} is not part of the ledger"
             except (OSError, SnapshotError) as error:
                 reason = str(error)
-        return self.initial(manifest), f"start of the run ({reason})"
+                continue
+            if replica.round <= total and ledger.head_after(replica.round) == replica.head:
+                return (stored, replica), reason
+            reason = f"snapshot of round {replica.round} is not part of the ledger"
+        return None, reason
 
     def state_at(self, round: int, manifest: Manifest, ledger: Ledger) -> Replica:
         """The replica after `round` commits, from the nearest snapshot before. Raises LedgerError, ChainError."""
@@ -185,18 +200,3 @@ def _protocol(text: str) -> object:
         return msgspec.toml.decode(text).get("protocol")
     except msgspec.DecodeError:
         return None
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that at every instant there is either the old or the new one, whole. Raises OSError."""
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

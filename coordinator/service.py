@@ -1,7 +1,7 @@
 """The service: one loop that receives, hands to the conductor, and does what it says, in its order."""
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Final
@@ -26,7 +26,7 @@ from coordinator.ledger import Checkpoint, Enrolment, Ledger, LedgerError, Stora
 from coordinator.membership import FLOW_WINDOW, Event, Member, Presence
 from coordinator.rundir import RunDirectory
 from coordinator.snapshots import MAX_REPLAY_WORK, is_due
-from coordinator.status import MemberStatus, Status
+from coordinator.status import MemberStatus, Status, stored_status
 from transport.messages import HISTORY_BYTES, Offer, Piece, WireError, decode_from_node, encode
 from transport.meter import Count
 from transport.sockets import CoordinatorSocket, Sent
@@ -43,8 +43,11 @@ SPEED_MEMORY_S: Final = 20.0
 SPEED_MEMORY_ROUNDS: Final = 8
 _FAREWELL_S: Final = 30.0
 """How long a finished service waits for its last nodes to fetch the end and say that they leave."""
-_MALFORMED_NOTED: Final = 16
-"""Malformed frames that are noted one by one in the ledger; later ones are only counted."""
+_NOTED_ONE_BY_ONE: Final = {"malformed": 16, "misfit": 16, "refused": 16}
+"""How many events of a kind are noted in the ledger after a start: a peer must not be able to fill the disk. Kinds that
+are not named here are bounded by the number of rounds, or as below."""
+_NOTED_OF_A_NODE: Final = {"joined": 1024, "left": 1024, "lost": 1024, "replaced": 1024, "started-over": 1024}
+"""The same for each node: what a node may do often, but not without bound."""
 
 
 class Speed:
@@ -130,15 +133,14 @@ class Service:
         self._end = end
         self._curve = curve
         self._speed = Speed(replica.round, time.monotonic())
-        stored = ledger.status()
-        before = msgspec.json.decode(stored, type=Status) if stored else None
+        before = stored_status(ledger)
         self._last_loss = before.loss if before else None
         self._num_malformed = before.malformed_frames if before else 0
         self._gone: list[bytes] = []
+        self._noted: Counter[tuple[str, int | None]] = Counter()
         # A snapshot that is no part of the ledger (one restored from a backup, say) must not be offered.
-        origin, _ = directory.newest(manifest, ledger)
-        same_round = (each for each in directory.snapshots.stored() if each.round == origin.round)
-        self._snapshot = next(same_round, None)
+        newest, _ = directory.newest_snapshot(manifest, ledger)
+        self._snapshot = None if newest is None else newest[0]
         self.conductor = Conductor(
             manifest,
             config,
@@ -190,7 +192,7 @@ class Service:
             if now - status_at >= STATUS_EVERY_S:
                 status_at = now
                 self._save_status()
-                show(self.status, self.conductor.last_reason)
+                show(self.status, self.conductor.reason(time.monotonic()))
             if now - snapshot_at >= SNAPSHOT_CHECK_S:
                 snapshot_at = now
                 self._save_snapshot_if_due()
@@ -203,7 +205,7 @@ class Service:
         """Leave a fresh snapshot and status behind."""
         self._save_snapshot()
         self._save_status()
-        show(self.status, self.conductor.last_reason)
+        show(self.status, self.conductor.reason(time.monotonic()))
 
     def _handle(self, session: bytes, key: bytes, frame: bytes) -> None:
         member = self.conductor.session_member(session)
@@ -211,9 +213,7 @@ class Service:
             message = decode_from_node(frame)
         except WireError as error:
             self._num_malformed += 1
-            if self._num_malformed <= _MALFORMED_NOTED:
-                node = None if member is None else member.node
-                self._ledger.note(self.conductor.round, "malformed", node, str(error)[:500])
+            self._note("malformed", None if member is None else member.node, str(error)[:500])
             return
         effects = self.conductor.on_message(session, key, message, time.monotonic())
         member = self.conductor.session_member(session) or member
@@ -240,6 +240,9 @@ class Service:
                     self._gone.append(session)
             case SendPiece(session, content, offset):
                 num_bytes, data = self._directory.snapshots.piece(content, offset)
+                if num_bytes == 0 and self._snapshot is not None and content == self._snapshot.content:
+                    self._snapshot = None  # it was damaged on disk: the next offer must be another
+                    self._save_snapshot()
                 frame = encode(Piece(content, offset, num_bytes, data))
                 self._do(Send(session, "Piece", frame))
             case Persist(commit, frame):
@@ -251,16 +254,31 @@ class Service:
             case Enrol(node, key, name):
                 self._ledger.enrol(Enrolment(node, key, name))
             case Note(kind, node, text):
-                self._ledger.note(self.conductor.round, kind, node, text)
+                self._note(kind, node, text)
+
+    def _note(self, kind: str, node: int | None, text: str) -> None:
+        """Note an event, unless there have been very many of its kind since the start."""
+        key: tuple[str, int | None] = (kind, node if kind in _NOTED_OF_A_NODE else None)
+        limit = _NOTED_ONE_BY_ONE.get(kind) or _NOTED_OF_A_NODE.get(kind)
+        if limit is not None:
+            self._noted[key] += 1
+            if self._noted[key] > limit:
+                return
+            if self._noted[key] == limit:
+                text += " (further ones are not noted until the next start)"
+        self._ledger.note(self.conductor.round, kind, node, text)
 
     # ---- what others may read ---------------------------------------------------------------------------------------
 
     def _known_members(self, before: Status | None) -> list[Member]:
         """Everyone enrolled, with the byte counts that the last status carried."""
         counts = {m.node: m for m in before.members} if before else {}
+        divergences = self._ledger.divergences()
         members = []
         for node, key, name, is_quarantined in self._ledger.members():
             member = Member(node=node, key=key, name=name, is_quarantined=is_quarantined)
+            if node in divergences:
+                member.num_divergences, member.must_start_over = divergences[node]
             if node in counts:
                 known = counts[node]
                 member.name = known.name

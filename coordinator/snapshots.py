@@ -4,10 +4,12 @@ They are made from the coordinator's replica, compressed without loss, and named
 needed for the truth, which is the ledger: they save newcomers bytes and a restarted coordinator time.
 """
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from coordinator.durable import write_atomically
 from coordinator.ledger import StorageError
 from transport.messages import PIECE_BYTES
 from zo.commit import DIGEST_BYTES
@@ -62,35 +64,43 @@ def kept(rounds: Sequence[int]) -> set[int]:
 
 
 class SnapshotStore:
-    """The snapshots of one run, in a directory of their own."""
+    """The snapshots of one run, in a directory of their own, named ROUND-CONTENT.zo."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._intact: dict[bytes, tuple[int, int]] = {}
+        """Size and time of change, in ns, of files whose bytes were found to be those that their names say."""
 
     def stored(self) -> list[Stored]:
-        """All snapshots, oldest first. Files that are none are passed over."""
+        """All snapshots, oldest first. Files that are none are passed over; what is in them is not looked at."""
         found = []
         for path in self.directory.glob("*.zo"):
             round, _, content = path.stem.partition("-")
-            if round.isdigit() and len(content) == 2 * DIGEST_BYTES:
-                found.append(Stored(int(round), bytes.fromhex(content), path.stat().st_size))
+            # Whoever lists a run that is being served may find that a file has been removed meanwhile.
+            with contextlib.suppress(ValueError, OSError):
+                address = bytes.fromhex(content)
+                if round.isdecimal() and len(address) == DIGEST_BYTES:
+                    found.append(Stored(int(round), address, path.stat().st_size))
         return sorted(found)
 
     def save(self, round: int, data: bytes) -> Stored:
         """Write a snapshot, and remove those that need not be kept.
+
+        One of a later round is no part of the ledger (which was restored from a copy, say), or this would not be the
+        newest: it is removed as well.
 
         Raises:
             StorageError: it cannot be written.
         """
         snapshot = Stored(round, content_address(data), len(data))
         path = self._path(snapshot)
-        temporary = path.with_suffix(".new")
         try:
             self.directory.mkdir(exist_ok=True)
-            temporary.write_bytes(data)
-            temporary.replace(path)
+            for torn in self.directory.glob("*.new"):
+                torn.unlink(missing_ok=True)
+            write_atomically(path, data)
             stored = self.stored()
-            keep = kept([each.round for each in stored])
+            keep = kept([each.round for each in stored if each.round <= round])
             for each in stored:
                 if each.round not in keep:
                     self._path(each).unlink(missing_ok=True)
@@ -99,20 +109,33 @@ class SnapshotStore:
         return snapshot
 
     def read(self, snapshot: Stored) -> bytes:
-        """The bytes of a snapshot. Raises OSError."""
+        """The bytes of a snapshot, whatever they are. Raises OSError."""
         return self._path(snapshot).read_bytes()
 
     def piece(self, content: bytes, offset: int) -> tuple[int, bytes]:
-        """(bytes in all, the piece at `offset`) of the snapshot with this content; (0, nothing) if there is none."""
+        """(bytes in all, the piece at `offset`) of the snapshot with this content; (0, nothing) if there is none.
+
+        A file whose bytes are not those that its name says is none.
+        """
         found = next((each for each in self.stored() if each.content == content), None)
-        if found is None or offset > found.num_bytes:
-            return 0, b""
         try:
+            if found is None or not self._is_intact(found):
+                return 0, b""
             with self._path(found).open("rb") as file:
                 file.seek(offset)
                 return found.num_bytes, file.read(PIECE_BYTES)
         except OSError:
             return 0, b""
+
+    def _is_intact(self, snapshot: Stored) -> bool:
+        """Whether the file holds what its name says; read once, and again only if it was changed. Raises OSError."""
+        facts = self._path(snapshot).stat()
+        seen = facts.st_size, facts.st_mtime_ns
+        if self._intact.get(snapshot.content) != seen:
+            if content_address(self.read(snapshot)) != snapshot.content:
+                return False
+            self._intact[snapshot.content] = seen
+        return True
 
     def _path(self, snapshot: Stored) -> Path:
         return self.directory / f"{snapshot.round}-{snapshot.content.hex()}.zo"

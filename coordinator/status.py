@@ -59,15 +59,23 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since the epoch."""
 
 
+def stored_status(ledger: Ledger) -> Status | None:
+    """The newest status that a coordinator wrote; None if none did, or one of another version in another form."""
+    stored = ledger.status()
+    try:
+        return None if stored is None else msgspec.json.decode(stored, type=Status)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
 def read_status(manifest: Manifest, ledger: Ledger) -> Status:
     """The newest status in a ledger; for a run that was never served, what its files say.
 
     Raises:
         LedgerError: the ledger is damaged.
     """
-    stored = ledger.status()
-    if stored is not None:
-        status = msgspec.json.decode(stored, type=Status)
+    status = stored_status(ledger)
+    if status is not None:
         return msgspec.structs.replace(status, round=ledger.num_commits())
     checkpoint = ledger.last_checkpoint()
     return Status(

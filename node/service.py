@@ -271,12 +271,14 @@ class NodeService:
                     self._open(manifest)
                 case StartOver(reason):
                     self.view.notice = f"starting over: {reason}"
+                    self._state.drop_weights()  # or a kill from here on would bring them back
                     self._carry_out(self._session.opened(self._fresh_replica(), time.monotonic()))
                 case Keep(content, data):
                     self._state.keep_piece(content, data)
-                case Jumped():
+                case Jumped(round):
                     self._state.drop_download()
-                    self._save()
+                    if round:
+                        self._save()
                 case Applied():
                     self._applied(effect)
                 case End():

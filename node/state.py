@@ -99,6 +99,13 @@ class StateDirectory:
         for part in self.path.glob("*.part"):
             part.unlink(missing_ok=True)
 
+    def drop_weights(self) -> None:
+        """Remove the saved weights: they are wrong. Raises StateError."""
+        try:
+            self.snapshot_path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StateError(f"cannot remove {self.snapshot_path}: {error.strerror}") from error
+
     def save_manifest(self, manifest: Manifest) -> None:
         """Keep the manifest. Raises StateError."""
         self._write(self.manifest_path, documented_toml(manifest, "The manifest of the run.").encode())

@@ -100,6 +100,7 @@ class Jumped(msgspec.Struct, frozen=True):
     """The replica was replaced by a snapshot; the pieces need not be kept any more."""
 
     round: int
+    """Of the snapshot; 0 if it could not be used: only the pieces go."""
 
 
 class Applied(msgspec.Struct, frozen=True):
@@ -161,6 +162,8 @@ class Session:
         self._offer: Offer | None = None
         self._fetch_began: tuple[float, int] | None = None
         """When the first piece of this connection was asked for, and how many bytes were here then."""
+        self._is_weighing = False
+        """Whether the next piece decides if it is worth going on with the snapshot."""
         self._must_leap = False
         """Whether only a snapshot leads on: the ledger takes back entries that this node does not have."""
         self._trace: deque[tuple[int, bytes]] = deque(maxlen=_TRACE_ROUNDS)
@@ -347,8 +350,16 @@ class Session:
 
     def _consider(self, offer: Offer, now: float) -> list[Effect]:
         """Ask for the snapshot's next piece; how long it takes to come decides whether it is worth going on."""
+        assert self.manifest is not None
+        if offer.num_bytes > 5 * self.manifest.adapter.size + 4096:
+            return self._fail(
+                Exit.DAMAGED,
+                f"the coordinator offers a snapshot of {offer.num_bytes:,} bytes for "
+                f"{self.manifest.adapter.size:,} weights",
+            )
         self.stage = Stage.FETCHING
         self._offer = offer
+        self._is_weighing = True
         if self.download is None or self.download.content != offer.content:
             self.download = Download(offer.content)
         self.download.rewind()
@@ -365,13 +376,13 @@ class Session:
             return []
         if piece.content != download.content:
             return []
-        if piece.num_bytes == 0:
+        if piece.num_bytes != offer.num_bytes:
             self.download = None
-            return self._greet()  # it was removed meanwhile: there is a newer one
-        is_first = download.num_bytes is None
+            return [Jumped(0), *self._greet()]  # it was removed meanwhile: there is a newer one
         new = download.add(piece.offset, piece.num_bytes, piece.data)
         effects: list[Effect] = [Keep(download.content, new)] if new else []
-        if is_first and not download.is_complete and self._fetch_began is not None:
+        if self._is_weighing and not download.is_complete and self._fetch_began is not None:
+            self._is_weighing = False
             began, num_before = self._fetch_began
             link = max(len(download.data) - num_before, 1) / max(now - began, 1e-6)
             way, self.way = choose(offer, len(download.data), manifest.adapter.size, link, self.work_per_s)

@@ -3,7 +3,8 @@
 Node, coordinator, audit and simulation all hold one; it is the only code that turns commits into weights (law 1).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +13,16 @@ from zo import codes as code_rules
 from zo import kernels
 from zo.commit import Commit, Entry, Revert, chain_digest
 from zo.directions import run_key
+from zo.inverse import History, Part, inverse
 from zo.manifest import Manifest
-from zo.weights import Bound, digest
+from zo.weights import Bound, WeightsOverflow, digest
 
-History = Callable[[int, int], Iterable[Entry]]
-"""(first, last) -> the ledger's entries first..last-1, in order."""
+_BATCH: Final = 4096
+"""Directions to take back at a time: many short updates of many weights cost more than one long one."""
+_INT32_MAX: Final = 2**31 - 1
+
+Move = tuple[NDArray[np.uint32], NDArray[np.int32]]
+"""Names of directions, (n, 3), and their coefficients, (n,)."""
 
 
 class ChainError(ValueError):
@@ -162,25 +168,43 @@ class Replica:
         """The weights without what a revert takes back: (size,) int32, new."""
         weights = self.weights.copy()
         bound = Bound(weights)
-        for names, coefficients in self._moves(revert, history):
+        for names, coefficients in _in_batches(self._taken_back(revert, history)):
             bound.admit(weights, coefficients)
             kernels.apply(weights, self._key, names, coefficients)
         return weights
 
-    def _moves(
-        self, entry: Entry, history: History
-    ) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.int32]]]:
-        """What an entry did: directions and coefficients; of a revert, the opposite of all it takes back."""
-        if isinstance(entry, Commit):
-            yield (
-                self._names(entry),
-                code_rules.coefficients(np.frombuffer(entry.codes, np.int8), entry.steps[0]),
+    def _taken_back(self, revert: Revert, history: History) -> Iterator[Move]:
+        for part in inverse(revert, history):
+            for entry in history(part.first, part.last):
+                if isinstance(entry, Commit):
+                    yield self._move(entry, part)
+
+    def _move(self, commit: Commit, part: Part) -> Move:
+        """A commit's directions and their coefficients times the factor of each node, where that is not 0."""
+        names = self._names(commit)
+        coefficients = code_rules.coefficients(np.frombuffer(commit.codes, np.int8), commit.steps[0])
+        moves = coefficients.astype(np.int64) * part.factors_of(names[:, 0])
+        if moves.size and np.abs(moves).max() > _INT32_MAX:
+            raise WeightsOverflow(
+                f"round {commit.round} would be taken back too often to be counted in 32 bits"
             )
-            return
-        for undone in history(entry.first, entry.last):
-            for names, coefficients in self._moves(undone, history):
-                chosen = coefficients != 0
-                if entry.nodes:
-                    chosen &= np.isin(names[:, 0], np.asarray(entry.nodes, np.uint32))
-                if chosen.any():
-                    yield names[chosen], -coefficients[chosen]
+        chosen = moves != 0
+        return names[chosen], moves[chosen].astype(np.int32)
+
+
+def _in_batches(moves: Iterable[Move]) -> Iterator[Move]:
+    """The same moves, several joined into one."""
+    batch: list[Move] = []
+    size = 0
+    for move in moves:
+        batch.append(move)
+        size += move[1].size
+        if size >= _BATCH:
+            yield _joined(batch)
+            batch, size = [], 0
+    if batch:
+        yield _joined(batch)
+
+
+def _joined(moves: list[Move]) -> Move:
+    return np.concatenate([names for names, _ in moves]), np.concatenate([each for _, each in moves])

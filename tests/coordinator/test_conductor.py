@@ -525,17 +525,37 @@ def test_a_node_that_differs_again_is_shut_out_until_released(start):
 
 
 def test_the_first_wrong_round_is_found_from_the_nodes_trace(start):
+    run = start(3)
+    run.play([0, 1, 2], 8)
+    rounds = len(run.frames)
+    digests = [run.replay(number).digest() for number in range(rounds + 1)]
+
+    def trace(node, first, digests):
+        run.progress(node, 4, bytes(16))
+        run.coordinator.message(session_of(node), key_of(node), Trace(first, tuple(digests)))
+
+    trace(0, 2, [*digests[2:5], *[bytes(16)] * 4])
+    assert run.noted("first-difference") == ["node 0 (n0): first different after 5 commits (equal until 4)"]
+    trace(1, 3, [bytes(16)] * 5)
+    assert run.noted("first-difference")[1:] == ["node 1 (n1): first different after 3 commits (or earlier)"]
+    trace(2, 2, digests[2:])  # equal all the way: what differed is not in it
+    assert len(run.noted("first-difference")) == 2
+
+
+def test_a_trace_that_nobody_asked_for_makes_no_work(start):
     run = start(1)
     run.play([0], 8)
-    digests = [run.replay(number).digest() for number in range(9)]
-    wrong = tuple(digests[2:5]) + (bytes(16),) * 4
-    run.coordinator.message(session_of(0), key_of(0), Trace(2, wrong))
-    assert run.noted("first-difference") == ["node 0 (n0): first different after 5 commits (equal until 4)"]
-    run.coordinator.message(session_of(0), key_of(0), Trace(3, (bytes(16),) * 5))
-    assert run.noted("first-difference")[1:] == ["node 0 (n0): first different after 3 commits (or earlier)"]
-    run.coordinator.message(session_of(0), key_of(0), Trace(2, tuple(digests[2:])))
-    run.coordinator.message(session_of(0), key_of(0), Trace(2, ()))
-    assert len(run.noted("first-difference")) == 2
+    asked = []
+    run.coordinator.digests_between = lambda first, last: asked.append((first, last)) or []
+    run.coordinator.start()
+    run.hello(0, round=8)
+    for _ in range(3):
+        run.coordinator.message(session_of(0), key_of(0), Trace(2, (bytes(16),)))
+    assert asked == []
+    run.progress(0, 8, bytes(16))
+    for _ in range(3):
+        run.coordinator.message(session_of(0), key_of(0), Trace(2, (bytes(16),) * 5))
+    assert asked == [(2, 6)]
 
 
 def test_a_node_with_an_offer_gets_the_ledger_from_where_it_chooses(start):
@@ -579,14 +599,107 @@ def test_late_codes_count_in_the_next_round_where_the_manifest_allows_it(start):
             run.tick(run.conductor.wake_at())
         assert len(run.frames) == number + 1
         run.report(1, number, codes=b"\x1d\xe3")  # after its round has closed
+        run.report(1, number, codes=b"\x1d\xe3")  # and once more, as after a reconnection
     late = [commit for commit in run.commits if commit.late]
-    assert late
+    # who is always one round late counts in every round but those whose exponent has changed
+    assert len(late) >= 9
     for commit in run.commits:
         for node in commit.late:
             index = commit.participants.index(node)
             assert commit.codes[2 * index : 2 * index + 2] == b"\x1d\xe3"
-            assert node not in run.commits[commit.round - 1].participants
     assert run.replay().round == len(run.frames)
+
+
+def exponents_stay(run, number):
+    """Whether the exponent of a round is that of the round before."""
+    exponents = [run.manifest.schedule.first_exponent, *(commit.exponents[0] for commit in run.commits)]
+    return exponents[number] == exponents[number - 1]
+
+
+def test_late_codes_are_dropped_if_the_exponent_has_changed(start):
+    run = start(2, staleness=1)
+    run.play([0, 1], 3)
+    for loud in (False, True):
+        number = len(run.frames)
+        run.coordinator.now += 1.0
+        run.report(0, number, codes=b"\x7f\x81" if loud else b"\x20\xe0")  # cut off: the exponent goes up
+        run.tick(run.conductor.wake_at())
+        run.report(1, number, codes=b"\x1d\xe3")
+        run.coordinator.now += 1.0
+        run.report(0, number + 1, codes=b"\x20\xe0")
+        run.tick(run.conductor.wake_at() or run.now)
+        assert exponents_stay(run, number + 1) is not loud
+        assert run.commits[number + 1].late == (() if loud else (1,))
+        run.play([0, 1], 2)
+    assert run.replay().digest() == run.conductor.replica.digest()
+
+
+def test_fresh_codes_take_the_place_of_late_ones(start):
+    run = start(3, staleness=1, quorum=2)
+    run.play([0, 1, 2], 3)
+    number = len(run.frames)
+    run.coordinator.now += 1.0
+    for node in (0, 2):
+        run.report(node, number, codes=b"\x20\xe0")
+    run.tick(run.conductor.wake_at())
+    run.report(1, number, codes=b"\x1d\xe3")
+    run.report(1, number + 1, codes=b"\x11\xef")
+    run.report(1, number, codes=b"\x1d\xe3")  # sent again, it is still the older one
+    for node in (0, 2):
+        run.report(node, number + 1, codes=b"\x20\xe0")
+    assert run.commits[number + 1].participants == (0, 1, 2)
+    assert run.commits[number + 1].late == ()
+    assert run.commits[number + 1].codes == b"\x20\xe0\x11\xef\x20\xe0"
+    # and what was replaced is not counted after all
+    run.report(1, number, codes=b"\x1d\xe3")
+    run.play([0, 1, 2], 1)
+    assert run.commits[number + 2].late == ()
+
+
+def test_a_word_that_did_not_reach_a_node_makes_its_fault_no_second_one(start):
+    run = start(1)
+    run.play([0], 8)
+    right = {number: run.checkpoints[number][0] for number in (4, 8)}
+    assert run.progress(0, 4, bytes(16)) == [Resync(4, right[4])]
+    run.unsent(session_of(0))  # the connection breaks, and takes the answer with it
+    run.hello(0, round=4)
+    assert run.progress(0, 8, bytes(16)) == [Resync(8, right[8])]
+    assert run.conductor.members[0].num_divergences == 1
+    assert len(run.noted("diverged")) == 1
+    run.hello(0, round=0)
+    assert run.noted("started-over") == ["node 0 (n0) starts over"]
+    assert run.progress(0, 4, bytes(16)) == [Resync(4, right[4])]
+    assert run.quarantined == {0}
+
+
+def test_a_restart_drops_late_codes_rather_than_guess_their_exponent(start):
+    run = start(2, staleness=1)
+    run.play([0, 1], 3)
+    run.coordinator.now += 1.0
+    number = len(run.frames)
+    run.report(0, number, codes=b"\x20\xe0")
+    run.tick(run.conductor.wake_at())
+    assert len(run.frames) == number + 1
+    run.coordinator.start()
+    run.hello(0, round=number + 1)
+    run.hello(1, round=number)
+    run.report(1, number, codes=b"\x1d\xe3")
+    run.report(0, number + 1, codes=b"\x20\xe0")
+    run.tick(run.now + 100)
+    assert run.commits[number + 1].late == ()
+
+
+def test_without_staleness_late_codes_never_count(start):
+    run = start(2)
+    run.play([0, 1], 3)
+    number = len(run.frames)
+    run.coordinator.now += 1.0
+    run.report(0, number)
+    run.tick(run.conductor.wake_at())
+    run.report(1, number)
+    run.play([0], 2)
+    run.tick(run.now + 100)
+    assert not any(commit.late for commit in run.commits)
 
 
 def test_a_digest_of_a_round_that_was_not_recorded_is_not_judged(start):

@@ -276,7 +276,7 @@ def test_a_snapshot_that_cannot_be_written_leaves_the_old_one(directory, manifes
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(directory.path), "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(StorageError, match=r"cannot write the snapshot .*\.zo: .*No space left"):
         save(directory, replica_at(manifest, played, 9), manifest)
     monkeypatch.undo()
