@@ -18,7 +18,7 @@ def si_bytes(count: float) -> str:
 def view_line(view: View) -> Text:
     """The line that `join` keeps up to date."""
     if view.notice:
-        return Text(f"round {view.round}/{view.rounds} · {view.notice}" if view.rounds else view.notice)
+        return _one_line([f"round {view.round}/{view.rounds}", view.notice] if view.rounds else [view.notice])
     if view.stage in (Stage.CONNECTING, Stage.GREETING):
         return Text("connecting …")
     parts = [f"node {view.node}", f"round {view.round}/{view.rounds}"]
@@ -33,6 +33,8 @@ def view_line(view: View) -> Text:
         parts.append(f"loss {view.loss:.3f}")
     if view.held_out is not None:
         parts.append(f"held out {view.held_out:.3f}")
+    if view.num_no_votes:  # early in the line: a narrow terminal must not cut it off
+        parts.append(f"{view.num_no_votes} without a finite loss")
     if view.members:
         parts.append(f"{view.members} member{'s' * (view.members != 1)}")
     up, down = view.meter.total_up.payload_bytes, view.meter.total_down.payload_bytes
@@ -43,8 +45,10 @@ def view_line(view: View) -> Text:
         parts.append(f"lag {view.lag_s * 1000:.0f} ms")
     if view.num_late:
         parts.append(f"{view.num_late} late")
-    if view.num_no_votes:
-        parts.append(f"{view.num_no_votes} without a finite loss")
+    return _one_line(parts)
+
+
+def _one_line(parts: list[str]) -> Text:
     return Text(" · ".join(parts), overflow="ellipsis", no_wrap=True)
 
 
@@ -60,8 +64,6 @@ def summary(view: View) -> str:
         count = view.socket
         sent, received = si_bytes(count.bytes_sent), si_bytes(count.bytes_received)
         wire_up, wire_down = si_bytes(count.wire_bytes_sent), si_bytes(count.wire_bytes_received)
-        lines.append(
-            f"{'socket':10}{sent:>10}{received:>10}   counted by the kernel, handshakes and heartbeats too"
-        )
-        lines.append(f"{'wire':10}{wire_up:>10}{wire_down:>10}   estimated: 66 bytes of headers a segment")
+        lines.append(f"{'socket':10}{sent:>10}{received:>10}   as the kernel counted them")
+        lines.append(f"{'wire':10}{wire_up:>10}{wire_down:>10}   estimated, with all headers")
     return "\n".join(lines)
