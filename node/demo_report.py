@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from node.probe import mean_loss_over
 from node.state import load_result
 
 _BATCH = 16
+_RUN = "#1f6f8b"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,9 @@ class Outcome:
     adapter_bytes: int
     """The adapter in float32: what one exchange of it would cost, once up or once down."""
     curve: tuple[tuple[int, int, float], ...]
-    """(round, bytes on the socket of one node so far, held-out loss on a part of the held-out text)."""
+    """(round, bytes on the socket of one node so far, held-out loss on a part of the held-out text), from round 0."""
+    changes: tuple[tuple[str, str, int], ...]
+    """(name of a node, what happened to it, round)."""
 
     @property
     def passed(self) -> bool:
@@ -58,13 +62,20 @@ class Outcome:
         return self.loss_after < self.loss_before and self.num_equal == self.num_alive == 4
 
 
-def measure(output: Path, names: tuple[str, ...], killed: str, training_s: float) -> Outcome:
+def measure(
+    output: Path,
+    names: tuple[str, ...],
+    killed: str,
+    changes: Sequence[tuple[str, str, int]],
+    training_s: float,
+) -> Outcome:
     """Read the states, export the adapter, load it again with plain PEFT and measure the held-out losses.
 
     Args:
         output: the demo's directory.
         names: of all nodes.
         killed: the one that did not live to the end.
+        changes: (name, what happened, round) of the nodes that did not take part from first to last.
         training_s: from the first round to the last.
     """
     from peft import PeftModel
@@ -75,10 +86,11 @@ def measure(output: Path, names: tuple[str, ...], killed: str, training_s: float
 
     path = str(embedded.path())
     base = load_base(path, threads=None)
-    held_out = read_windows(
-        [output / "data" / "held-out.txt"], base.tokenizer, manifest.probe.sequence_length
+    held_out, quick = (
+        read_windows([output / "data" / name], base.tokenizer, manifest.probe.sequence_length)
+        for name in ("held-out.txt", "held-out-quick.txt")
     )
-    before = _loss(base.model, held_out)
+    before, quick_before = _loss(base.model, held_out), _loss(base.model, quick)
     adapt(base, manifest).export(output / "adapter", replica.weights, path)
     after = _loss(PeftModel.from_pretrained(load_base(path).model, str(output / "adapter")).eval(), held_out)
 
@@ -93,11 +105,15 @@ def measure(output: Path, names: tuple[str, ...], killed: str, training_s: float
         num_alive=len(digests),
         nodes=tuple(_bytes(name, logs[name]) for name in names),
         adapter_bytes=4 * manifest.adapter.size,
-        curve=tuple(
-            (record["round"], record["zmtp_up"] + record["zmtp_down"], record["held_out"])
-            for record in logs[names[0]]
-            if "held_out" in record
+        curve=(
+            (0, 0, quick_before),
+            *(
+                (record["round"], record["zmtp_up"] + record["zmtp_down"], record["held_out"])
+                for record in logs[names[0]]
+                if "held_out" in record
+            ),
         ),
+        changes=tuple(changes),
     )
     (output / "demo.json").write_text(
         json.dumps({**asdict(outcome), "passed": outcome.passed}, indent=1) + "\n"
@@ -138,25 +154,60 @@ def plot(outcome: Outcome, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    rounds, counts, losses = zip(*outcome.curve, strict=True)
+    kilobytes = [count / 1000 for count in counts]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    kilobytes = [count / 1000 for _, count, _ in outcome.curve]
-    losses = [loss for _, _, loss in outcome.curve]
-    axes.plot(kilobytes, losses, "o-", color="#1f6f8b", label="this run, one node, up and down, encrypted")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.axhline(losses[0], color="#888888", linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        "the base, before training",
+        (1, losses[0]),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="right",
+        color="#666666",
+    )
+    axes.plot(kilobytes, losses, "o-", color=_RUN, linewidth=2, markersize=5)
+    for name, event, round in outcome.changes:
+        at = _between(round, rounds, kilobytes)
+        axes.axvline(at, color="#bbbbbb", linewidth=1, linestyle=":")
+        axes.annotate(
+            f"{name}\n{event}",
+            (at, 0.03),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            fontsize=9,
+            color="#666666",
+        )
     exchange = 2 * outcome.adapter_bytes / 1000
-    axes.axvline(exchange, color="#b5503c", linestyle="--", label="one exchange of the adapter in float32")
-    axes.set_xlabel("kB that one node sent and received (ZMTP with CURVE)")
+    share = kilobytes[-1] / exchange
+    axes.set_xlabel("kB that one node sent and received in all, encrypted")
     axes.set_ylabel("held-out loss, nats per token")
-    axes.set_title(f"{outcome.rounds} rounds, {len(outcome.nodes)} nodes, one killed, one late")
-    axes.grid(alpha=0.3)
-    axes.set_xlim(left=0)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    axes.set_title(
+        f"{outcome.rounds} rounds cost a node {kilobytes[-1]:.0f} kB: {share:.2g} exchanges of the adapter in float32",
+        loc="left",
+        fontsize=11,
+    )
+    axes.set_xlim(0, kilobytes[-1] * 1.03)
+    axes.margins(y=0.12)
+    figure.savefig(path, dpi=150)
+
+
+def _between(round: int, rounds: Sequence[int], kilobytes: Sequence[float]) -> float:
+    """Where on the axis of bytes a round lies, between the two rounds that were measured before and after it."""
+    import numpy as np
+
+    return float(np.interp(round, rounds, kilobytes))
 
 
 def show(outcome: Outcome, events: list[str], output: Path, console: Console) -> None:
-    """Print the outcome."""
+    """Print the outcome; no line is wider than 80 characters but one that ends in a long path."""
     for event in events:
         console.print(event, style="yellow", highlight=False)
     table = Table(
@@ -176,14 +227,16 @@ def show(outcome: Outcome, events: list[str], output: Path, console: Console) ->
         table.add_row(each.name, *("killed" if count is None else f"{count:,}" for count in counts))
     console.print(table)
     console.print(
-        f"one exchange of the same adapter in float32: {outcome.adapter_bytes:,} up and as much down, every round\n"
-        "(wire: the kernel's count of bytes and segments, with Ethernet, IP and TCP headers; estimated)",
+        "ZMTP: with encryption; wire: what the kernel counted, plus headers, estimated\n"
+        f"this adapter in float32: {outcome.adapter_bytes:,} up and as much down, for one exchange",
+        style="dim",
         highlight=False,
     )
     fell = "fell" if outcome.loss_after < outcome.loss_before else "DID NOT FALL"
     console.print(
         f"\nheld-out loss {fell}: {outcome.loss_before:.4f} before, {outcome.loss_after:.4f} after "
-        f"{outcome.rounds} rounds in {outcome.training_s:.0f} s (adapter exported, loaded again with plain PEFT)",
+        f"{outcome.rounds} rounds in {outcome.training_s:.0f} s\n"
+        "(measured with the adapter as exported, loaded again by plain PEFT)",
         highlight=False,
     )
     style = "bold green" if outcome.passed else "bold red"
