@@ -297,10 +297,10 @@ def demo(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="Directory for everything it makes.")
     ] = Path("demo-out"),
-    rounds: Annotated[int, typer.Option(metavar="N", min=12, help="Rounds to train.")] = 240,
+    rounds: Annotated[int, typer.Option(metavar="N", min=12, help="Rounds to train.")] = 300,
     directions: Annotated[
         int, typer.Option(metavar="N", min=1, help="Directions a node measures in a round.")
-    ] = 4,
+    ] = 2,
 ) -> None:
     """Fine-tune the embedded model with four processes on this machine; one is killed, another joins late.
 

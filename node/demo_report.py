@@ -110,7 +110,7 @@ def measure(
             *(
                 (record["round"], record["zmtp_up"] + record["zmtp_down"], record["held_out"])
                 for record in logs[names[0]]
-                if "held_out" in record
+                if record.get("round", 0) > 0 and "held_out" in record
             ),
         ),
         changes=tuple(changes),
@@ -186,11 +186,11 @@ def plot(outcome: Outcome, path: Path) -> None:
             color="#666666",
         )
     exchange = 2 * outcome.adapter_bytes / 1000
-    share = kilobytes[-1] / exchange
     axes.set_xlabel("kB that one node sent and received in all, encrypted")
     axes.set_ylabel("held-out loss, nats per token")
     axes.set_title(
-        f"{outcome.rounds} rounds cost a node {kilobytes[-1]:.0f} kB: {share:.2g} exchanges of the adapter in float32",
+        f"{outcome.rounds} rounds in {kilobytes[-1]:.0f} kB; "
+        f"one exchange of the adapter in float32 takes {exchange:.0f} kB",
         loc="left",
         fontsize=11,
     )
