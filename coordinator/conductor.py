@@ -9,11 +9,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-import msgspec
 import numpy as np
 
 from coordinator import pace
+from coordinator.admission import refusal
 from coordinator.config import ServiceConfig
+from coordinator.effects import (
+    Effect,
+    Enrol,
+    Note,
+    Persist,
+    PersistCheckpoint,
+    Quarantine,
+    Send,
+    SendPiece,
+    send,
+)
 from coordinator.membership import Event, Member, Presence
 from coordinator.rounds import Outcome, Round, Verdict, decide, receive
 from transport.messages import (
@@ -22,7 +33,6 @@ from transport.messages import (
     Fetch,
     Finished,
     Follow,
-    FromCoordinator,
     FromNode,
     Hello,
     History,
@@ -35,7 +45,6 @@ from transport.messages import (
     Resync,
     Trace,
     Welcome,
-    encode,
 )
 from zo.commit import Commit
 from zo.manifest import Manifest
@@ -45,63 +54,6 @@ from zo.steps import Scale, step_rule
 _REMEMBERED_ROUNDS: Final = 256
 _DIVERGENCES_ALLOWED: Final = 2
 """The second wrong digest of a node is no accident any more."""
-
-
-class Send(msgspec.Struct, frozen=True):
-    """Queue a frame for a session."""
-
-    session: bytes
-    kind: str
-    """The message's type, for the meter."""
-    frame: bytes
-
-
-class Persist(msgspec.Struct, frozen=True):
-    """Make a commit durable. If that fails, stop."""
-
-    commit: Commit
-    frame: bytes
-
-
-class PersistCheckpoint(msgspec.Struct, frozen=True):
-    """Record the digest of the weights after `round` commits, and the step rule's memory there."""
-
-    round: int
-    digest: bytes
-    scale: Scale
-
-
-class SendPiece(msgspec.Struct, frozen=True):
-    """Send the piece of a snapshot at an offset."""
-
-    session: bytes
-    content: bytes
-    offset: int
-
-
-class Quarantine(msgspec.Struct, frozen=True):
-    """Make it durable that a node is shut out."""
-
-    node: int
-
-
-class Enrol(msgspec.Struct, frozen=True):
-    """Make a new node's number durable, before it learns it."""
-
-    node: int
-    key: bytes
-    name: str
-
-
-class Note(msgspec.Struct, frozen=True):
-    """Something that a person may want to read later."""
-
-    kind: str
-    node: int | None
-    text: str
-
-
-Effect = Send | SendPiece | Persist | PersistCheckpoint | Enrol | Quarantine | Note
 
 
 @dataclass
@@ -223,7 +175,7 @@ class Conductor:
             return [*self._hello(session, key, message), *self._pass_on(now)]
         member = self.session_member(session)
         if member is None or member.key != key:
-            return [] if isinstance(message, Leave) else [_send(session, Identify())]
+            return [] if isinstance(message, Leave) else [send(session, Identify())]
         self._note(member, Event.HEARD)
         match message:
             case Report():
@@ -280,12 +232,20 @@ class Conductor:
     # ---- sessions -------------------------------------------------------------------------------------------------
 
     def _hello(self, session: bytes, key: bytes, hello: Hello) -> Iterator[Effect]:
-        refusal = self._refusal(key, hello)
-        if refusal is not None:
-            yield Note("refused", self._node_by_key.get(key), f"{hello.name or 'a node'}: {refusal.reason}")
-            yield _send(session, refusal)
-            return
         node = self._node_by_key.get(key)
+        refused = refusal(
+            hello,
+            self.manifest,
+            None if node is None else self.members[node],
+            len(self.members),
+            self.config.capacity,
+            self.round,
+            self._head_after,
+        )
+        if refused is not None:
+            yield Note("refused", node, f"{hello.name or 'a node'}: {refused.reason}")
+            yield send(session, refused)
+            return
         if node is None:
             node = self._next_node
             self._next_node += 1
@@ -297,7 +257,7 @@ class Conductor:
             del self._node_by_session[member.session]
             yield Note("replaced", node, f"node {node} opened a new session; the old one is closed")
             reason = f"another process joined with the key of node {node}; the newest session stays"
-            yield _send(member.session, Refuse("replaced", reason))
+            yield send(member.session, Refuse("replaced", reason))
         member.name = hello.name
         member.session = session
         member.acknowledged = member.cursor = hello.round
@@ -317,7 +277,7 @@ class Conductor:
         offer = self._offer_for(hello.round) if hello.round < self.round else None
         member.is_choosing = offer is not None
         manifest = b"" if hello.round else self.manifest.encode()
-        yield _send(session, Welcome(PROTOCOL_VERSION, node, manifest, self.round, self.exponent, offer))
+        yield send(session, Welcome(PROTOCOL_VERSION, node, manifest, self.round, self.exponent, offer))
         yield from self._feed(member)
 
     def _follow(self, member: Member, follow: Follow) -> list[Effect]:
@@ -330,7 +290,7 @@ class Conductor:
                 f"the state at round {follow.round}, which this node would go on from, is not in the ledger"
             )
             return [
-                _send(member.session, Refuse("fork", reason)),
+                send(member.session, Refuse("fork", reason)),
                 *self._lose(member, Event.LOST, "was refused"),
             ]
         member.is_choosing = False
@@ -352,48 +312,6 @@ class Conductor:
         before = "or earlier" if index == 0 else f"equal until {first - 1}"
         text = f"node {member.node} ({member.name}): first different after {first} commits ({before})"
         return [Note("first-difference", member.node, text)]
-
-    def _refusal(self, key: bytes, hello: Hello) -> Refuse | None:
-        base = self.manifest.base
-        known = self._node_by_key.get(key)
-        if known is not None and self.members[known].is_quarantined:
-            return Refuse(
-                "quarantined",
-                f"node {known} differed from the ledger again after starting over: check its memory and its disk. "
-                "`zo-coordinator release` lets it in again",
-            )
-        if hello.protocol != PROTOCOL_VERSION:
-            return Refuse(
-                "protocol",
-                f"the coordinator speaks protocol {PROTOCOL_VERSION}, this node {hello.protocol}; update the older one",
-            )
-        if hello.run_id != self.manifest.run_id:
-            return Refuse(
-                "run",
-                f"the ticket is for run {hello.run_id.hex()}, this coordinator serves {self.manifest.run_id.hex()}",
-            )
-        if hello.base.hex() != base.digest:
-            return Refuse(
-                "base",
-                f"this node's base has digest {hello.base.hex()}, the run's base {base.name!r} has {base.digest}",
-            )
-        if hello.tokenizer.hex() != base.tokenizer_digest:
-            return Refuse(
-                "tokenizer",
-                f"this node's tokenizer has digest {hello.tokenizer.hex()}, the run's has {base.tokenizer_digest}",
-            )
-        if hello.round > self.round or self._head_after(hello.round) != hello.head:
-            return Refuse(
-                "fork",
-                f"this node's state at round {hello.round} is not part of this ledger (now at round {self.round}). "
-                "Was the run directory restored from an old backup? Delete the node's state to start over",
-            )
-        is_new = key not in self._node_by_key
-        if is_new and len(self.members) >= self.config.capacity:
-            return Refuse(
-                "full", f"the run has {len(self.members)} nodes, its capacity is {self.config.capacity}"
-            )
-        return None
 
     def _lose(self, member: Member, event: Event, what: str) -> list[Effect]:
         if member.session is not None:
@@ -443,7 +361,7 @@ class Conductor:
                         member.is_quarantined = True
                         effects.append(Quarantine(member.node))
                 if member.session is not None:
-                    effects.append(_send(member.session, Resync(progress.round, expected)))
+                    effects.append(send(member.session, Resync(progress.round, expected)))
                 # It answers with its trace and a `Hello`; until then no round waits for it and it is sent nothing.
                 self._note(member, Event.HELLO)
                 member.is_choosing = True
@@ -565,16 +483,12 @@ class Conductor:
             if not frames:
                 break
             member.cursor += len(frames)
-            effects.append(_send(member.session, History(tuple(frames))))
+            effects.append(send(member.session, History(tuple(frames))))
         settled = self._unsettled is None and self.is_over
         if settled and member.cursor == self.round and not member.is_finished:
             member.is_finished = True
-            effects.append(_send(member.session, Finished(self.round, self.replica.digest())))
+            effects.append(send(member.session, Finished(self.round, self.replica.digest())))
         return effects
-
-
-def _send(session: bytes, message: FromCoordinator) -> Send:
-    return Send(session, type(message).__name__, encode(message))
 
 
 def history_slice(frames: Iterable[bytes]) -> list[bytes]:

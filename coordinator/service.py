@@ -9,19 +9,9 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from coordinator.conductor import (
-    Conductor,
-    Effect,
-    Enrol,
-    Note,
-    Persist,
-    PersistCheckpoint,
-    Quarantine,
-    Send,
-    SendPiece,
-    history_slice,
-)
+from coordinator.conductor import Conductor, history_slice
 from coordinator.config import ServiceConfig
+from coordinator.effects import Effect, Enrol, Note, Persist, PersistCheckpoint, Quarantine, Send, SendPiece
 from coordinator.ledger import Checkpoint, Enrolment, Ledger, LedgerError, StorageError
 from coordinator.membership import FLOW_WINDOW, Event, Member, Presence
 from coordinator.rundir import RunDirectory

@@ -15,18 +15,9 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from coordinator.conductor import (
-    Conductor,
-    Effect,
-    Enrol,
-    Note,
-    Persist,
-    PersistCheckpoint,
-    Quarantine,
-    Send,
-    history_slice,
-)
+from coordinator.conductor import Conductor, history_slice
 from coordinator.config import ServiceConfig
+from coordinator.effects import Effect, Enrol, Note, Persist, PersistCheckpoint, Quarantine, Send
 from coordinator.ledger import num_codes
 from coordinator.membership import FLOW_WINDOW, Member
 from transport.exits import Exit

@@ -5,19 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from coordinator.conductor import (
-    Conductor,
-    Effect,
-    Enrol,
-    Note,
-    Persist,
-    PersistCheckpoint,
-    Quarantine,
-    Send,
-    SendPiece,
-    history_slice,
-)
+from coordinator.conductor import Conductor, history_slice
 from coordinator.config import ServiceConfig
+from coordinator.effects import Effect, Enrol, Note, Persist, PersistCheckpoint, Quarantine, Send, SendPiece
 from coordinator.membership import Member
 from transport.messages import Commit, History, Offer, Welcome, decode_from_coordinator
 from zo.commit import chain_digest, decode_entry

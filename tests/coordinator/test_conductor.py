@@ -5,8 +5,9 @@ import heapq
 import msgspec
 import pytest
 
-from coordinator.conductor import Persist, Send, SendPiece, history_slice
+from coordinator.conductor import history_slice
 from coordinator.config import ServiceConfig
+from coordinator.effects import Persist, Send, SendPiece
 from coordinator.membership import FLOW_WINDOW, Presence
 from transport.messages import (
     HISTORY_BYTES,

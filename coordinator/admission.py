@@ -1,0 +1,65 @@
+"""Who may join: the checks on a `Hello`, each with its reason in words for the person at the node."""
+
+from collections.abc import Callable
+
+from coordinator.membership import Member
+from transport.messages import PROTOCOL_VERSION, Hello, Refuse
+from zo.manifest import Manifest
+
+
+def refusal(
+    hello: Hello,
+    manifest: Manifest,
+    member: Member | None,
+    num_members: int,
+    capacity: int,
+    round: int,
+    head_after: Callable[[int], bytes],
+) -> Refuse | None:
+    """Why a node is not let in; None if it is.
+
+    Args:
+        hello: what it says of itself.
+        manifest: of the run.
+        member: who it is, if it was admitted before.
+        num_members: everyone ever admitted.
+        capacity: most nodes that may ever join.
+        round: commits in the ledger.
+        head_after: the chain's head after so many commits.
+    """
+    base = manifest.base
+    if member is not None and member.is_quarantined:
+        return Refuse(
+            "quarantined",
+            f"node {member.node} differed from the ledger again after starting over: check its memory and its disk. "
+            "`zo-coordinator release` lets it in again",
+        )
+    if hello.protocol != PROTOCOL_VERSION:
+        return Refuse(
+            "protocol",
+            f"the coordinator speaks protocol {PROTOCOL_VERSION}, this node {hello.protocol}; update the older one",
+        )
+    if hello.run_id != manifest.run_id:
+        return Refuse(
+            "run",
+            f"the ticket is for run {hello.run_id.hex()}, this coordinator serves {manifest.run_id.hex()}",
+        )
+    if hello.base.hex() != base.digest:
+        return Refuse(
+            "base",
+            f"this node's base has digest {hello.base.hex()}, the run's base {base.name!r} has {base.digest}",
+        )
+    if hello.tokenizer.hex() != base.tokenizer_digest:
+        return Refuse(
+            "tokenizer",
+            f"this node's tokenizer has digest {hello.tokenizer.hex()}, the run's has {base.tokenizer_digest}",
+        )
+    if hello.round > round or head_after(hello.round) != hello.head:
+        return Refuse(
+            "fork",
+            f"this node's state at round {hello.round} is not part of this ledger (now at round {round}). "
+            "Was the run directory restored from an old backup? Delete the node's state to start over",
+        )
+    if member is None and num_members >= capacity:
+        return Refuse("full", f"the run has {num_members} nodes, its capacity is {capacity}")
+    return None
