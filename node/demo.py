@@ -283,10 +283,11 @@ def _view(status: dict[str, Any], swarm: _Swarm) -> RenderableType:
             f"{member['payload_bytes_down']:,} B",
             digest,
         )
-    head = Text(f"round {status['round']}/{status['rounds']} ")
+    head = Table.grid(padding=(0, 1))  # a bar alone ends without a new line
     waiting = Text("the nodes are loading their models …" if not status["round"] else "", style="dim")
     bar = ProgressBar(total=status["rounds"], completed=status["round"], width=40)
-    return Group(head, bar, table, waiting, *(Text(event, style="yellow") for event in swarm.events))
+    head.add_row(f"round {status['round']}/{status['rounds']}", bar)
+    return Group(head, table, waiting, *(Text(event, style="yellow") for event in swarm.events))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
