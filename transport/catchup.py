@@ -70,12 +70,14 @@ class Download:
         return offsets
 
     def add(self, offset: int, num_bytes: int, piece: bytes) -> bytes:
-        """Take a piece in; what was new in it. One that does not come next is not: pieces come in order."""
+        """Take a piece in; what was new in it. One that would leave a gap is not taken: pieces come in order."""
         self.num_bytes = num_bytes
-        if offset != len(self.data):
+        if offset > len(self.data):
             return b""
-        new = piece[: num_bytes - offset]
+        new = piece[len(self.data) - offset : max(0, num_bytes - offset)]
         self.data += new
+        if new and len(piece) != PIECE_BYTES:
+            self.rewind()  # pieces of another size than ours: what was asked for does not follow on this one
         return new
 
     def rewind(self) -> None:

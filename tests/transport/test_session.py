@@ -4,24 +4,43 @@ import msgspec
 import numpy as np
 import pytest
 
+from transport.catchup import Download
 from transport.exits import Exit
 from transport.messages import (
+    PIECE_BYTES,
     PROTOCOL_VERSION,
     Commit,
+    Fetch,
     Finished,
+    Follow,
     Hello,
     History,
     Identify,
     Leave,
     Offer,
+    Piece,
     Progress,
     Refuse,
     Report,
     Resync,
+    Trace,
     Welcome,
 )
-from transport.session import GREET_S, RESEND_S, Applied, End, Open, Session, Stage, StartOver, Transmit
+from transport.session import (
+    GREET_S,
+    RESEND_S,
+    Applied,
+    End,
+    Jumped,
+    Keep,
+    Open,
+    Session,
+    Stage,
+    StartOver,
+    Transmit,
+)
 from zo.replica import Replica
+from zo.snapshot import content_address, encode_snapshot
 from zo.weights import zeros
 
 BASE, TOKENIZER = b"\xb0" * 16, b"\x70" * 16
@@ -501,3 +520,309 @@ def test_who_has_something_to_probe_is_not_waiting(following):
     assert following.session.on_tick(0.0) == []
     assert following.session.on_tick(1e9) == []
     assert following.session.next_probe() == (0, -4)
+
+
+# ---- catching up by snapshot --------------------------------------------------------------------------------------
+
+
+class FarBehind(Rig):
+    """A run of some rounds, and a coordinator that offers a snapshot of the last but two."""
+
+    def __init__(self, manifest, replica=None, download=None, rounds=6):
+        super().__init__(manifest, replica)
+        self.session = Session(
+            manifest.run_id,
+            BASE,
+            TOKENIZER,
+            "n",
+            (manifest, replica) if replica else None,
+            download,
+        )
+        for _ in range(rounds):
+            self.commit()
+            if self.truth.round == rounds - 2:
+                self.data = encode_snapshot(self.truth, manifest)
+                self.snapshot_head = self.truth.head
+        self.snapshot_round = rounds - 2
+        self.content = content_address(self.data)
+
+    def offer(self, **change):
+        costs = Offer(self.content, self.snapshot_round, len(self.data), 100, 8, 10**9, 10**9, True)
+        return msgspec.structs.replace(costs, **change)
+
+    def offered(self, now=0.0, **change):
+        """What it does when it is made the offer."""
+        effects = self.get(msgspec.structs.replace(self.welcome(), offer=self.offer(**change)), now)
+        if effects and isinstance(effects[0], Open) and self.session.replica is None:
+            self.session.opened(self.fresh(), now)
+        return [each for each in effects if not isinstance(each, Open)]
+
+    def piece(self, offset, size=100, data=None):
+        data = self.data if data is None else data
+        return Piece(self.content, offset, len(data), data[offset : offset + size])
+
+    def take_all(self, effects, data=None):
+        """Answer all requests, whatever size of piece is asked for; the last effects."""
+        seen = []
+        queue = list(effects)
+        while queue:
+            effect = queue.pop(0)
+            seen.append(effect)
+            if isinstance(effect, Transmit) and isinstance(effect.message, Fetch):
+                queue += self.get(self.piece(effect.message.offset, PIECE_BYTES, data))
+        return seen
+
+
+@pytest.fixture
+def far_behind(make_manifest):
+    rig = FarBehind(make_manifest())
+    rig.session.on_link_up()
+    return rig
+
+
+def test_an_offer_is_tried_with_the_first_piece(far_behind):
+    assert far_behind.offered() == [Transmit(Fetch(far_behind.content, 0))]
+    assert far_behind.session.stage is Stage.FETCHING
+    assert far_behind.session.next_probe() is None
+    assert far_behind.session.behind == 6
+
+
+def test_a_snapshot_and_the_rest_lead_to_the_same_weights(far_behind):
+    *_, keep, jumped, follow = far_behind.take_all(far_behind.offered())
+    assert keep == Keep(far_behind.content, far_behind.data)
+    assert jumped == Jumped(4)
+    assert follow == Transmit(Follow(4, far_behind.snapshot_head))
+    assert far_behind.session.stage is Stage.FOLLOWING
+    assert far_behind.session.download is None
+    assert far_behind.session.way == "snapshot of round 4"
+    far_behind.get(History(tuple(commit.encode() for commit in far_behind.commits[4:])))
+    assert far_behind.session.replica.digest() == far_behind.truth.digest()
+    assert far_behind.session.replica.head == far_behind.truth.head
+    assert far_behind.session.next_probe() == (6, -5)
+
+
+def test_a_snapshot_of_the_round_in_progress_is_gone_on_from_at_once(make_manifest):
+    rig = FarBehind(make_manifest())
+    rig.session.on_link_up()
+    rig.data = encode_snapshot(rig.truth, rig.manifest)
+    rig.content, rig.snapshot_round = content_address(rig.data), 6
+    rig.take_all(rig.offered())
+    assert rig.session.next_probe() == (6, -4)
+
+
+def test_a_first_piece_that_comes_slowly_makes_it_replay(far_behind):
+    far_behind.session.work_per_s = 1e30
+    size = len(far_behind.data)
+    far_behind.offered(now=0.0, replay_bytes=size - 150, replay_codes=0, tail_bytes=0, tail_codes=0)
+    effects = far_behind.get(far_behind.piece(0), now=10.0)
+    assert effects == [
+        Keep(far_behind.content, far_behind.data[:100]),
+        Transmit(Follow(0, far_behind.manifest.run_id)),
+    ]
+    assert far_behind.session.stage is Stage.FOLLOWING
+    assert "link 10 B/s" in far_behind.session.way
+    # what was asked for before that may still come
+    assert far_behind.get(far_behind.piece(100)) == []
+    far_behind.get(History(tuple(commit.encode() for commit in far_behind.commits)))
+    assert far_behind.session.replica.digest() == far_behind.truth.digest()
+
+
+def test_a_first_piece_that_shows_a_saving_makes_it_go_on(far_behind):
+    far_behind.session.work_per_s = 1e30
+    size = len(far_behind.data)
+    far_behind.offered(now=0.0, replay_bytes=size - 50, replay_codes=0, tail_bytes=0, tail_codes=0)
+    _, fetch, *_ = far_behind.get(far_behind.piece(0), now=10.0)
+    assert fetch == Transmit(Fetch(far_behind.content, 100))
+    assert far_behind.session.stage is Stage.FETCHING
+
+
+def test_the_choice_is_made_anew_on_every_connection(far_behind):
+    """A link may have become slower: pieces that came before do not decide for ever."""
+    far_behind.session.work_per_s = 1e30
+    costs = {"replay_codes": 0, "tail_bytes": 0, "tail_codes": 0}
+    size = len(far_behind.data)
+    far_behind.offered(replay_bytes=size - 150, **costs)
+    far_behind.get(far_behind.piece(0), now=10.0)
+    assert far_behind.session.stage is Stage.FOLLOWING
+    far_behind.session.on_link_down()
+    far_behind.session.on_link_up()
+    effects = far_behind.offered(now=20.0, replay_bytes=size - 150, **costs)
+    assert effects == [Transmit(Fetch(far_behind.content, 100))]  # after what is here
+    far_behind.get(far_behind.piece(100), now=30.0)
+    assert far_behind.session.stage is Stage.FETCHING  # the rest is less than a replay now
+    assert "link 10 B/s" in far_behind.session.way
+
+
+def test_a_revert_cannot_be_replayed_and_makes_it_ask_for_a_snapshot(make_manifest):
+    rig = FarBehind(make_manifest())
+    session = rig.session
+    session.on_link_up()
+    rig.get(rig.welcome())
+    session.opened(rig.fresh(), 0.0)
+    revert = rig.truth.revert(2, 6, (), lambda first, last: rig.commits[first:last])
+    frames = [*(commit.encode() for commit in rig.commits), revert.encode()]
+    effects = rig.get(History(tuple(frames)))
+    assert session.replica.round == 6
+    assert effects[-1] == rig.hello()
+    assert session.stage is Stage.GREETING
+    # however slow the snapshot and quick the replay: only the snapshot leads on
+    rig.truth.apply(revert, history=lambda first, last: rig.commits[first:last])
+    rig.data = encode_snapshot(rig.truth, rig.manifest)
+    rig.content, rig.snapshot_round = content_address(rig.data), 7
+    rig.take_all(rig.offered(replay_bytes=0, replay_codes=0))
+    assert session.replica.digest() == rig.truth.digest()
+    assert session.replica.round == 7
+    # from now on replays are a way again
+    session.on_link_up()
+    rig.offered(replay_bytes=0, replay_codes=0)
+    rig.get(rig.piece(0))
+    assert session.stage is Stage.FOLLOWING
+
+
+def test_a_revert_and_no_snapshot_ends_it(make_manifest):
+    rig = FarBehind(make_manifest())
+    rig.session.on_link_up()
+    rig.get(rig.welcome())
+    rig.session.opened(rig.fresh(), 0.0)
+    revert = rig.truth.revert(2, 6, (), lambda first, last: rig.commits[first:last])
+    rig.get(History((*(commit.encode() for commit in rig.commits), revert.encode())))
+    (end,) = rig.get(rig.welcome(7))
+    assert end == End(Exit.DAMAGED, "the ledger takes rounds back, and the coordinator has no snapshot")
+
+
+def test_an_interrupted_download_goes_on_with_what_was_kept(make_manifest):
+    first = FarBehind(make_manifest())
+    first.session.on_link_up()
+    first.offered()
+    (keep, *_) = first.get(first.piece(0))
+    # another process, with what the first one kept
+    rig = FarBehind(make_manifest(), download=Download(keep.content, keep.data))
+    rig.session.on_link_up()
+    assert rig.offered() == [Transmit(Fetch(rig.content, 100))]
+    effects = rig.take_all(rig.get(rig.piece(100)))
+    assert Jumped(4) in effects
+    assert rig.session.replica.round == 4
+
+
+def test_a_broken_connection_does_not_cost_what_has_come(far_behind):
+    far_behind.offered()
+    far_behind.get(far_behind.piece(0))
+    far_behind.session.on_link_down()
+    far_behind.session.on_link_up()
+    assert far_behind.offered() == [Transmit(Fetch(far_behind.content, 100))]
+
+
+def test_a_newer_snapshot_is_begun_anew(far_behind):
+    far_behind.offered()
+    far_behind.get(far_behind.piece(0))
+    far_behind.session.on_link_up()
+    other = bytes(16)
+    assert far_behind.offered(content=other) == [Transmit(Fetch(other, 0))]
+    assert far_behind.get(far_behind.piece(100)) == []  # of the one before
+
+
+def test_a_damaged_download_is_dropped_and_begun_anew(make_manifest):
+    rig = FarBehind(make_manifest(), download=Download(b"", b""))
+    rig.session.download = Download(rig.content, b"x" * 50)
+    rig.session.on_link_up()
+    *_, dropped, hello = rig.take_all(rig.offered())
+    assert dropped == Jumped(0)
+    assert hello == rig.hello()
+    assert rig.session.replica.round == 0
+    assert Jumped(4) in rig.take_all(rig.offered())
+
+
+def test_a_snapshot_that_was_removed_meanwhile_is_given_up(far_behind):
+    far_behind.offered()
+    far_behind.get(far_behind.piece(0))
+    effects = far_behind.get(Piece(far_behind.content, 100, 0, b""))
+    assert effects == [Jumped(0), far_behind.hello()]
+    assert far_behind.session.download is None
+
+
+def test_a_snapshot_of_another_size_than_offered_is_given_up(far_behind):
+    far_behind.offered()
+    effects = far_behind.get(Piece(far_behind.content, 0, 2**40, b"x"))
+    assert effects == [Jumped(0), far_behind.hello()]
+
+
+def test_an_offer_of_more_bytes_than_weights_can_have_ends_it(far_behind):
+    (end,) = far_behind.offered(num_bytes=10**9)
+    assert end == End(
+        Exit.DAMAGED, "the coordinator offers a snapshot of 1,000,000,000 bytes for 500 weights"
+    )
+
+
+def test_intact_bytes_that_are_no_snapshot_end_it(far_behind):
+    data = bytes(len(far_behind.data))
+    far_behind.content = content_address(data)
+    *_, end = far_behind.take_all(far_behind.offered(), data)
+    assert end.code is Exit.DAMAGED
+    assert end.reason.startswith("the coordinator's snapshot cannot be used: not a snapshot")
+
+
+def test_pieces_are_taken_only_while_fetching(far_behind):
+    far_behind.offered()
+    far_behind.session.on_link_down()
+    assert far_behind.get(far_behind.piece(0)) == []
+    far_behind.session.on_link_up()
+    assert far_behind.get(far_behind.piece(0)) == []
+
+
+def test_a_fetch_that_nobody_answers_is_asked_for_again(far_behind):
+    session = far_behind.session
+    far_behind.offered()
+    assert session.on_tick(0.0) == []
+    assert session.on_tick(599.0) == []
+    assert session.on_tick(600.0) == [far_behind.hello()]
+
+
+def test_a_node_that_has_commits_needs_no_manifest_again(make_manifest):
+    manifest = make_manifest()
+    saved = FarBehind(manifest)
+    replica = saved.fresh()
+    for commit in saved.commits[:3]:
+        replica.apply(commit)
+    rig = FarBehind(manifest, replica)
+    rig.session.on_link_up()
+    welcome = msgspec.structs.replace(rig.welcome(), manifest=b"")
+    assert rig.get(welcome) == [Open(manifest)]
+    assert rig.session.stage is Stage.FOLLOWING
+
+
+def test_a_welcome_without_the_manifest_to_a_node_that_has_none_ends_it(rig):
+    rig.in_stage(Stage.GREETING)
+    (end,) = rig.get(msgspec.structs.replace(rig.welcome(), manifest=b""))
+    assert end == End(Exit.REFUSED, "the coordinator sent no manifest")
+
+
+# ---- the trace ----------------------------------------------------------------------------------------------------
+
+
+def test_a_resync_is_answered_with_the_digests_of_the_last_rounds(following):
+    for _ in range(5):
+        following.get(following.commit())
+    digests, replica = [], following.fresh()
+    for commit in following.commits:
+        replica.apply(commit)
+        digests.append(replica.digest())
+    trace, start_over = following.get(Resync(5, bytes(16)))
+    assert trace == Transmit(Trace(1, tuple(digests)))
+    assert isinstance(start_over, StartOver)
+
+
+def test_the_trace_does_not_reach_over_a_snapshot(far_behind):
+    far_behind.take_all(far_behind.offered())
+    far_behind.get(History(tuple(commit.encode() for commit in far_behind.commits[4:])))
+    trace, _ = far_behind.get(Resync(6, bytes(16)))
+    assert trace.message.first == 5
+    assert len(trace.message.digests) == 2
+
+
+def test_the_trace_is_bounded(make_manifest):
+    rig = Rig(make_manifest(rounds=300)).in_stage(Stage.FOLLOWING)
+    for _ in range(100):
+        rig.get(rig.commit())
+    trace, _ = rig.get(Resync(100, bytes(16)))
+    assert trace.message.first == 37
+    assert len(trace.message.digests) == 64
