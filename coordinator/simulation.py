@@ -24,7 +24,7 @@ from transport.exits import Exit
 from transport.messages import FromCoordinator, FromNode, WireError, decode_from_coordinator
 from transport.session import Applied, End, Open, Session, StartOver, Transmit
 from transport.session import Effect as SessionEffect
-from zo.commit import Commit, chain_digest, decode_entry
+from zo.commit import COMMIT_TAG, Commit, Entry, chain_digest, decode_entry
 from zo.manifest import Manifest, validate
 from zo.replica import Replica
 from zo.steps import Scale, step_rule
@@ -33,6 +33,7 @@ from zo.weights import zeros
 _RECONNECT_S: Final = 0.5
 _TICK_S: Final = 1.0
 _SIZE: Final = 64
+_REMEMBERED_ENTRIES: Final = 1024
 
 
 class SimulationError(RuntimeError):
@@ -141,7 +142,7 @@ class _World:
         self.quarantined: set[int] = set()
         self.truth = Replica(self.manifest, zeros(self.manifest.adapter.size))
         self.digests: dict[int, bytes] = {0: self.truth.digest()}
-        self._decoded: dict[bytes, FromCoordinator] = {}
+        self._entry_by_frame: dict[bytes, Entry] = {}
         self._head_by_commit: dict[int, tuple[Commit, bytes]] = {}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0
@@ -306,7 +307,14 @@ class _World:
             base, tokenizer = (
                 bytes.fromhex(x) for x in (self.manifest.base.digest, self.manifest.base.tokenizer_digest)
             )
-            node.session = Session(self.manifest.run_id, base, tokenizer, f"n{node.number}", node.saved)
+            node.session = Session(
+                self.manifest.run_id,
+                base,
+                tokenizer,
+                f"n{node.number}",
+                node.saved,
+                decode=self._decode_entry,
+            )
             self._connect(node)
             self.at(_TICK_S, self._ticking(node, node.session))
 
@@ -376,17 +384,23 @@ class _World:
         self.at(self.scenario.latency_s * self.rng.lognormvariate(0.0, 0.3), arrive)
 
     def _decode(self, frame: bytes) -> FromCoordinator:
-        message = self._decoded.get(frame)
-        if message is None:
-            try:
-                message = decode_from_coordinator(frame)
-            except WireError as error:
-                self.fail(f"the coordinator sent what is no message: {error}")
-                raise
-            if len(self._decoded) > 4096:
-                self._decoded.clear()
-            self._decoded[frame] = message
-        return message
+        if frame[1] == COMMIT_TAG:  # after the array's header; the same object for all, as from a history
+            entry = self._decode_entry(frame)
+            assert isinstance(entry, Commit)
+            return entry
+        try:
+            return decode_from_coordinator(frame)
+        except WireError as error:
+            self.fail(f"the coordinator sent what is no message: {error}")
+            raise
+
+    def _decode_entry(self, frame: bytes) -> Entry:
+        entry = self._entry_by_frame.get(frame)
+        if entry is None:
+            entry = self._entry_by_frame[frame] = decode_entry(frame)
+            if len(self._entry_by_frame) > _REMEMBERED_ENTRIES:
+                del self._entry_by_frame[next(iter(self._entry_by_frame))]
+        return entry
 
     def _node_does(self, node: _Node, effects: Sequence[SessionEffect]) -> None:
         session = node.session

@@ -11,7 +11,7 @@ coordinator's turn, `Hello` is said again after `GREET_S` of silence: it may hav
 
 import enum
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -140,6 +140,7 @@ class Session:
         name: str,
         saved: tuple[Manifest, Replica] | None,
         download: Download | None = None,
+        decode: Callable[[bytes], Entry] = decode_entry,
     ) -> None:
         """Start, or go on from what was saved.
 
@@ -150,10 +151,12 @@ class Session:
             name: for people.
             saved: manifest and replica, if there were any.
             download: a snapshot that was not fetched to its end, if any.
+            decode: reads an entry of the ledger; a simulation of many nodes reads each only once.
         """
         self.stage = Stage.CONNECTING
         self.replica = saved[1] if saved else None
         self.download = download
+        self._decode = decode
         self.work_per_s = 1e9
         """Parameter·directions that this machine applies in a second; measured by the service."""
         self.way = ""
@@ -426,7 +429,7 @@ class Session:
 
     def _history(self, frames: tuple[bytes, ...]) -> list[Effect]:
         try:
-            entries = [decode_entry(frame) for frame in frames]
+            entries = [self._decode(frame) for frame in frames]
         except ValueError as error:
             return self._fail(Exit.DAMAGED, f"the coordinator sent a history that is none: {error}")
         return self._follow(entries)
