@@ -323,7 +323,7 @@ class Swarm:
         self._close_ledger()
         with self._directory.ledger(self._manifest, read_only=True) as ledger:
             proof = audit(self._manifest, self._directory.initial(self._manifest), ledger, lambda *_: None)
-            num_samples = sum(1 for _ in _distinct_samples(ledger))
+            num_samples = sum(1 for _ in distinct_samples(ledger))
             for event in ledger.events():
                 if event.kind in _UNEXPECTED_EVENTS:
                     raise SoakError(f"round {event.round}: {event.kind}: {event.text}")
@@ -343,7 +343,7 @@ class Swarm:
         return proof, num_samples
 
 
-def _distinct_samples(ledger: Ledger) -> Iterator[tuple[int, int]]:
+def distinct_samples(ledger: Ledger) -> Iterator[tuple[int, int]]:
     """(node, round whose samples it measured) of everything in the ledger; late codes are of the round before.
 
     Raises:
