@@ -54,8 +54,8 @@ class Server:
         self._errors = errors
         self._process: subprocess.Popen[str] | None = None
 
-    def start(self) -> tuple[Ticket, float]:
-        """Its ticket, and the seconds from the start of the process until it was printed."""
+    def start(self) -> tuple[Ticket, float, float | None]:
+        """Its ticket; seconds from the start of the process until it was printed; of them, of the processor."""
         begin = perf_counter()
         with self._errors.open("a") as errors:
             self._process = subprocess.Popen(
@@ -71,7 +71,7 @@ class Server:
         seconds = perf_counter() - begin
         if not line:
             raise RuntimeError(f"the coordinator did not start: {self._errors.read_text()}")
-        return parse_ticket(line.strip()), seconds
+        return parse_ticket(line.strip()), seconds, _cpu_seconds(self._process.pid)
 
     def kill(self) -> None:
         """SIGKILL, so that the next start finds what a crash leaves."""
@@ -82,15 +82,17 @@ class Server:
 
 
 @contextlib.contextmanager
-def _serving(directory: RunDirectory, errors: Path) -> Iterator[tuple[Ticket, list[float]]]:
-    """The ticket of a run that is being served, after some restarts, and the seconds that each start took."""
+def _serving(
+    directory: RunDirectory, errors: Path
+) -> Iterator[tuple[Ticket, list[tuple[float, float | None]]]]:
+    """The ticket of a run that is being served, after some restarts, and what each start took: wall, processor."""
     server = Server(directory, errors)
     try:
         starts = []
         for _ in range(_RESTARTS):
             server.kill()
-            ticket, seconds = server.start()
-            starts.append(seconds)
+            ticket, wall_s, cpu_s = server.start()
+            starts.append((wall_s, cpu_s))
         yield ticket, starts
     finally:
         server.kill()
@@ -152,13 +154,16 @@ def measure(commits: int, quick: bool, console: Console, directory: Path) -> dic
             row(f"newcomer, {name}", directory / f"slow-{bits_per_s}", bits_per_s)
         with run.ledger(manifest, read_only=True) as ledger:
             status = read_status(manifest, ledger)
+    cpu_times = [cpu for _, cpu in starts if cpu is not None]
     return {
         "commits": commits,
         "bytes": sum(_socket_bytes(rows[0])),
         "seconds": rows[0]["seconds"],
         "digest_equal": all(each["digest_equal"] for each in rows) and status.digest == digest,
-        "restart_seconds": median(starts),
-        "restarts": starts,
+        "restart_seconds": median(wall for wall, _ in starts),
+        "restart_cpu_seconds": median(cpu_times) if cpu_times else None,
+        "restarts": [wall for wall, _ in starts],
+        "load_average": os.getloadavg()[0],
         "rows": rows,
         "parameters": manifest.adapter.size,
         "nodes": NODES,
@@ -184,6 +189,15 @@ def _socket_bytes(row: dict[str, Any]) -> tuple[int, int]:
     return row["kernel_up"], row["kernel_down"]
 
 
+def _cpu_seconds(process: int) -> float | None:
+    """Processor time of a process so far, in seconds; None where the system does not tell."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "PYTHONPATH": str(machine.ROOT)}
 
@@ -203,10 +217,13 @@ def markdown(figures: dict[str, Any]) -> str:
     ]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in figures["rows"]]
     starts = ", ".join(f"{each:.2f}" for each in figures["restarts"])
+    cpu_s = figures["restart_cpu_seconds"]
+    cpu = "" if cpu_s is None else f"of processor time {cpu_s:.2f} s"
     lines += [
         "",
         f"Start of `zo-coordinator serve` after SIGKILL, from the start of the process until the ticket is printed: "
-        f"median {figures['restart_seconds']:.2f} s ({starts}).",
+        f"median {figures['restart_seconds']:.2f} s ({starts}), {cpu}; the machine's load was "
+        f"{figures['load_average']:.1f} on {figures['num_cores']} cores.",
     ]
     return "\n".join(lines) + "\n"
 

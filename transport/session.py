@@ -424,8 +424,11 @@ class Session:
         return [Transmit(Trace(trace[0][0], tuple(digest for _, digest in trace)))]
 
     def _remember_digest(self, replica: Replica) -> None:
-        if replica.weights.size <= _TRACE_SIZE:
+        # Far behind, what differs was wrong before; and a digest takes longer than the commit it follows.
+        if replica.weights.size <= _TRACE_SIZE and self._must_reach - replica.round < _TRACE_ROUNDS:
             self._trace.append((replica.round, replica.digest()))
+        else:
+            self._trace.clear()  # it has no gaps
 
     def _history(self, frames: tuple[bytes, ...]) -> list[Effect]:
         try:

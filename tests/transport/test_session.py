@@ -826,3 +826,19 @@ def test_the_trace_is_bounded(make_manifest):
     trace, _ = rig.get(Resync(100, bytes(16)))
     assert trace.message.first == 37
     assert len(trace.message.digests) == 64
+
+
+def test_while_far_behind_no_digest_is_taken_for_the_trace(make_manifest):
+    rig = Rig(make_manifest(rounds=300)).in_stage(Stage.FOLLOWING)
+    for _ in range(3):
+        rig.get(rig.commit())
+    rig.session.on_link_up()
+    missed = [rig.commit() for _ in range(90)]
+    rig.get(rig.welcome())
+    rig.get(History(tuple(commit.encode() for commit in missed[:5])))
+    assert rig.get(Resync(8, bytes(16)))[0] == StartOver(
+        f"the weights of round 8 differ from the ledger's digest {'00' * 16}"
+    )
+    rig.get(History(tuple(commit.encode() for commit in missed[5:])))
+    trace, _ = rig.get(Resync(93, bytes(16)))
+    assert (trace.message.first, len(trace.message.digests)) == (30, 64)
