@@ -1,67 +1,51 @@
 """A node as a process that starts in half a second: all of `NodeService`, and a small logistic loss for a model.
 
 Its pace is a test's to decide: it probes a round only once the gate file names a later one. So a test can stop a swarm
-between two rounds, do something terrible to it, and let it go on, without ever guessing how long anything takes.
+between two rounds, do something terrible to it, and let it go on, without ever guessing how long anything takes. For
+the same reason it can be told to freeze as soon as it is in a certain state.
 """
 
 import argparse
 import json
+import os
+import random
+import signal
 import sys
 import time
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-
+from benchmarks.soak_node import LogisticTrainer
 from node.base import read_digest, read_tokenizer_digest
 from node.service import NodeError, NodeService
 from node.state import StateDirectory
+from transport import sockets
+from transport.session import Stage
 from transport.ticket import parse_ticket
-from zo.codes import NO_VOTE, encode
-from zo.directions import Direction, run_key
-from zo.replica import samples
-from zo.spsa import projected_gradients
+
+FREEZE_AT = {
+    "connecting": lambda view: view.stage is Stage.CONNECTING,
+    "loading": lambda view: view.notice == "loading the base",
+    "catching-up": lambda view: view.stage is Stage.FOLLOWING and view.behind > 0,
+    "fetching": lambda view: view.stage is Stage.FETCHING and view.fetched_bytes > 0,
+    "probing": lambda view: False,  # the trainer knows
+    "reported": lambda view: view.stage is Stage.REPORTED,
+}
 
 
-class Probed(NamedTuple):
-    codes: np.ndarray
-    loss: float
+class GatedTrainer(LogisticTrainer):
+    """A logistic loss, that may be broken."""
 
-    @property
-    def num_no_votes(self):
-        return int(np.count_nonzero(self.codes == NO_VOTE))
-
-
-class LogisticTrainer:
-    """Binary logistic regression on 64 private rows; all nodes' labels come from one hidden vector."""
-
-    def __init__(self, manifest, seed, gate, *, is_broken=False):
-        size = manifest.adapter.size
-        hidden = np.random.default_rng(0).standard_normal(size)
-        self.rows = np.random.default_rng(seed).standard_normal((64, size)).astype(np.float32)
-        self.labels = np.sign(self.rows @ hidden)
-        self.manifest, self.seed, self.gate, self.is_broken = manifest, seed, gate, is_broken
-
-    def initial_weights(self):
-        return np.zeros(self.manifest.adapter.size, np.int32)
+    def __init__(self, manifest, seed, before_probe, is_broken):
+        super().__init__(manifest, seed, before_probe)
+        self.is_broken = is_broken
 
     def loss(self, weights):
-        if self.is_broken:
-            return float("nan")
-        return float(np.logaddexp(0, -self.labels * (self.rows @ weights)).mean())
+        return float("nan") if self.is_broken else super().loss(weights)
 
-    def probe(self, weights, round, node, exponent):
-        while self.gate is not None and round >= int(self.gate.read_text()):
-            time.sleep(0.002)
-        probing = self.manifest.probe
-        names = [Direction(node, sample) for sample in samples(round, probing.directions)]
-        key = run_key(self.manifest.run_id)
-        gradients, loss = projected_gradients(self.loss, weights, key, names, probing.epsilon)
-        return Probed(encode(gradients, exponent, np.random.default_rng([self.seed, round])), loss)
 
-    def evaluate(self, weights):
-        return self.loss(weights.astype(np.float32) * 2.0**-28)
+def freeze():
+    print("frozen", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def main():
@@ -71,25 +55,41 @@ def main():
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--gate", type=Path)
     parser.add_argument("--broken", action="store_true", help="every loss is NaN")
+    parser.add_argument("--freeze-at", choices=FREEZE_AT, help="stop with SIGSTOP as soon as it is there")
+    parser.add_argument("--heartbeat-ms", type=int, help="notice dead connections sooner")
+    parser.add_argument("--clock-jumps", action="store_true", help="days forwards and back, at every look")
     arguments = parser.parse_args()
     assert "torch" not in sys.modules
+    if arguments.heartbeat_ms:
+        sockets.HEARTBEAT_INTERVAL_MS = sockets.HEARTBEAT_TIMEOUT_MS = arguments.heartbeat_ms
+    if arguments.clock_jumps:
+        now, rng = time.time, random.Random(0)
+        time.time = lambda: now() + rng.uniform(-1e6, 1e6)
     state = StateDirectory(arguments.state)
+    is_there = FREEZE_AT.get(arguments.freeze_at, lambda view: False)
+
+    def show(view):
+        if is_there(view):
+            freeze()
+
+    def wait_at_gate(round):
+        if arguments.freeze_at == "probing":
+            freeze()
+        while arguments.gate is not None and round >= int(arguments.gate.read_text()):
+            time.sleep(0.002)
+
     with state.lock(), state.log_path.open("a", buffering=1) as log:
+        seed = state.private_seed()
         service = NodeService(
             arguments.ticket,
             state,
             read_digest(arguments.base),
             read_tokenizer_digest(arguments.base),
-            partial(
-                LogisticTrainer,
-                seed=state.private_seed(),
-                gate=arguments.gate,
-                is_broken=arguments.broken,
-            ),
+            lambda manifest: GatedTrainer(manifest, seed, wait_at_gate, arguments.broken),
             name=arguments.state.name,
             connect_timeout_s=30.0,
             evaluate_every=0,
-            show=lambda view: None,
+            show=show,
             log=lambda record: print(json.dumps(record), file=log),
         )
         try:
