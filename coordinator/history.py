@@ -4,6 +4,7 @@ Nothing here removes anything. A rollback and a retraction are entries of their 
 still proves everything that ever happened, and nodes follow them as they follow any other entry.
 """
 
+import contextlib
 import shutil
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -222,7 +223,8 @@ def back_up(directory: RunDirectory, destination: Path) -> None:
         destination.mkdir(parents=True, exist_ok=True)
         # Snapshots first: one that is newer than the copied ledger would be passed over, but never the other way round.
         for stored in directory.snapshots.stored():
-            copy.snapshots.save(stored.round, directory.snapshots.read(stored))
+            with contextlib.suppress(FileNotFoundError):  # the service makes room for newer ones meanwhile
+                copy.snapshots.save(stored.round, directory.snapshots.read(stored))
         source = sqlite3.connect(f"{directory.ledger_path.resolve().as_uri()}?mode=ro", uri=True)
         target = sqlite3.connect(copy.ledger_path)
         try:
