@@ -35,8 +35,6 @@ def node_says(swarm, says, tmp_path):
             data,
             "--state",
             tmp_path / "state",
-            "--connect-timeout",
-            "1.5",
         )
         says(swarm.command("node.cli", *arguments, *options), code, *words)
 
@@ -56,7 +54,10 @@ def test_tickets_that_lead_nowhere_or_elsewhere(swarm, new_swarm, node_says):
     node_says(ticket, 5, "the run's base 'made-up' has", "Name the run's base with --model")
     swarm.coordinator.send(signal.SIGINT)
     assert swarm.coordinator.wait() == 0
-    node_says(ticket, 9, f"nobody answers at 127.0.0.1:{ticket.port}", "Is the coordinator running")
+    gone = ("--connect-timeout", 0.5)
+    node_says(
+        ticket, 9, f"nobody answers at 127.0.0.1:{ticket.port}", "Is the coordinator running", options=gone
+    )
     other = new_swarm("other").init()
     other.ticket = swarm.ticket  # so that it takes over the port
     other.serve()
