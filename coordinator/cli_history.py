@@ -8,9 +8,10 @@ from typing import Annotated
 import msgspec
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from coordinator.cli_app import JsonOption, RunArgument, app, epilog, err, failures_explained, out
-from coordinator.display import replay_progress, simulation_view
+from coordinator.display import plain, replay_progress, simulation_view
 from coordinator.history import (
     Difference,
     HistoryError,
@@ -49,13 +50,13 @@ def log(
                 if json:
                     sys.stdout.write(msgspec.json.encode(record).decode() + "\n")
                 else:
-                    out.print(_line(record), markup=False, highlight=False, style=_style(record))
+                    out.print(_line(record), highlight=False, soft_wrap=True, style=_style(record))
 
 
-def _line(record: LogRecord) -> str:
+def _line(record: LogRecord) -> Text:
     digest = f"  digest {record.digest[:12]}…" if record.digest else ""
     kind = "" if record.kind == "commit" else f"{record.kind}: "
-    return f"{record.round:>8}  {kind}{record.text}{digest}"
+    return plain(f"{record.round:>8}  {kind}{record.text}{digest}")
 
 
 def _style(record: LogRecord) -> str:

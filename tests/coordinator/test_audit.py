@@ -6,7 +6,7 @@ import pytest
 from coordinator.audit import AuditError, audit
 from coordinator.ledger import Checkpoint, Ledger, LedgerError
 from transport.messages import PROTOCOL_VERSION, Hello, Report
-from zo.commit import decode_entry
+from zo.commit import Revert, decode_entry
 from zo.replica import Replica
 from zo.steps import Scale
 from zo.weights import zeros
@@ -160,3 +160,67 @@ def test_commits_in_another_order_are_named(check, played):
     frames = [*played.frames[:2], played.frames[3], played.frames[2], *played.frames[4:]]
     with pytest.raises(AuditError, match="round 2: commit of round 3 where round 2 is due"):
         check(frames)
+
+
+def with_revert(manifest, played, **change):
+    """The ten rounds, and an entry that takes back those from 6 on."""
+    entries = [decode_entry(frame) for frame in played.frames]
+    replica = played.replay()
+    entry = replica.revert(6, 10, (), lambda first, last: entries[first:last])
+    return [*played.frames, msgspec.structs.replace(entry, **change).encode()]
+
+
+def test_a_ledger_with_a_revert_is_proven(check, manifest, played):
+    proof = check(with_revert(manifest, played))
+    assert proof.rounds == 11
+    after = Replica(manifest, played.replay(6).weights, 11)
+    assert proof.digest == after.digest().hex()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"digest": bytes(16)}, "round 10: taking back rounds 6 to 9 gives digest"),
+        ({"first": 5}, "round 10: taking back rounds 5 to 9 gives digest"),
+        ({"nodes": (3,)}, "round 10: taking back rounds 6 to 9 gives digest"),
+        ({"previous": bytes(16)}, "round 10: commit of round 10 follows 0000"),
+    ],
+)
+def test_a_revert_that_does_not_hold_is_named(check, manifest, played, change, message):
+    with pytest.raises(AuditError, match=message):
+        check(with_revert(manifest, played, **change))
+
+
+def test_a_revert_of_what_is_not_there_yet_is_no_entry(check, played):
+    with pytest.raises(ValueError, match="cannot take back the rounds from 6 to before 11"):
+        Revert(10, 6, 11, (), bytes(16), bytes(16))
+    frame = msgspec.msgpack.encode((24, 10, 6, 11, (), bytes(16), bytes(16)))
+    with pytest.raises(AuditError, match="round 10: not a ledger entry"):
+        check([*played.frames, frame])
+
+
+def test_late_codes_are_replayed_as_the_coordinator_applied_them(
+    make_manifest, virtual_coordinator, tmp_path
+):
+    manifest = make_manifest(staleness=1)
+    coordinator = virtual_coordinator(manifest)
+    base, tokenizer = bytes.fromhex(manifest.base.digest), bytes.fromhex(manifest.base.tokenizer_digest)
+    for node in range(2):
+        hello = Hello(PROTOCOL_VERSION, manifest.run_id, base, tokenizer, 0, manifest.run_id, "n")
+        coordinator.message(b"%d" % node, bytes([node] * 32), hello)
+    for number in range(12):
+        coordinator.now += 1.0
+        coordinator.message(b"0", bytes(32), Report(number, b"\x20\xe0"))
+        if len(coordinator.frames) == number:
+            coordinator.tick(coordinator.conductor.wake_at())
+        coordinator.message(b"1", bytes([1] * 32), Report(number, b"\x1d\xe3"))
+    assert any(commit.late for commit in coordinator.commits)
+    with Ledger(tmp_path / "l", manifest.run_id, create=True) as ledger:
+        for frame in coordinator.frames:
+            ledger.append(decode_entry(frame), frame)
+        for number, (digest, scale) in coordinator.checkpoints.items():
+            ledger.checkpoint(Checkpoint(number, digest, scale))
+        initial = Replica(manifest, zeros(manifest.adapter.size))
+        proof = audit(manifest, initial, ledger, lambda done, total: None)
+    assert proof.digest == coordinator.conductor.replica.digest().hex()
+    assert proof.digests_proven == 3

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from coordinator.ledger import Checkpoint, Enrolment, Ledger, LedgerError, StorageError
-from zo.commit import Commit, chain_digest
+from zo.commit import Commit, Revert, chain_digest
 from zo.steps import Scale
 
 RUN = bytes(range(16))
@@ -286,3 +286,102 @@ def test_a_history_that_is_read_only_in_part_does_not_hold_up_the_writer(ledger)
     next(reading)
     ledger.append(COMMITS[3])
     assert list(reading) == FRAMES[1:]
+
+
+# ---- costs, reverts, members ----------------------------------------------------------------------------------------
+
+
+def test_costs_count_bytes_and_codes_from_any_round_on(path):
+    frames = [commit.encode() for commit in COMMITS]
+    with Ledger(path, RUN, create=True) as ledger:
+        assert ledger.cost_since(0) == (0, 0)
+        fill(ledger)
+        ledger.append(msgspec.structs.replace(COMMITS[3], participants=(0, 1), codes=b"\x01\x02\x03\x04"))
+        frames[3] = list(ledger.frames())[3]
+        for first in range(5):
+            assert ledger.cost_since(first) == (
+                sum(map(len, frames[first:])),
+                (3 - first) * (first < 3) + 4 * (first < 4),
+            )
+        assert ledger.cost_since(99) == (0, 0)
+        found = [ledger.cost_since(first) for first in range(5)]
+    with Ledger(path, RUN) as ledger:  # the sums are found again
+        assert [ledger.cost_since(first) for first in range(5)] == found
+        ledger.append(msgspec.structs.replace(COMMITS[3], round=4))
+        assert ledger.cost_since(4) == (len(FOURTH), 1)
+
+
+def test_a_revert_is_found_and_holds_no_codes(path):
+    with Ledger(path, RUN, create=True) as ledger:
+        fill(ledger)
+        assert ledger.last_revert() is None
+        revert = Revert(3, 1, 3, (), bytes(16), bytes(16))
+        ledger.append(revert)
+        assert ledger.last_revert() == 3
+        assert list(ledger.entries(2)) == [COMMITS[2], revert]
+        assert ledger.cost_since(3) == (len(revert.encode()), 0)
+    with Ledger(path, RUN) as ledger:
+        assert ledger.last_revert() == 3
+        assert ledger.cost_since(3) == (len(revert.encode()), 0)
+
+
+def test_costs_are_those_of_what_is_there_after_a_write_that_failed(path):
+    with Ledger(path, RUN, create=True) as ledger:
+        fill(ledger)
+        before = ledger.cost_since(0)
+        with pytest.raises(StorageError):
+            ledger.append(COMMITS[0])
+        assert ledger.cost_since(0) == before
+
+
+def test_an_entry_that_is_damaged_is_named(path):
+    with Ledger(path, RUN, create=True) as ledger:
+        fill(ledger)
+        ledger._write("UPDATE commits SET frame = ? WHERE round = 1", b"\x00")
+        with pytest.raises(LedgerError, match="round 1: not a ledger entry"):
+            list(ledger.entries())
+
+
+def test_quarantine_is_kept(path):
+    with Ledger(path, RUN, create=True) as ledger:
+        ledger.enrol(Enrolment(0, b"k" * 32, "a"))
+        ledger.enrol(Enrolment(1, b"l" * 32, "b"))
+        ledger.set_quarantined(1, True)
+    with Ledger(path, RUN) as ledger:
+        assert [each.is_quarantined for each in ledger.members()] == [False, True]
+        ledger.set_quarantined(1, False)
+        assert [each.is_quarantined for each in ledger.members()] == [False, False]
+
+
+def test_divergences_are_counted_since_the_last_release(ledger):
+    assert ledger.divergences() == {}
+    ledger.note(4, "diverged", 1, "")
+    assert ledger.divergences() == {1: (1, True)}
+    ledger.note(4, "started-over", 1, "")
+    ledger.note(4, "missed", 1, "")
+    assert ledger.divergences() == {1: (1, False)}
+    ledger.note(8, "diverged", 1, "")
+    ledger.note(8, "diverged", 2, "")
+    assert ledger.divergences() == {1: (2, True), 2: (1, True)}
+    ledger.note(9, "released", 1, "")
+    assert ledger.divergences() == {1: (0, True), 2: (1, True)}
+
+
+def test_divergences_are_found_without_reading_all_events(ledger):
+    (plan,) = ledger._db.execute(
+        "EXPLAIN QUERY PLAN SELECT node, kind FROM events "
+        "WHERE kind IN ('diverged', 'released', 'started-over') ORDER BY id"
+    )
+    assert "USING INDEX divergences" in plan[3]
+
+
+def test_events_and_checkpoints_of_some_rounds(ledger):
+    for round in range(6):
+        ledger.note(round, "joined", round, f"round {round}")
+        ledger.checkpoint(Checkpoint(round, bytes(16), Scale(round, -4)))
+    assert [event.round for event in ledger.events()] == [0, 1, 2, 3, 4, 5]
+    assert [event.round for event in ledger.events(2)] == [4, 5]
+    assert [event.round for event in ledger.events(first=1, last=3)] == [1, 2, 3]
+    assert [event.round for event in ledger.events(2, first=1, last=3)] == [2, 3]
+    assert [each.round for each in ledger.checkpoints(2, 4)] == [2, 3, 4]
+    assert len(list(ledger.checkpoints())) == 6

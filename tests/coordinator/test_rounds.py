@@ -74,3 +74,43 @@ def test_the_deadline_is_the_very_sum_that_a_service_sleeps_until():
     assert (opened_at + wait) - opened_at < wait
     outcome, _ = decide(Round(0, opened_at, {0: b"\x01"}), frozenset({1}), 1, wait, opened_at + wait)
     assert outcome is Outcome.CLOSE
+
+
+# ---- late reports -------------------------------------------------------------------------------------------------
+
+
+def open_to_late(*nodes):
+    return Round(5, 100.0, may_be_late=frozenset(nodes))
+
+
+def test_a_late_report_counts_once():
+    collection, verdict, reason = receive(open_to_late(1), 1, 4, b"\x01\x02", 2)
+    assert (verdict, reason) == (Verdict.COUNTED_LATE, "round 4: report of node 1 came in round 5")
+    assert collection.late_by_node == {1: b"\x01\x02"}
+    assert receive(collection, 1, 4, b"\x03\x04", 2)[:2] == (collection, Verdict.LATE)
+
+
+def test_a_late_report_makes_no_quorum_and_is_not_waited_for():
+    collection, _, _ = receive(open_to_late(1), 1, 4, b"\x01\x02", 2)
+    assert decide(collection, frozenset(), 1, 0.0, 1e9)[0] is Outcome.WAIT
+
+
+def test_fresh_codes_replace_late_ones_and_are_not_replaced_by_them():
+    collection, _, _ = receive(open_to_late(1, 2), 1, 4, b"\x01\x02", 2)
+    collection, _, _ = receive(collection, 2, 4, b"\x05\x06", 2)
+    collection, verdict, _ = receive(collection, 1, 5, b"\x03\x04", 2)
+    assert verdict is Verdict.COUNTED
+    assert collection.codes_by_node == {1: b"\x03\x04"}
+    assert collection.late_by_node == {2: b"\x05\x06"}
+    assert receive(collection, 1, 4, b"\x01\x02", 2)[:2] == (collection, Verdict.LATE)
+
+
+@pytest.mark.parametrize(("node", "number"), [(2, 4), (1, 3), (1, 0)])
+def test_only_the_round_before_and_only_who_has_not_counted_there(node, number):
+    before = open_to_late(1)
+    assert receive(before, node, number, b"\x01\x02", 2)[:2] == (before, Verdict.LATE)
+
+
+def test_a_late_report_of_the_wrong_length_is_a_misfit():
+    before = open_to_late(1)
+    assert receive(before, 1, 4, b"\x01", 2)[:2] == (before, Verdict.MISFIT)

@@ -282,3 +282,29 @@ def test_a_snapshot_that_cannot_be_written_leaves_the_old_one(directory, manifes
     monkeypatch.undo()
     with directory.ledger(manifest) as ledger:
         assert directory.newest(manifest, ledger)[0].round == 7
+
+
+def test_the_newest_snapshot_is_the_very_file_that_can_be_trusted(directory, manifest, played):
+    """Two of one round: after a ledger was restored and went on otherwise, only one of them is of this ledger."""
+    write(directory, manifest, played)
+    other = replica_at(manifest, played, 6)
+    other.apply(decode_entry(played.frames[6]))
+    other.head = bytes(16)
+    right = save(directory, replica_at(manifest, played, 7), manifest)
+    wrong = save(directory, other, manifest)
+    assert right.round == wrong.round == 7
+    with directory.ledger(manifest) as ledger:
+        (found, replica), _ = directory.newest_snapshot(manifest, ledger)
+        assert found == right
+        assert replica.head == ledger.head_after(7)
+        assert directory.newest_snapshot(manifest, ledger, before=6)[0] is None
+
+
+@pytest.mark.parametrize("round", range(11))
+def test_the_state_at_any_round(directory, manifest, played, round):
+    write(directory, manifest, played)
+    for at in (3, 7, 9):
+        save(directory, replica_at(manifest, played, at), manifest)
+    with directory.ledger(manifest) as ledger:
+        found = directory.state_at(round, manifest, ledger)
+    assert (found.round, found.digest()) == (round, played.replay(round).digest())

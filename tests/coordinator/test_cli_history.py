@@ -1,0 +1,279 @@
+"""The commands that look back: what they print for people and for programs, and with which exit code they end."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from coordinator.cli import app
+from coordinator.ledger import Checkpoint, Enrolment
+from coordinator.rundir import RunDirectory
+from node.state import load_result
+from transport.exits import Exit
+from zo.commit import Commit
+from zo.steps import step_rule
+
+ROUNDS = 12
+
+
+def run(*arguments, width=80):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], terminal_width=width)
+
+
+def succeeds(*arguments):
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fails(result, code, *words):
+    assert result.exit_code == code, (result.output, result.exception)
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("zo-coordinator: error: ")
+    for word in words:
+        assert word in line
+
+
+@pytest.fixture
+def base(tmp_path):
+    directory = tmp_path / "base"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    (directory / "tokenizer.json").write_text("{}")
+    header = {"a.q_proj.weight": {"dtype": "F32", "shape": [8, 8], "data_offsets": [0, 256]}}
+    encoded = json.dumps(header).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(256))
+    return directory
+
+
+def make(path, base, rounds=ROUNDS, seed=1):
+    """A run of three nodes, by the rule, with a digest every four rounds."""
+    succeeds("init", path, "--model", base, "--host", "127.0.0.1", "--port", 0, "--digest-every", 4)
+    directory = RunDirectory(path)
+    extend(directory, rounds, seed)
+    return directory
+
+
+def extend(directory, rounds, seed=1):
+    manifest = directory.manifest()
+    rule, rng = step_rule(manifest), np.random.default_rng(seed)
+    with directory.ledger(manifest) as ledger:
+        for node in range(3):
+            ledger.enrol(Enrolment(node, bytes([node] * 32), f"n{node}"))
+        replica, scale = directory.initial(manifest), rule.start()
+        for number in range(rounds):
+            codes = rng.integers(-60, 60, 3).astype(np.int8)
+            step, scale = rule.advance(scale, number, codes)
+            commit = Commit(number, (step,), (scale.exponent,), (0, 1, 2), codes.tobytes(), replica.head)
+            replica.apply(commit)
+            ledger.append(commit)
+            if replica.round % 4 == 0:
+                ledger.checkpoint(Checkpoint(replica.round, replica.digest(), scale))
+
+
+@pytest.fixture
+def made(base, tmp_path):
+    return make(tmp_path / "run", base)
+
+
+@pytest.fixture
+def path(made):
+    return made.path
+
+
+# ---- log ----------------------------------------------------------------------------------------------------------
+
+
+def test_log_shows_rounds_and_events(made, path):
+    manifest = made.manifest()
+    with made.ledger(manifest) as ledger:
+        ledger.note(10, "missed", 2, "round 10: closed without [2]")
+    lines = succeeds("log", path, "--last", 3).splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("       9  nodes 0 1 2: 3 codes, RMS ")
+    assert lines[1] == "      10  missed: round 10: closed without [2]"
+    assert lines[3].startswith("      11  nodes 0 1 2")
+    assert lines[3].endswith("…")  # its digest is recorded
+    assert len(succeeds("log", path).splitlines()) == 13
+    assert len(succeeds("log", path, "--from", 11).splitlines()) == 1
+    assert succeeds("log", path, "--last", 0) == ""
+
+
+def test_log_in_json_is_one_object_a_line(path):
+    found = [json.loads(line) for line in succeeds("log", path, "--from", 7, "--json").splitlines()]
+    assert [each["round"] for each in found] == [7, 8, 9, 10, 11]
+    assert found[0]["kind"] == "commit"
+    assert found[0]["participants"] == [0, 1, 2]
+    assert isinstance(found[0]["rms"], float)
+    assert len(found[0]["digest"]) == 32
+    assert "digest" not in found[1]
+
+
+def test_a_round_of_many_nodes_is_one_line(made, path):
+    manifest = made.manifest()
+    with made.ledger(manifest) as ledger:
+        many = tuple(range(200))
+        ledger.append(Commit(12, (1,), (-4,), many, bytes(200), ledger.head_after(12)))
+    (line,) = succeeds("log", path, "--last", 1).splitlines()
+    assert " 198 199: 200 codes" in line
+
+
+def test_what_peers_wrote_is_shown_and_never_obeyed(made, path):
+    with made.ledger(made.manifest()) as ledger:
+        ledger.note(12, "joined", 0, "node 0 (\x1b[2J[red]evil) joined\nround 99")
+    output = succeeds("log", path, "--last", 1)
+    assert "\x1b" not in output
+    assert "[red]evil" in output
+    assert len(output.splitlines()) == 2
+
+
+@pytest.mark.parametrize("option", [("--from", 13), ("--from", -1), ("--last", -1)])
+def test_log_of_rounds_that_are_not_there(path, option):
+    fails(run("log", path, *option), Exit.INPUT, "the ledger has 12 rounds")
+
+
+# ---- diff ---------------------------------------------------------------------------------------------------------
+
+
+def test_diff_of_equal_runs(path, tmp_path):
+    succeeds("backup", path, tmp_path / "copy")
+    assert succeeds("diff", path, tmp_path / "copy") == "equal: 12 rounds\n"
+    assert json.loads(succeeds("diff", path, tmp_path / "copy", "--json")) == {
+        "same_run": True,
+        "fields": {},
+        "rounds": [12, 12],
+        "common_rounds": 12,
+    }
+
+
+def test_diff_of_a_run_and_its_beginning(path, tmp_path):
+    succeeds("backup", path, tmp_path / "copy")
+    succeeds("rollback", path, "--to", 5)
+    result = run("diff", path, tmp_path / "copy")
+    assert result.exit_code == Exit.MISMATCH
+    assert result.stdout == "equal up to round 12; A has 1 more\n"
+    assert "B has 1 more" in run("diff", tmp_path / "copy", path).stdout
+
+
+def test_diff_of_a_fork(path, tmp_path):
+    succeeds("backup", path, tmp_path / "copy")
+    succeeds("rollback", path, "--to", 5)
+    succeeds("rollback", tmp_path / "copy", "--to", 6)
+    succeeds("rollback", tmp_path / "copy", "--to", 6)
+    result = run("diff", path, tmp_path / "copy")
+    assert result.exit_code == Exit.MISMATCH
+    assert result.stdout == "a fork: equal up to round 12, then 1 in A alone and 2 in B\n"
+
+
+def test_diff_of_runs_of_their_own(path, base, tmp_path):
+    succeeds("init", tmp_path / "other", "--model", base, "--step", 0.5)
+    result = run("diff", path, tmp_path / "other")
+    assert result.exit_code == Exit.MISMATCH
+    assert "schedule.step" in result.stdout
+    assert result.stdout.endswith("two runs of their own: no round in common\n")
+    found = json.loads(run("diff", path, tmp_path / "other", "--json").stdout)
+    assert found["fields"]["schedule.step"] == [0.01, 0.5]
+
+
+# ---- export -------------------------------------------------------------------------------------------------------
+
+
+def test_an_exported_round_can_be_loaded(made, path, tmp_path):
+    output = succeeds("export", path, "--round", 7, "-o", tmp_path / "state")
+    manifest, replica = load_result(tmp_path / "state")
+    assert manifest == made.manifest()
+    assert replica.round == 7
+    assert output.splitlines()[0] == f"round 7, digest {replica.digest().hex()}"
+    assert "zo-node export" in output.splitlines()[1]
+    succeeds("export", path, "-o", tmp_path / "newest")
+    assert load_result(tmp_path / "newest")[1].round == 12
+    fails(run("export", path, "--round", 13, "-o", tmp_path / "no"), Exit.INPUT, "got --round 13")
+    fails(run("export", path, "-o", tmp_path / "state"), Exit.INPUT, "exists already")
+
+
+# ---- rollback, retract, release -----------------------------------------------------------------------------------
+
+
+def test_rollback_says_what_it_did_and_verify_agrees(made, path, tmp_path):
+    succeeds("export", path, "--round", 5, "-o", tmp_path / "before")
+    output = succeeds("rollback", path, "--to", 5)
+    assert output.splitlines()[0] == "round 12: took back rounds 5 to 11"
+    succeeds("export", path, "-o", tmp_path / "after")
+    (_, before), (_, after) = load_result(tmp_path / "before"), load_result(tmp_path / "after")
+    assert np.array_equal(before.weights, after.weights)
+    assert after.digest().hex() in output
+    assert "13 commits in one chain" in succeeds("verify", path)
+    assert json.loads(succeeds("log", path, "--last", 1, "--json").splitlines()[-1])["kind"] == "revert"
+    assert "revert: takes back rounds 5 to 11 of everyone" in succeeds("log", path)
+    assert json.loads(succeeds("status", path, "--json"))["round"] == 13
+
+
+def test_retract_says_what_it_did_and_verify_agrees(path):
+    output = succeeds("retract", path, 2, 0, "--from", 3)
+    assert output.splitlines()[0] == "round 12: took back rounds 3 to 11 of node 0, 2"
+    assert "13 commits in one chain" in succeeds("verify", path)
+    assert "retracted: took back rounds 3 to 11 of node 0, 2" in succeeds("log", path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("rollback", "--to", 12), "from round 12 on there is nothing to take back"),
+        (("rollback", "--to", -1), "nothing to take back"),
+        (("retract", 5), "no node 5 has ever joined"),
+        (("retract", 1, "--from", 12), "nothing to take back"),
+        (("release", 1), "node 1 is not in quarantine"),
+        (("release", 9), "node 9 is not in quarantine"),
+    ],
+)
+def test_what_cannot_be_done_changes_nothing(path, arguments, words):
+    command, *rest = arguments
+    fails(run(command, path, *rest), Exit.INPUT, words)
+    assert json.loads(succeeds("status", path, "--json"))["round"] == 12
+
+
+@pytest.mark.parametrize("command", [("rollback", "--to", 3), ("retract", 1), ("release", 1)])
+def test_not_while_the_run_is_served(made, path, command):
+    name, *rest = command
+    with made.lock():
+        fails(run(name, path, *rest), Exit.BUSY, "served by another process")
+
+
+def test_a_quarantined_node_is_released_with_a_clean_slate(made, path):
+    manifest = made.manifest()
+    with made.ledger(manifest) as ledger:
+        for _ in range(2):
+            ledger.note(8, "diverged", 1, "node 1 differs")
+            ledger.note(8, "started-over", 1, "node 1 starts over")
+        ledger.set_quarantined(1, True)
+    assert succeeds("release", path, 1) == "node 1 may join again\n"
+    with made.ledger(manifest) as ledger:
+        assert not any(each.is_quarantined for each in ledger.members())
+        assert ledger.divergences()[1].number == 0
+        assert ledger.events()[-1].kind == "released"
+    fails(run("release", path, 1), Exit.INPUT, "not in quarantine")
+
+
+# ---- backup -------------------------------------------------------------------------------------------------------
+
+
+def test_backup_while_the_run_is_served(made, path, tmp_path):
+    with made.lock():
+        result = run("backup", path, tmp_path / "copy")
+    assert result.exit_code == 0
+    assert result.stderr == f"copied 12 rounds to {tmp_path / 'copy'}\n"
+    assert "12 commits in one chain" in succeeds("verify", tmp_path / "copy")
+    fails(run("backup", path, tmp_path / "copy"), Exit.INPUT, "exists already")
+
+
+# ---- too large ----------------------------------------------------------------------------------------------------
+
+
+def test_commits_that_nodes_would_not_accept_are_refused_before_the_run_begins(base, tmp_path):
+    big = tmp_path / "big"
+    succeeds("init", big, "--model", base, "--directions", 4096, "--rounds", 10)
+    text = (big / "coordinator.toml").read_text()
+    (big / "coordinator.toml").write_text(text.replace("capacity = 1024", "capacity = 4096"))
+    fails(run("serve", big, "--port", 0), Exit.INPUT, "capacity = 4096", "choose at most 4085")
