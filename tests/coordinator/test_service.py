@@ -1,0 +1,418 @@
+"""The service with everything but sockets and the clock's pace: real files, a real ledger, real messages."""
+
+import msgspec
+import numpy as np
+import pytest
+
+from coordinator.config import ConfigError, ServiceConfig, check_capacity
+from coordinator.history import take_back
+from coordinator.rundir import RunDirectory
+from coordinator.service import Service, restore
+from coordinator.status import read_status, stored_status
+from transport.catchup import Download
+from transport.messages import (
+    HISTORY_BYTES,
+    MAX_COORDINATOR_FRAME_BYTES,
+    PROTOCOL_VERSION,
+    Fetch,
+    Follow,
+    Hello,
+    History,
+    Piece,
+    Progress,
+    Refuse,
+    Report,
+    Resync,
+    Trace,
+    Welcome,
+    decode_from_coordinator,
+    encode,
+)
+from transport.session import Session, StartOver, Transmit
+from transport.sockets import Sent
+from zo.commit import Commit, decode_entry
+from zo.replica import Replica
+from zo.snapshot import decode_snapshot
+from zo.weights import zeros
+
+SIZE = 64
+DIRECTIONS = 400
+
+
+class Wire:
+    """The coordinator's end of the wire: takes everything, and remembers it."""
+
+    def __init__(self):
+        self.sent = []
+
+    def send(self, session, frame):
+        self.sent.append((session, decode_from_coordinator(frame)))
+        return Sent.OK
+
+
+class Served:
+    """A run directory that is served, stopped and served again."""
+
+    def __init__(self, path, manifest):
+        self.directory = RunDirectory(path)
+        self.manifest = manifest
+        self.directory.create(manifest, ServiceConfig(), Replica(manifest, zeros(SIZE)))
+        self.ledger = None
+        self.start()
+
+    def start(self):
+        """As after a SIGKILL: nothing is saved that was not."""
+        if self.ledger is not None:
+            self.ledger.close()
+        self.ledger = self.directory.ledger(self.manifest)
+        replica, scale, self.origin = restore(
+            self.directory, self.manifest, self.ledger, lambda done, total: None
+        )
+        self.wire = Wire()
+        config = self.directory.config()
+        self.service = Service(self.directory, self.manifest, config, self.ledger, replica, scale, self.wire)
+        self.service._save_snapshot_if_due()
+
+    def say(self, node, message):
+        """What a node is sent in answer."""
+        before = len(self.wire.sent)
+        frame = message if isinstance(message, bytes) else encode(message)
+        self.service._handle(b"session %d" % node, node.to_bytes(32, "big"), frame)
+        return [message for session, message in self.wire.sent[before:] if session == b"session %d" % node]
+
+    def hello(self, node, round=0, **change):
+        base, tokenizer = (
+            bytes.fromhex(each) for each in (self.manifest.base.digest, self.manifest.base.tokenizer_digest)
+        )
+        head = self.ledger.head_after(round) if round <= self.ledger.num_commits() else bytes(16)
+        hello = Hello(PROTOCOL_VERSION, self.manifest.run_id, base, tokenizer, round, head, f"n{node}")
+        return self.say(node, msgspec.structs.replace(hello, **change))
+
+    def play(self, rounds, node=0):
+        rng = np.random.default_rng(self.service.conductor.round)
+        for _ in range(rounds):
+            codes = rng.integers(-60, 60, DIRECTIONS).astype(np.int8).tobytes()
+            self.say(node, Report(self.service.conductor.round % 256, codes))
+
+    def noted(self, kind):
+        return [event for event in self.ledger.events() if event.kind == kind]
+
+    def replay(self, round):
+        replica = Replica(self.manifest, zeros(SIZE))
+        for entry in self.ledger.entries(0, round):
+            replica.apply(entry, history=self.ledger.entries)
+        return replica
+
+
+@pytest.fixture
+def manifest(make_manifest):
+    return make_manifest(size=SIZE, directions=DIRECTIONS, rounds=1000)
+
+
+@pytest.fixture
+def served(tmp_path, manifest):
+    served = Served(tmp_path / "run", manifest)
+    served.hello(0)
+    yield served
+    served.ledger.close()
+
+
+# ---- offers -------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_snapshot_nothing_is_offered(served):
+    served.play(8)
+    (welcome, history) = served.hello(1)
+    assert welcome.offer is None
+    assert len(history.frames) == 8
+
+
+def test_what_fits_a_frame_or_two_is_not_worth_a_choice(served):
+    served.play(20)
+    served.service._save_snapshot_if_due()
+    assert served.service._snapshot.round == 20
+    assert served.ledger.cost_since(0)[0] <= HISTORY_BYTES
+    assert served.hello(1)[0].offer is None
+
+
+def test_who_lacks_more_is_offered_the_newest_snapshot_with_what_both_ways_cost(served):
+    served.play(160)
+    served.service._save_snapshot_if_due()
+    served.play(20)
+    (welcome,) = served.hello(1)
+    offer = welcome.offer
+    frames = list(served.ledger.frames())
+    assert offer.round == 160
+    assert offer.can_replay
+    assert (offer.replay_bytes, offer.replay_codes) == (sum(map(len, frames)), 180 * DIRECTIONS)
+    assert (offer.tail_bytes, offer.tail_codes) == (sum(map(len, frames[160:])), 20 * DIRECTIONS)
+    # whoever is past the snapshot, or lacks little, just gets the rest
+    assert served.hello(2, round=165)[0].offer is None
+    assert served.hello(2, round=159)[0].offer is None
+
+
+def test_past_a_rollback_only_a_snapshot_is_offered(served):
+    served.play(10)
+    take_back(served.directory, served.manifest, served.ledger, 6, [])
+    served.start()
+    assert served.service._snapshot.round == 11
+    (welcome,) = served.hello(0, round=10)
+    assert not welcome.offer.can_replay
+    assert welcome.offer.round == 11
+    (welcome, *rest) = served.hello(1, round=11)
+    assert welcome.offer is None
+    assert rest == []
+
+
+def test_a_rollback_without_its_snapshot_gets_one_at_the_next_start(served):
+    served.play(10)
+    take_back(served.directory, served.manifest, served.ledger, 6, [])
+    for path in served.directory.snapshots.directory.iterdir():
+        path.unlink()
+    served.start()
+    assert served.hello(0, round=10)[0].offer.round == 11
+
+
+def test_a_node_can_fetch_what_it_is_offered(served):
+    served.play(200)
+    served.service._save_snapshot_if_due()
+    served.play(3)
+    (welcome,) = served.hello(1)
+    download = Download(welcome.offer.content)
+    offsets = list(download.wanted())
+    for offset in offsets:
+        (piece,) = served.say(1, Fetch(download.content, offset))
+        download.add(piece.offset, piece.num_bytes, piece.data)
+        offsets += download.wanted()
+    assert download.is_intact
+    replica = decode_snapshot(bytes(download.data), served.manifest)
+    (history,) = served.say(1, Follow(replica.round, replica.head))
+    for frame in history.frames:
+        replica.apply(decode_entry(frame))
+    assert replica.digest() == served.service.conductor.replica.digest()
+
+
+def test_a_snapshot_that_was_damaged_is_replaced_when_it_is_asked_for(served):
+    served.play(200)
+    served.service._save_snapshot_if_due()
+    (welcome,) = served.hello(1)
+    content = welcome.offer.content
+    (path,) = served.directory.snapshots.directory.glob(f"*{content.hex()}.zo")
+    path.write_bytes(path.read_bytes()[:100])
+    served.play(2)
+    assert served.say(1, Fetch(content, 0)) == [Piece(content, 0, 0, b"")]
+    (welcome,) = served.hello(1)
+    assert welcome.offer.content != content
+    assert welcome.offer.round == 202
+    (piece,) = served.say(1, Fetch(welcome.offer.content, 0))
+    assert piece.num_bytes == welcome.offer.num_bytes
+
+
+def test_asking_for_nonsense_makes_no_snapshots(served):
+    served.play(200)
+    served.service._save_snapshot_if_due()
+    served.play(2)
+    before = served.directory.snapshots.stored()
+    content = served.service._snapshot.content
+    assert served.say(0, Fetch(content, 2**40))[0].data == b""
+    assert served.say(0, Fetch(bytes(16), 0)) == [Piece(bytes(16), 0, 0, b"")]
+    assert served.directory.snapshots.stored() == before
+
+
+def test_snapshots_come_as_the_ledger_grows_and_a_start_uses_them(served):
+    for _ in range(10):
+        served.play(20)
+        served.service._save_snapshot_if_due()
+    stored = served.directory.snapshots.stored()
+    assert 3 <= len(stored) <= 12
+    served.start()
+    assert served.origin == f"snapshot of round {stored[-1].round}"
+    assert served.service.conductor.replica.digest() == served.replay(200).digest()
+
+
+# ---- parity -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("flipped_at", "bit"), [(3, 0), (9, 31), (13, 17)])
+def test_the_first_wrong_round_is_found(served, flipped_at, bit):
+    """A bit flips in a session's memory; the note names the round, from the node's digests and a replay."""
+    manifest = served.manifest
+    session = Session(
+        manifest.run_id,
+        bytes.fromhex(manifest.base.digest),
+        bytes.fromhex(manifest.base.tokenizer_digest),
+        "n1",
+        None,
+    )
+    served.play(1)
+    to_send = [effect.message for effect in session.on_link_up()]
+    seen = 0
+    while not served.noted("first-difference"):
+        assert served.service.conductor.round < 30
+        for message in to_send:
+            served.say(1, message)
+        served.play(1)
+        received = [message for to, message in served.wire.sent[seen:] if to == b"session 1"]
+        seen = len(served.wire.sent)
+        to_send = []
+        for message in received:
+            for effect in session.on_message(message, 0.0):
+                if isinstance(effect, Transmit):
+                    to_send.append(effect.message)
+                if isinstance(effect, StartOver):
+                    to_send += [e.message for e in session.opened(Replica(manifest, zeros(SIZE)), 0.0)]
+            if session.replica is None:
+                session.opened(Replica(manifest, zeros(SIZE)), 0.0)
+            elif session.replica.round == flipped_at:
+                session.replica.weights.view(np.uint32)[11] ^= np.uint32(1 << bit)
+                flipped_at_round, flipped_at = flipped_at, -1
+    (event,) = served.noted("first-difference")
+    # the digest of that round was taken before the bit flipped
+    assert (
+        f"first different after {flipped_at_round + 1} commits (equal until {flipped_at_round})" in event.text
+    )
+    assert event.node == 1
+    (diverged,) = served.noted("diverged")
+    assert "told to start over" in diverged.text
+
+
+def test_digests_between_are_those_of_a_replay_and_none_where_there_are_none(served):
+    served.play(20)
+    expected = [served.replay(round).digest() for round in range(5, 13)]
+    assert served.service._digests_between(5, 12) == expected
+    assert served.service._digests_between(20, 20) == [served.replay(20).digest()]
+    assert served.service._digests_between(0, 0) == [served.replay(0).digest()]
+    for first, last in ((5, 21), (6, 5), (-1, 3)):
+        assert served.service._digests_between(first, last) == []
+
+
+def test_a_trace_over_a_rollback(served):
+    served.play(8)
+    take_back(served.directory, served.manifest, served.ledger, 6, [])
+    served.start()
+    served.hello(0, round=9)
+    served.play(3)
+    expected = [served.replay(round).digest() for round in range(7, 12)]
+    assert served.service._digests_between(7, 11) == expected
+
+
+def test_a_second_divergence_counts_over_a_restart(served):
+    served.play(8)
+    right = served.ledger.digest_at(8)
+    assert served.say(0, Progress(8, bytes(16), None)) == [Resync(8, right)]
+    served.hello(0)
+    served.start()
+    assert served.service.status.members[0].divergences == 1
+    served.hello(0)
+    served.say(0, Progress(4, bytes(16), None))
+    assert served.service.conductor.members[0].is_quarantined
+    served.start()
+    (refusal,) = served.hello(0)
+    assert isinstance(refusal, Refuse)
+    assert refusal.cause == "quarantined"
+    # released, it has a clean slate
+    served.ledger.set_quarantined(0, False)
+    served.ledger.note(8, "released", 0, "node 0 may join again")
+    served.start()
+    assert isinstance(served.hello(0)[0], Welcome)
+    served.say(0, Progress(4, bytes(16), None))
+    assert not served.service.conductor.members[0].is_quarantined
+
+
+def test_a_restart_between_a_fault_and_its_mending_makes_no_second_fault(served):
+    served.play(8)
+    served.say(0, Progress(8, bytes(16), None))
+    served.start()  # before the node has heard of it
+    served.hello(0, round=8)
+    served.say(0, Progress(8, bytes(16), None))
+    assert not served.service.conductor.members[0].is_quarantined
+    assert len(served.noted("diverged")) == 1
+
+
+# ---- what a peer can make it write ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["malformed", "misfit", "refused"])
+def test_a_peer_cannot_fill_the_ledger_with_events(served, kind):
+    for _ in range(100):
+        if kind == "malformed":
+            served.say(0, b"\x00")
+        elif kind == "misfit":
+            served.say(0, Report(0, b"\x01"))
+        else:
+            served.hello(1, protocol=9)
+    found = served.noted(kind)
+    assert len(found) == 16
+    assert found[-1].text.endswith("(further ones are not noted until the next start)")
+    assert not any("further ones" in event.text for event in found[:-1])
+    served.start()
+    served.say(0, b"\x00") if kind == "malformed" else served.hello(1, protocol=9)
+    assert len(served.noted(kind)) == (17 if kind != "misfit" else 16)
+
+
+def test_coming_and_going_is_noted_often_but_not_without_bound(served, monkeypatch):
+    monkeypatch.setattr("coordinator.service._NOTED_OF_A_NODE", {"joined": 5, "lost": 5})
+    for _ in range(10):
+        served.hello(1)
+        served.service._carry_out(served.service.conductor.on_unsent(b"session 1", 0.0))
+    assert len(served.noted("joined")) == 1 + 5  # node 0 once, node 1 as often as is allowed
+    assert len(served.noted("lost")) == 5
+    served.hello(2)
+    assert len(served.noted("joined")) == 7  # what one node does is no loss for another
+
+
+def test_malformed_frames_are_counted_beyond_what_is_noted(served):
+    for _ in range(100):
+        served.say(0, b"\x00")
+    served.service._save_status()
+    assert served.service.status.malformed_frames == 100
+
+
+# ---- the status -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stored", [b"{}", b'{"run": "x", "members": []}', b"[]", b"\xff", b'{"round": "many"}']
+)
+def test_a_status_of_another_version_is_ignored(served, stored):
+    served.play(3)
+    served.ledger.set_status(stored)
+    assert stored_status(served.ledger) is None
+    assert read_status(served.manifest, served.ledger).round == 3
+    served.start()
+    assert served.service.status.round == 3
+    assert [member.name for member in served.service.status.members] == ["n0"]
+
+
+def test_byte_counts_go_on_over_a_restart(served):
+    served.play(3)
+    served.service._save_status()
+    before = served.service.status.members[0].payload_bytes_up
+    assert before > 3 * DIRECTIONS
+    served.start()
+    assert served.service.status.members[0].payload_bytes_up == before
+
+
+# ---- the largest commit ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("directions", [1, 16, 1000, 4096])
+def test_the_largest_commit_that_is_allowed_fits_a_frame(make_manifest, directions):
+    manifest = make_manifest(directions=directions, rounds=10, staleness=1)
+    most = 4096
+    while True:
+        try:
+            check_capacity(ServiceConfig(capacity=most), manifest)
+            break
+        except ConfigError as error:
+            most = int(str(error).rsplit(" ", 1)[1])
+    nodes = tuple(range(2**32 - 257 - most, 2**32 - 257))
+    commit = Commit(2**40, (2**31 - 1,), (-64,), nodes, bytes(most * directions), bytes(16), nodes)
+    frame = encode(History((commit.encode(),)))
+    assert len(frame) <= MAX_COORDINATOR_FRAME_BYTES
+    assert most == 4096 or len(frame) > 0.99 * MAX_COORDINATOR_FRAME_BYTES
+    decode_from_coordinator(frame)
+
+
+def test_a_trace_has_room_in_a_nodes_frame():
+    assert len(encode(Trace(2**40, (bytes(16),) * 128))) < 8 * 1024
