@@ -154,6 +154,8 @@ class _World:
         self.round_times: list[float] = []
         self.mass_lost_in: int | None = None
         self.mass_deadline: float | None = None
+        self._wake_at: float | None = None
+        """When the conductor's deadline is due."""
         self.conductor = self._start_conductor()
 
     # ---- time -------------------------------------------------------------------------------------------------------
@@ -165,17 +167,15 @@ class _World:
     def run(self) -> None:
         """Until the run is over, or nothing can happen any more."""
         limit = self.scenario.rounds * 100 * (self.scenario.probe_s + 2 * self.scenario.latency_s) + 3600
-        while self._events and not self.conductor.is_over:
-            self.now, _, action = heapq.heappop(self._events)
+        while not self.conductor.is_over and (self._events or self._wake_at is not None):
+            if self._wake_at is None or (self._events and self._events[0][0] <= self._wake_at):
+                self.now, _, action = heapq.heappop(self._events)
+                action()
+            else:
+                self.now = max(self.now, self._wake_at)
+                self.carry_out(self.conductor.on_tick(self.now))
             if self.now > limit:
                 self.fail(f"round {self.conductor.round} did not close within {limit:.0f} virtual seconds")
-            action()
-            self._wake()
-
-    def _wake(self) -> None:
-        wake_at = self.conductor.wake_at()
-        if wake_at is not None and self.now >= wake_at:
-            self.carry_out(self.conductor.on_tick(self.now))
 
     def fail(self, what: str) -> None:
         raise SimulationError(
@@ -219,6 +219,7 @@ class _World:
         self.generation += 1
         self.node_by_session.clear()
         self.conductor = self._start_conductor()
+        self._wake_at = None
         for node in self.nodes:
             if node.is_up and node.session is not None:
                 node.connection += 1
@@ -230,6 +231,7 @@ class _World:
             self._do(effect)
         for effect in self.conductor.settle():
             self._do(effect)
+        self._wake_at = self.conductor.wake_at()
 
     def _do(self, effect: Effect) -> None:
         match effect:
