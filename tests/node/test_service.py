@@ -1,111 +1,110 @@
-"""The node's loop over a socket that plays a part: what ends a node, with which exit code and words."""
+"""The node's service: what the session's effects do to the state on disk. Nobody is at the other end of the wire."""
 
+import numpy as np
 import pytest
 
-from node import service
-from node.service import NodeError, NodeService
+from node.service import NodeService
 from node.state import StateDirectory
-from transport.exits import Exit
 from transport.keys import new_key_pair
-from transport.messages import PROTOCOL_VERSION, Refuse, decode_from_node, encode
-from transport.sockets import Link
+from transport.session import Jumped, Keep, Open, StartOver
 from transport.ticket import Ticket
+from zo.replica import Replica
+from zo.weights import zeros
 
 
-class Socket:
-    """Stands for `NodeSocket`: gives what a test wrote down, step by step, and then nothing more."""
+class Still:
+    """A trainer that never measures anything."""
 
-    script = ()
-    sent = None
+    def __init__(self, size):
+        self.size = size
 
-    def __init__(self, ticket, keys):
-        self.steps = iter(self.script)
-        self.is_closed = False
-
-    def poll(self, timeout_s):
-        return next(self.steps, ([], []))
-
-    def send(self, frame):
-        self.sent.append(decode_from_node(frame))
-        return True
-
-    def socket_count(self):
-        return None
-
-    def close(self):
-        pass
+    def initial_weights(self):
+        return zeros(self.size)
 
 
 @pytest.fixture
-def node(monkeypatch, tmp_path):
-    """Runs a node whose socket plays these steps; what it raised."""
-    monkeypatch.setattr(service, "NodeSocket", Socket)
-    monkeypatch.setattr(Socket, "sent", [])
-
-    def run(*steps, connect_timeout_s=5.0):
-        monkeypatch.setattr(Socket, "script", list(steps))
-        state = StateDirectory(tmp_path)
-        records = []
-        with state.lock():
-            started = NodeService(
-                Ticket("127.0.0.1", 9, bytes(range(16)), new_key_pair().public),
-                state,
-                "b0" * 16,
-                "70" * 16,
-                lambda manifest: pytest.fail("nothing was to be loaded"),
-                name="ada",
-                connect_timeout_s=connect_timeout_s,
-                evaluate_every=0,
-                show=lambda view: None,
-                log=records.append,
-            )
-            with pytest.raises(NodeError) as raised:
-                started.run()
-        assert "ended" in records[-1], "the last record counts the bytes, however it ended"
-        return raised.value
-
-    return run
+def manifest(make_manifest):
+    return make_manifest()
 
 
-def test_it_says_hello_and_ends_with_the_reason_of_a_refusal(node):
-    error = node(([Link.UP], []), ([], [encode(Refuse("full", "the run has 4 nodes"))]))
-    assert (error.code, str(error)) == (Exit.REFUSED, "the run has 4 nodes")
-    hello = Socket.sent[0]
-    assert (hello.protocol, hello.run_id, hello.name) == (PROTOCOL_VERSION, bytes(range(16)), "ada")
-    assert (hello.base.hex(), hello.tokenizer.hex(), hello.round) == ("b0" * 16, "70" * 16, 0)
+@pytest.fixture
+def state(tmp_path):
+    state = StateDirectory(tmp_path / "state")
+    with state.lock():
+        yield state
 
 
-@pytest.mark.parametrize("cause", ["base", "tokenizer"])
-def test_a_base_that_is_not_the_runs_has_its_own_exit_code(node, cause):
-    assert node(([Link.UP], []), ([], [encode(Refuse(cause, "another"))])).code is Exit.BASE
+@pytest.fixture
+def service(state, manifest):
+    ticket = Ticket("127.0.0.1", 1, manifest.run_id, new_key_pair().public)
+    service = NodeService(
+        ticket,
+        state,
+        manifest.base.digest,
+        manifest.base.tokenizer_digest,
+        lambda manifest: Still(manifest.adapter.size),
+        name="n",
+        connect_timeout_s=1.0,
+        evaluate_every=0,
+        show=lambda view: None,
+        log=lambda record: None,
+    )
+    yield service
+    service._socket.close()
 
 
-def test_a_coordinator_that_talks_nonsense(node):
-    error = node(([Link.UP], []), ([], [b"\xc1"]))
-    assert error.code is Exit.REFUSED
-    assert "the coordinator sent what this version does not understand" in str(error)
+def wrong(manifest):
+    return Replica(manifest, np.ones(500, np.int32), 7, bytes(16))
 
 
-def test_one_wrong_key_may_be_a_coordinator_that_goes_down_three_are_not(node):
-    error = node(*[([Link.WRONG_KEY], [])] * 3)
-    assert error.code is Exit.WRONG_KEY
-    assert "what answers at 127.0.0.1:9 does not have the ticket's key" in str(error)
-    error = node(*[([Link.WRONG_KEY], [])] * 2, ([Link.UP], []), ([], [encode(Refuse("full", "full"))]))
-    assert error.code is Exit.REFUSED
+def test_weights_that_are_wrong_are_gone_from_disk_before_anything_else(
+    service, state, manifest, monkeypatch
+):
+    """A kill right after the word to start over must not bring them back."""
+    service._carry_out([Open(manifest)])
+    state.save(wrong(manifest), manifest)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    monkeypatch.setattr(service._session, "opened", kill)
+    with pytest.raises(Killed):
+        service._carry_out([StartOver("they differ")])
+    assert state.load(manifest.run_id) is None
+    assert not state.snapshot_path.exists()
 
 
-def test_a_key_that_is_not_admitted(node):
-    error = node(*[([Link.REFUSED], [])] * 3)
-    assert (error.code, str(error)) == (Exit.REFUSED, "the coordinator does not admit this node's key")
+def test_after_starting_over_the_weights_are_those_of_round_0(service, state, manifest):
+    service._carry_out([Open(manifest)])
+    service._session.replica = wrong(manifest)
+    service._carry_out([StartOver("they differ")])
+    assert service._session.replica.round == 0
+    assert not service._session.replica.weights.any()
+    assert service.view.notice == "starting over: they differ"
+    service._save()
+    assert state.load(manifest.run_id)[1].round == 0
 
 
-def test_after_a_first_contact_it_never_gives_up(node):
-    lost = [([Link.DOWN], []), *[([Link.WRONG_KEY], [])] * 10]
-    end = ([Link.UP], []), ([], [encode(Refuse("full", "full"))])
-    assert str(node(([Link.UP], []), *lost, *end)) == "full"
+def test_pieces_are_kept_until_the_snapshot_is_taken(service, state, manifest):
+    service._carry_out([Open(manifest), Keep(bytes(16), b"abc")])
+    assert bytes(state.load_download().data) == b"abc"
+    service._session.replica = wrong(manifest)
+    service._carry_out([Jumped(7)])
+    assert state.load_download() is None
+    assert state.load(manifest.run_id)[1].round == 7
 
 
-def test_nobody_answers(node):
-    error = node(connect_timeout_s=0.0)
-    assert error.code is Exit.UNREACHABLE
-    assert "nobody answers at 127.0.0.1:9" in str(error)
+def test_a_snapshot_that_could_not_be_used_leaves_the_weights_alone(service, state, manifest):
+    service._carry_out([Open(manifest), Keep(bytes(16), b"abc")])
+    before = state.load(manifest.run_id)
+    service._carry_out([Jumped(0)])
+    assert state.load_download() is None
+    assert state.load(manifest.run_id) == before
+
+
+def test_an_opened_run_has_measured_its_kernel(service, manifest):
+    service._carry_out([Open(manifest)])
+    assert 0 < service._session.work_per_s < 1e14

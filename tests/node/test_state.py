@@ -143,3 +143,55 @@ def test_the_result_of_a_node(state, manifest, replica):
     (state.path / "snapshot.zo").write_bytes(b"x")
     with pytest.raises(StateError, match="not a snapshot"):
         load_result(state.path)
+
+
+def test_weights_that_are_wrong_can_be_dropped(state, manifest, replica):
+    state.save_manifest(manifest)
+    state.save(replica, manifest)
+    key = state.keys()
+    state.drop_weights()
+    assert state.load(manifest.run_id) is None
+    assert state.keys() == key
+    state.drop_weights()  # there may be none
+
+
+# ---- a snapshot on its way ------------------------------------------------------------------------------------------
+
+CONTENT, OTHER = bytes(range(16)), bytes(16)
+
+
+def test_pieces_are_there_again_after_a_stop(state):
+    assert state.load_download() is None
+    state.keep_piece(CONTENT, b"abc")
+    state.keep_piece(CONTENT, b"def")
+    download = state.load_download()
+    assert (download.content, bytes(download.data)) == (CONTENT, b"abcdef")
+    assert download.wanted() == [6]
+
+
+def test_pieces_of_another_snapshot_take_the_place_of_the_first(state):
+    state.keep_piece(CONTENT, b"abc")
+    state.keep_piece(OTHER, b"xyz")
+    assert len(list(state.path.glob("*.part"))) == 1
+    assert bytes(state.load_download().data) == b"xyz"
+
+
+def test_a_download_that_is_done_leaves_nothing(state):
+    state.keep_piece(CONTENT, b"abc")
+    state.drop_download()
+    assert state.load_download() is None
+    assert list(state.path.glob("*.part")) == []
+
+
+def test_a_part_with_a_name_of_its_own_is_passed_over(state):
+    (state.path / "notes.part").write_bytes(b"")
+    assert state.load_download() is None
+
+
+def test_a_piece_that_cannot_be_kept_is_an_error(state, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(state.path), "open", full)
+    with pytest.raises(StateError, match=r"cannot write .*\.part: No space left"):
+        state.keep_piece(CONTENT, b"abc")
