@@ -3,7 +3,6 @@
 import contextlib
 import json as json_format
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -116,9 +115,8 @@ def join(
     ],
     model: ModelOption = None,
     name: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Name of this node, for people.", show_default="the host's name"),
-    ] = None,
+        str, typer.Option(metavar="NAME", help="Name of this node; the coordinator sees it.")
+    ] = "node",
     state: Annotated[
         Path | None,
         typer.Option(
@@ -151,7 +149,7 @@ def join(
         parsed = parse_ticket(ticket)
         for file in [*data, *(eval_data or [])]:
             _check_file(file.expanduser())
-        name = (name or socket.gethostname())[:64]
+        name = name[:64]
         directory = StateDirectory((state or default_state(parsed.run_id, name)).expanduser())
         path = model or str(embedded.path())
         with directory.lock(), _log(directory.log_path) as log, _live_line() as show:

@@ -16,12 +16,12 @@ import msgspec
 ETHERNET_SEGMENT_BYTES: Final = 66
 """Ethernet 14 + IPv4 20 + TCP 20 + timestamps 12; without preamble, frame check and gap."""
 # CURVE: "\x07MESSAGE" 8, nonce 8, Poly1305 tag 16, flags 1.
-_CURVE_BOX_BYTES: Final = 33
+CURVE_BOX_BYTES: Final = 33
 
 
 def zmtp_bytes(payload_bytes: int, curve: bool = True) -> int:
     """Bytes that a one-frame message of `payload_bytes` occupies on the TCP connection."""
-    body = payload_bytes + (_CURVE_BOX_BYTES if curve else 0)
+    body = payload_bytes + (CURVE_BOX_BYTES if curve else 0)
     return body + (2 if body <= 255 else 9)
 
 

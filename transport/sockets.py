@@ -17,7 +17,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from transport.keys import KeyPair
 from transport.messages import MAX_COORDINATOR_FRAME_BYTES, MAX_NODE_FRAME_BYTES
-from transport.meter import NOTHING_COUNTED, SocketCount, read_socket_count
+from transport.meter import CURVE_BOX_BYTES, NOTHING_COUNTED, SocketCount, read_socket_count
 from transport.ticket import Ticket
 
 HEARTBEAT_INTERVAL_MS: Final = 30_000
@@ -102,7 +102,7 @@ class CoordinatorSocket:
         router.set(zmq.ROUTER_MANDATORY, 1)  # a frame for a gone or stalled peer is an error, not silence
         router.set(zmq.SNDHWM, _QUEUE_FRAMES)
         router.set(zmq.RCVHWM, _QUEUE_FRAMES)
-        router.set(zmq.MAXMSGSIZE, MAX_NODE_FRAME_BYTES)
+        router.set(zmq.MAXMSGSIZE, MAX_NODE_FRAME_BYTES + CURVE_BOX_BYTES)  # libzmq counts the box
         router.set(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
         router.set(zmq.BACKLOG, 1024)
         router.set(zmq.IPV6, 1)
@@ -178,7 +178,7 @@ class NodeSocket:
         dealer.set(zmq.IMMEDIATE, 1)  # no queue while disconnected: what was not sent is decided anew
         dealer.set(zmq.SNDHWM, _QUEUE_FRAMES)
         dealer.set(zmq.RCVHWM, _QUEUE_FRAMES)
-        dealer.set(zmq.MAXMSGSIZE, MAX_COORDINATOR_FRAME_BYTES)
+        dealer.set(zmq.MAXMSGSIZE, MAX_COORDINATOR_FRAME_BYTES + CURVE_BOX_BYTES)
         dealer.set(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
         # Only this side sends heartbeats; the time to live in them makes the coordinator notice a dead node as well.
         dealer.set(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)

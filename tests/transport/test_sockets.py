@@ -7,6 +7,7 @@ import pytest
 import zmq
 
 from transport.keys import new_key_pair
+from transport.messages import MAX_NODE_FRAME_BYTES
 from transport.meter import zmtp_bytes
 from transport.sockets import Arrival, CoordinatorSocket, Link, NodeSocket, Sent, SocketError
 from transport.ticket import Ticket
@@ -96,7 +97,10 @@ def test_sending_to_a_session_that_never_was_says_gone(coordinator):
 def test_a_frame_over_the_limit_costs_the_sender_its_connection(coordinator, keys):
     node = node_for(coordinator, keys)
     pump(coordinator, node, lambda links, *_: Link.UP in links)
-    node.send(bytes(9 * 1024))
+    node.send(bytes(MAX_NODE_FRAME_BYTES))
+    _, _, arrivals = pump(coordinator, node, lambda _l, _f, arrivals: arrivals)
+    assert [len(a.frame) for a in arrivals] == [MAX_NODE_FRAME_BYTES]
+    node.send(bytes(MAX_NODE_FRAME_BYTES + 1))
     _, _, arrivals = pump(coordinator, node, lambda links, *_: Link.DOWN in links)
     assert arrivals == []
     node.close()
