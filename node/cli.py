@@ -295,7 +295,7 @@ def demo(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="Directory for everything it makes.")
     ] = Path("demo-out"),
-    rounds: Annotated[int, typer.Option(metavar="N", min=12, help="Rounds to train.")] = 300,
+    rounds: Annotated[int, typer.Option(metavar="N", min=12, help="Rounds to train.")] = 160,
     directions: Annotated[
         int, typer.Option(metavar="N", min=1, help="Directions a node measures in a round.")
     ] = 2,

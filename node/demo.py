@@ -36,16 +36,7 @@ NUM_NODES: Final = 4
 NAMES: Final = ("ada", "ben", "cho", "dia", "eve")
 KILLED, LATE = NAMES[1], NAMES[4]
 _BATCH_SIZE: Final = 4
-# A minute has a few thousand directions. Where they point at fewer parameters, and at those with the most gradient for
-# their curvature, more of each is signal: these modules' mean gradient² / trace of the Hessian is twice that of all.
-_TARGETS: Final = (
-    "v_proj",
-    "layers.0.self_attn.o_proj",
-    "layers.0.mlp.gate_proj",
-    "layers.0.mlp.up_proj",
-    "layers.0.mlp.down_proj",
-)
-_TRAIN: Final = "B"
+_TRAIN: Final = "AB"
 _STEP: Final = 0.02
 _STARTUP_S: Final = 60.0
 _STALL_S: Final = 60.0
@@ -146,7 +137,6 @@ def _start_coordinator(swarm: _Swarm, rounds: int, directions: int) -> str:
     run = swarm.directory / "run"
     arguments = ["coordinator.cli", "init", str(run), "--model", str(embedded.path()), "--name", "demo"]
     arguments += ["--rounds", str(rounds), "--directions", str(directions), "--batch-size", str(_BATCH_SIZE)]
-    arguments += [part for target in _TARGETS for part in ("--target", target)]
     arguments += ["--train", _TRAIN, "--step", str(_STEP)]
     arguments += ["--quorum", str(NUM_NODES - 1), "--host", "127.0.0.1"]
     made = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False)

@@ -61,6 +61,7 @@ From scratch, on a CPU, with
 |---|---|
 | text | docstrings of modules, classes and functions in the library of Python {platform.python_version()} |
 | its size | {len(self.texts):,} docstrings, {characters:,} characters; one file in twenty validates |
+| read as | running text: every run of white space is one space (the tokenizer knows the text as it is) |
 | its digest (`node.corpus.digest`) | `{corpus.digest(self.texts)}` |
 | left out | tests, `lib2to3`, installed packages; `pydoc_data` and `pdb`, whose text the topics have |
 | training | {self.training} |
@@ -80,8 +81,9 @@ Cross-entropy per token in nats, in windows of {self.window} tokens. Guessing ev
 | `pydoc_data.topics`, never seen: what the demo fine-tunes on | {self.losses.topics:.3f} |
 
 It is good for a demo and for tests: it loads at once, needs no download, and has room to improve on the
-topics. It writes text that looks like a docstring and means nothing. It is no assistant, and says nothing
-about larger models.
+topics. Most of that room is on purpose: it has never seen the lines and the indentation of a page, and
+fine-tuning on the topics, which have both, teaches it these first. It writes text that looks like a docstring
+and means nothing. It is no assistant, and says nothing about larger models.
 
 ## Licence
 The weights and the tokenizer are ours, under Apache-2.0. They were trained on the documentation strings in

@@ -33,7 +33,7 @@ EVALUATION_WINDOW = 128
 class Settings:
     """What decides the weights, beside the text and the machine's arithmetic."""
 
-    steps: int = 5000
+    steps: int = 2500
     """Updates of the weights."""
     batch_size: int = 8
     """Windows of one update."""
@@ -78,6 +78,15 @@ def split_docstrings(docstrings: Sequence[corpus.Docstring]) -> tuple[list[str],
         picked = hashlib.blake2b(module.encode(), digest_size=1).digest()[0] % 20 == 0
         texts[picked].append(text)
     return texts
+
+
+def as_running_text(text: str) -> str:
+    """The text with every run of white space as one space.
+
+    The model reads no other, so the layout of a page, its lines and indentation, is left to learn: few
+    directions have most of it, which suits a demo that measures a few thousand.
+    """
+    return " ".join(text.split())
 
 
 def new_model(seed: int) -> Any:
@@ -216,7 +225,7 @@ def pretrain(out: Path, settings: Settings, command: str, console: Console) -> L
     docstrings = corpus.stdlib_docstrings()
     training, validation = split_docstrings(docstrings)
     tokenizer = train_tokenizer(training)
-    tokens = stream(tokenizer, training)
+    tokens = stream(tokenizer, list(map(as_running_text, training)))
     model = new_model(settings.seed)
     size = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"{len(docstrings):,} docstrings, {len(tokens):,} tokens to train on; {size:,} parameters")
@@ -234,7 +243,7 @@ def pretrain(out: Path, settings: Settings, command: str, console: Console) -> L
     topics = list(corpus.distinct_topics(corpus.pydoc_topics()).values())
     losses = Losses(
         training=final,
-        validation=evaluate(model, stream(tokenizer, validation)),
+        validation=evaluate(model, stream(tokenizer, list(map(as_running_text, validation)))),
         topics=evaluate(model, stream(tokenizer, topics)),
     )
     model.save_pretrained(out)
@@ -274,7 +283,7 @@ def run(
 ) -> None:
     """Make the embedded base model again.
 
-    Example: python -m node.pretrain --out node/embedded --steps 5000
+    Example: python -m node.pretrain --out node/embedded --steps 2500
     """
     torch.set_num_threads(threads)
     try:

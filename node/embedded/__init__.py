@@ -5,7 +5,7 @@
 
 from pathlib import Path
 
-DIGEST = "e2ef9373dd0f71174ed81287399dd434"
+DIGEST = "02772075bfaee22afbcfa6297541f080"
 """Hex BLAKE2b-128 of config.json and model.safetensors (``zo.layout.base_digest``)."""
 
 

@@ -62,10 +62,15 @@ def test_any_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
     assert max(tokens) < len(tokenizer) == vocabulary.VOCABULARY
 
 
-def test_the_topics_are_half_known_to_it(model: Any, tokenizer: Any) -> None:
+def test_the_words_of_the_topics_are_half_known_to_it_and_their_layout_is_not(
+    model: Any, tokenizer: Any
+) -> None:
     _, held_out = corpus.split_topics(corpus.pydoc_topics(), 4, 0.15)
-    loss = pretrain.evaluate(model, vocabulary.stream(tokenizer, list(held_out.values())))
-    assert 1.5 < loss < 0.6 * math.log(vocabulary.VOCABULARY)
+    texts = list(held_out.values())
+    words = [pretrain.as_running_text(text) for text in texts]
+    loss_of_words = pretrain.evaluate(model, vocabulary.stream(tokenizer, words))
+    assert 1.5 < loss_of_words < 0.6 * math.log(vocabulary.VOCABULARY)
+    assert pretrain.evaluate(model, vocabulary.stream(tokenizer, texts)) > loss_of_words + 0.5
 
 
 def test_it_goes_on_with_a_sentence_in_words(model: Any, tokenizer: Any) -> None:
