@@ -52,6 +52,8 @@ from zo.replica import Replica
 from zo.steps import Scale, step_rule
 
 _REMEMBERED_ROUNDS: Final = 256
+_SILENCE_EVERY_S: Final = 10.0
+"""How often to look who has not been heard of."""
 _DIVERGENCES_ALLOWED: Final = 2
 """The second wrong digest of a node is no accident any more."""
 
@@ -123,6 +125,7 @@ class Conductor:
         self._next_node = max(self.members, default=-1) + 1
         self._opened_at: dict[int, float] = {}
         self._waiting: _Waiting | None = None
+        self._silence_at = now
         self._round = Round(replica.round, now)
         self._open_round(self._round)
         self._unsettled: tuple[Commit, bytes] | None = None
@@ -172,10 +175,14 @@ class Conductor:
     def on_message(self, session: bytes, key: bytes, message: FromNode, now: float) -> list[Effect]:
         """A message of a session whose handshake proved `key`."""
         if isinstance(message, Hello):
-            return [*self._hello(session, key, message), *self._pass_on(now)]
+            effects = list(self._hello(session, key, message))
+            if (greeted := self.session_member(session)) is not None:
+                greeted.heard_at = now
+            return [*effects, *self._pass_on(now)]
         member = self.session_member(session)
         if member is None or member.key != key:
             return [] if isinstance(message, Leave) else [send(session, Identify())]
+        member.heard_at = now
         self._note(member, Event.HEARD)
         match message:
             case Report():
@@ -194,7 +201,18 @@ class Conductor:
 
     def on_tick(self, now: float) -> list[Effect]:
         """Time has passed."""
-        return self._pass_on(now)
+        effects: list[Effect] = []
+        if now >= self._silence_at:
+            self._silence_at = now + _SILENCE_EVERY_S
+            for member in self.present:
+                event = member.silence(now)
+                if event is Event.LOST:
+                    effects += self._lose(
+                        member, event, f"was not heard of for {now - member.heard_at:.0f} s"
+                    )
+                elif event is not None:
+                    self._note(member, event)
+        return [*effects, *self._pass_on(now)]
 
     def on_unsent(self, session: bytes, now: float) -> list[Effect]:
         """A frame could not be queued: the session is gone, or its reader is stuck. It may say `Hello` again."""

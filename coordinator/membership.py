@@ -14,6 +14,10 @@ from transport.meter import Count
 FLOW_WINDOW: Final = 128
 """Commits a node may be sent beyond what it acknowledged. Nodes acknowledge at least every 64 rounds; and it must stay
 below 256, so that the round of a report modulo 256 names one round."""
+QUIET_AFTER_S: Final = 150.0
+"""Two and a half of the longest times between two messages of a node that waits for the others."""
+LOST_AFTER_S: Final = 900.0
+"""Long enough to load a large base from a slow disk. Who speaks again is asked who it is, and is here again."""
 
 
 class Presence(enum.Enum):
@@ -32,6 +36,7 @@ class Event(enum.Enum):
     REPORTED = "reported, in time or late"
     HEARD = "any message"
     MISSED = "let a deadline pass"
+    QUIET = "not heard of for long"
     LOST = "the connection is gone, or nobody reads at its other end"
     LEFT = "said that it goes"
 
@@ -43,6 +48,7 @@ TRANSITIONS: Final = {
     (Presence.JOINING, Event.LEFT): Presence.GONE,
     (Presence.LIVE, Event.HELLO): Presence.JOINING,
     (Presence.LIVE, Event.MISSED): Presence.SILENT,
+    (Presence.LIVE, Event.QUIET): Presence.SILENT,
     (Presence.LIVE, Event.LOST): Presence.GONE,
     (Presence.LIVE, Event.LEFT): Presence.GONE,
     (Presence.SILENT, Event.HELLO): Presence.JOINING,
@@ -72,6 +78,8 @@ class Member:
     """Commits it is known to have applied."""
     cursor: int = 0
     """Commits it has been sent: acknowledged ≤ cursor ≤ acknowledged + FLOW_WINDOW."""
+    heard_at: float = 0.0
+    """When its last message came, in seconds on the conductor's clock."""
     latency: Latency | None = None
     digest_round: int | None = None
     digest: bytes | None = None
@@ -96,6 +104,18 @@ class Member:
         self.presence = transition(self.presence, event)
         if self.presence is Presence.GONE:
             self.session = None
+
+    def silence(self, now: float) -> Event | None:
+        """What it means that nothing was heard since `heard_at`: `LOST`, `QUIET`, or nothing yet.
+
+        A machine that is cut off without a word has no other end. Who is slow is given twice, or eight times, as long
+        as it takes otherwise.
+        """
+        usual_s = 0.0 if self.latency is None else self.latency.timeout_s
+        quiet_s = now - self.heard_at
+        if quiet_s >= max(LOST_AFTER_S, 8 * usual_s):
+            return Event.LOST
+        return Event.QUIET if quiet_s >= max(QUIET_AFTER_S, 2 * usual_s) else None
 
     def room(self) -> int:
         """How many more commits it may be sent now."""

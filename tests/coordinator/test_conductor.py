@@ -323,6 +323,7 @@ def test_a_round_waits_for_its_quorum_however_long(start):
     assert run.conductor.wake_at() is None
     run.tick(1e6)
     assert len(run.frames) == 3
+    run.hello(2, 3)  # it was not heard of for days
     run.report(2, 3)
     assert len(run.frames) == 4
 
@@ -352,6 +353,36 @@ def test_a_round_closes_at_its_deadline_without_the_missing(start):
     # whose late report brings it back
     run.report(2, number)
     assert run.presence(2) is Presence.LIVE
+
+
+def test_who_vanished_without_a_word_is_silent_and_then_gone(start):
+    """Cut off from power, and not waited for since it was too slow: nobody would ever notice."""
+    run = start(2)
+    run.play([1], 1)
+    run.report(0, 0)
+    run.play([0, 1], 4)
+    run.conductor.members[1].latency = None
+    assert (run.presence(0), run.presence(1)) == (Presence.LIVE, Presence.LIVE)
+    vanished = run.coordinator.now
+    while run.coordinator.now < vanished + 140:
+        run.coordinator.now += 5.0
+        run.progress(0, 0, bytes(16))
+        run.tick()
+    assert run.presence(1) is Presence.LIVE
+    run.tick(vanished + 165)
+    assert (run.presence(0), run.presence(1)) == (Presence.LIVE, Presence.SILENT)
+    run.report(1, run.conductor.round)
+    assert run.presence(1) is Presence.LIVE
+    vanished = run.coordinator.now
+    while run.coordinator.now < vanished + 915:
+        run.coordinator.now += 5.0
+        run.progress(0, 0, bytes(16))
+        run.tick()
+    assert (run.presence(0), run.presence(1)) == (Presence.LIVE, Presence.GONE)
+    assert run.noted("lost") == ["node 1 (n1) was not heard of for 900 s"]
+    assert [type(m) for m in run.report(1, run.conductor.round)] == [Identify]
+    run.hello(1, run.conductor.round)
+    assert run.presence(1) is Presence.JOINING
 
 
 def test_nobody_waits_for_a_node_that_left(start):

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.membership import FLOW_WINDOW, TRANSITIONS, Event, Member, Presence, transition
+from coordinator.pace import Latency
 from transport.messages import REPORT_ROUND_MODULUS
 
 GONE, JOINING, LIVE, SILENT = Presence.GONE, Presence.JOINING, Presence.LIVE, Presence.SILENT
@@ -18,6 +19,7 @@ ARROWS = [
     (JOINING, Event.LEFT, GONE),
     (LIVE, Event.HELLO, JOINING),
     (LIVE, Event.MISSED, SILENT),
+    (LIVE, Event.QUIET, SILENT),
     (LIVE, Event.LOST, GONE),
     (LIVE, Event.LEFT, GONE),
     (SILENT, Event.HELLO, JOINING),
@@ -51,6 +53,23 @@ def test_everyone_can_leave_be_lost_and_come_back():
         for event in (Event.LEFT, Event.LOST):
             assert transition(presence, event) is GONE
         assert transition(presence, Event.HELLO) is JOINING
+
+
+@pytest.mark.parametrize(
+    ("latency", "quiet_s", "expected"),
+    [
+        (None, 149.9, None),
+        (None, 150.0, Event.QUIET),
+        (None, 900.0, Event.LOST),
+        (Latency(1.0, 0.1), 150.0, Event.QUIET),
+        (Latency(200.0, 0.0), 400.0, None),  # a slow machine is not taken for a dead one
+        (Latency(200.0, 0.0), 401.0, Event.QUIET),
+        (Latency(200.0, 0.0), 1601.0, Event.QUIET),
+        (Latency(200.0, 0.0), 1602.0, Event.LOST),
+    ],
+)
+def test_what_silence_means(latency, quiet_s, expected):
+    assert member(heard_at=1000.0, latency=latency).silence(1000.0 + quiet_s) is expected
 
 
 def test_the_flow_window():
