@@ -62,6 +62,7 @@ def main():
     assert "torch" not in sys.modules
     if arguments.heartbeat_ms:
         sockets.HEARTBEAT_INTERVAL_MS = sockets.HEARTBEAT_TIMEOUT_MS = arguments.heartbeat_ms
+        sockets._HANDSHAKE_MS = 5 * arguments.heartbeat_ms
     if arguments.clock_jumps:
         now, rng = time.time, random.Random(0)
         time.time = lambda: now() + rng.uniform(-1e6, 1e6)
