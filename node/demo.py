@@ -42,6 +42,7 @@ _STARTUP_S: Final = 60.0
 _STALL_S: Final = 60.0
 _LOAD_S: Final = 300.0
 _EVALUATIONS: Final = 12
+_ALONE: Final = 0.6
 _HELD_OUT: Final = 0.1
 
 
@@ -218,7 +219,8 @@ def _intervene(
     if LATE not in swarm.nodes and first_round_at is not None:
         # Start the newcomer so early that, having loaded its model, it joins at about half.
         rate = round / max(time.monotonic() - first_round_at, 1.0)
-        load_s = first_round_at - min(swarm.started_at.values())
+        # The first four loaded all at once, on whatever cores there are; the newcomer loads alone.
+        load_s = _ALONE * (first_round_at - min(swarm.started_at.values()))
         if round + rate * load_s >= rounds / 2:
             swarm.start_node(LATE, ticket, evaluates=False, evaluate_every=1)
     if swarm.joined_at is None:
