@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench clean help
+.PHONY: demo test lint bench soak clean help
 
 help:
 	@echo "make demo    four nodes fine-tune one model on this machine (about 2 minutes)"
 	@echo "make test    format, types, layer contracts and all tests"
 	@echo "make lint    the first three alone"
+	@echo "make soak    kills, stops and joins at random for 5 minutes; HOURS=8 for the long form"
 	@echo "make bench   the committed benchmarks, again, into docs/results"
 
 demo: $(READY)
@@ -17,6 +18,9 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest
+
+soak: $(READY)
+	$(BIN)/python -m benchmarks.soak $(if $(HOURS),--hours $(HOURS))
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -36,6 +36,8 @@ _START_S: Final = 60.0
 _SIGKILLED: Final = frozenset({-signal.SIGKILL})
 _LEFT: Final = frozenset({0, -signal.SIGTERM})
 """Before a process has a handler for it, SIGTERM ends it: then there is nothing that could be saved."""
+_CAPACITY: Final = 4096
+"""New nodes come all the time: enough of them for two days."""
 _UNEXPECTED_EVENTS: Final = ("diverged", "misfit", "malformed", "refused", "quarantined")
 _PR_SET_PDEATHSIG: Final = 1
 _T = TypeVar("_T")
@@ -141,6 +143,7 @@ class Swarm:
         made.may_end_with = frozenset({0})
         made.popen.wait(_START_S)
         made.check()
+        self._configure("capacity", _CAPACITY)
         self._directory = RunDirectory(self.run)
         self._manifest = self._directory.manifest()
 
@@ -283,11 +286,13 @@ class Swarm:
     def hold(self) -> None:
         """Let no further round close: serve with a quorum that nobody can meet. Raises SoakError."""
         self.stop_coordinator()
-        path = self.run / "coordinator.toml"
-        path.write_text(
-            re.sub(r"^quorum = \d+", "quorum = 4096", path.read_text("utf-8"), flags=re.MULTILINE)
-        )
+        self._configure("quorum", _CAPACITY)
         self.serve()
+
+    def _configure(self, name: str, value: int) -> None:
+        path = self.run / "coordinator.toml"
+        text = path.read_text("utf-8")
+        path.write_text(re.sub(rf"^{name} = \d+", f"{name} = {value}", text, flags=re.MULTILINE), "utf-8")
 
     def wait_until_level(self) -> int:
         """Wait until every node has said that it has all commits, and return how many. Raises SoakError."""

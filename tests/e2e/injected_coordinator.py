@@ -1,11 +1,12 @@
-"""`zo-coordinator` in a world that is worse than usual: it dies at a chosen write, or the wall clock jumps.
+"""`zo-coordinator` in a world that is worse than usual: it dies at a chosen write, clocks jump, disks are read-only.
 
-    python injected_coordinator.py [die-at=N] [clock-jumps] ARGUMENTS OF zo-coordinator
+    python injected_coordinator.py die-at=N|clock-jumps|read-only ARGUMENTS OF zo-coordinator
 
 Every write to the disk has boundaries: before it, and after it; for files that are replaced also before and after the
 replacement. The process kills itself with SIGKILL at the boundary with the number N, counted from 1.
 """
 
+import errno
 import os
 import random
 import signal
@@ -56,10 +57,23 @@ def jump():
     time.time = lambda: now() + rng.uniform(-1e6, 1e6)
 
 
+def refuse_writes():
+    open_file = os.open
+
+    def refuse(path, flags, *rest, **named):
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+        return open_file(path, flags, *rest, **named)
+
+    os.open = refuse
+
+
 if __name__ == "__main__":
     faults = sys.argv.pop(1)
     if faults == "clock-jumps":
         jump()
+    elif faults == "read-only":
+        refuse_writes()
     else:
         die_at(int(faults.partition("=")[2]))
     main()

@@ -182,6 +182,21 @@ def test_a_coordinator_that_sleeps(swarm):
         assert rounds_of(swarm, name) == list(range(30))
 
 
+def test_a_read_only_run_directory_is_a_clear_error(swarm, says):
+    """Also for root, whom permissions do not stop."""
+    swarm.init("--quorum", 1, rounds=8).serve()
+    swarm.join("ada")
+    swarm.run_until(4)
+    stop(swarm)
+    before = swarm.commits()
+    refused = swarm.start("read-only", INJECTED, "read-only", "serve", swarm.run, "--port", 0)
+    says(refused, 7, "cannot write the run directory", "Read-only file system")
+    assert swarm.commits() == before
+    swarm.serve()
+    swarm.open_until(8)
+    swarm.assert_finished("ada")
+
+
 def test_a_log_that_was_cut_off_is_a_shorter_ledger(swarm):
     """What a disk that lied about its writes leaves behind: it is proven, and who knows better is told so."""
     swarm.init("--quorum", 2).serve()
