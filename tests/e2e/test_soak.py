@@ -1,8 +1,11 @@
 """The soak in its short form, and what it relies on."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,46 @@ def test_a_minute_of_kills_joins_and_stops_ends_with_one_digest():
     assert part["survived"][Kind.KILL_COORDINATOR.value] >= 2
     assert part["survived"][Kind.KILL.value] >= 5
     assert part["samples_applied_once"] > part["rounds"]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_no_process_outlives_the_soak(tmp_path, number, code):
+    command = ["-m", "benchmarks.soak", "--model", "light", "--seconds", "600", "--nodes", "2", "--seed", "5"]
+    said = tmp_path / "said"
+    with said.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, stderr=file, env={**os.environ, "TMPDIR": str(tmp_path)}
+        )
+    try:
+        poll(lambda: b"left" in said.read_bytes(), process)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) >= 3, "a coordinator and two nodes"
+        process.send_signal(number)
+        assert process.wait(60) == code
+        poll(lambda: not any(is_alive(child) for child in children), process)
+        assert number == signal.SIGKILL or b"stopped; --seed 5" in said.read_bytes()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def is_alive(pid):
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except OSError:
+        return False
+
+
+def poll(condition, process):
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert process.poll() is None or time.monotonic() < deadline, process
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_seed_names_a_schedule():
