@@ -157,6 +157,17 @@ def test_the_file_tree_lists_what_is_there():
             assert (folder / name).exists(), line
 
 
+def test_tests_that_are_named_exist():
+    written = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text("utf-8"), re.MULTILINE)
+    }
+    for document in DOCUMENTS:
+        named = {span for span in spans(document.read_text("utf-8")) if re.fullmatch(r"test_\w+", span)}
+        assert named <= written, named - written
+
+
 def test_the_exit_codes_are_those_of_the_code():
     """The meaning in the README is the docstring in exits.py, word for word."""
     meaning_by_name = {}
