@@ -18,6 +18,7 @@ from node import embedded
 from node.base import BaseError, load_base, read_digest, read_tokenizer_digest
 from node.data import DataError
 from node.display import summary, view_line
+from node.quantization import QuantizationError, agreed
 from node.service import NodeError, NodeService, View
 from node.state import StateBusyError, StateDirectory, StateError, load_result
 from transport.exits import HELP, Exit
@@ -26,6 +27,7 @@ from transport.sockets import SocketError
 from transport.ticket import TicketError, parse_ticket
 from zo import kernels
 from zo.manifest import Manifest
+from zo.quantization import Kind
 
 # torch, transformers and peft take seconds to import; the modules that need them are imported where they are used, so
 # that a wrong ticket or an unreachable coordinator is said at once.
@@ -46,6 +48,7 @@ _EXIT_BY_ERROR: dict[type[Exception], Exit] = {
     TicketError: Exit.INPUT,
     DataError: Exit.INPUT,
     KeyFileError: Exit.INPUT,
+    QuantizationError: Exit.INPUT,
     BaseError: Exit.BASE,
     StateError: Exit.STORAGE,
     StateBusyError: Exit.BUSY,
@@ -59,6 +62,20 @@ ModelOption = Annotated[
         metavar="MODEL",
         help="Base model: a directory or a Hugging Face name.",
         show_default="the small one of this program",
+    ),
+]
+QuantizeOption = Annotated[
+    Kind | None,
+    typer.Option(
+        metavar="none|int8|nf4|fp4",
+        help="Hold the base's linear layers like this.",
+        show_default="as the run says",
+    ),
+]
+SkipOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME", help="Linear module to leave unquantised; may be repeated.", show_default=False
     ),
 ]
 ThreadsOption = Annotated[
@@ -135,6 +152,8 @@ def join(
     eval_every: Annotated[
         int, typer.Option(metavar="N", min=1, help="Measure it every so many rounds.")
     ] = 50,
+    quantize: QuantizeOption = None,
+    skip_quantize: SkipOption = None,
     threads: ThreadsOption = None,
     connect_timeout: Annotated[
         float,
@@ -160,7 +179,8 @@ def join(
             def open_trainer(manifest: Manifest) -> Any:
                 from node.language import LanguageTrainer, read_data
 
-                base = load_base(path, threads=num_threads)
+                kind, skip = agreed(manifest.base, quantize, skip_quantize)
+                base = load_base(path, threads=num_threads, quantize=kind, skip_quantize=skip)
                 windows = read_data(data, base, manifest)
                 err.print(f"training data: {windows}", style="dim", highlight=False)
                 held_out = read_data(eval_data, base, manifest) if eval_data else None
@@ -258,6 +278,11 @@ def evaluate(
     ] = None,
     sequence_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens in a window.")] = 128,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Windows in one forward pass.")] = 8,
+    quantize: Annotated[
+        Kind,
+        typer.Option(metavar="none|int8|nf4|fp4", help="Hold the base's linear layers like this."),
+    ] = "none",
+    skip_quantize: SkipOption = None,
     threads: ThreadsOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead.", show_default=False)] = False,
 ) -> None:
@@ -266,7 +291,12 @@ def evaluate(
         from node.data import read_windows
         from node.probe import mean_loss_over
 
-        base = load_base(model or str(embedded.path()), threads=threads or len(os.sched_getaffinity(0)))
+        base = load_base(
+            model or str(embedded.path()),
+            threads=threads or len(os.sched_getaffinity(0)),
+            quantize=quantize,
+            skip_quantize=skip_quantize or (),
+        )
         windows = read_windows(data, base.tokenizer, sequence_length)
         measured = base.model
         if adapter is not None:
