@@ -40,6 +40,7 @@ from zo.manifest import (
     Probing,
     Run,
     Schedule,
+    Task,
     validate,
 )
 from zo.quantization import Kind, check_shapes
@@ -103,6 +104,12 @@ def init(
             show_default="the projections of attention and MLP",
         ),
     ] = None,
+    task: Annotated[
+        Literal["text", "completion"],
+        typer.Option(
+            metavar="text|completion", help="What the data is: plain text, or rows of prompt and completion."
+        ),
+    ] = "text",
     batch_size: Annotated[int, typer.Option(metavar="N", help="Sequences in a node's batch.")] = 8,
     sequence_length: Annotated[int, typer.Option(metavar="N", help="Tokens in a sequence.")] = 128,
     digest_every: Annotated[
@@ -158,6 +165,7 @@ def init(
                         staleness=staleness,
                     ),
                     base=base,
+                    task=Task(kind=task),
                     adapter=Adapter(
                         targets=targets,
                         rank=rank,

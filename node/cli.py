@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -126,7 +126,8 @@ def join(
         list[Path],
         typer.Option(
             metavar="FILE",
-            help="Private training text: .txt, or .jsonl with a field 'text'; may be repeated.",
+            help="Private training data: .txt, or .jsonl with a field 'text', or with 'prompt' and 'completion' if "
+            "that is the run's task; may be repeated.",
             show_default=False,
         ),
     ],
@@ -276,6 +277,10 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="A PEFT adapter.", show_default="the base alone"),
     ] = None,
+    task: Annotated[
+        Literal["text", "completion"],
+        typer.Option(metavar="text|completion", help="What the data is, and what of it is predicted."),
+    ] = "text",
     sequence_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens in a window.")] = 128,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Windows in one forward pass.")] = 8,
     quantize: Annotated[
@@ -288,7 +293,8 @@ def evaluate(
 ) -> None:
     """Measure the loss of the base, with or without an adapter, as plain transformers and PEFT compute it."""
     with _failures_explained():
-        from node.data import read_windows
+        from node.completions import read_completions
+        from node.data import Sequences, read_windows
         from node.probe import mean_loss_over
 
         base = load_base(
@@ -297,27 +303,34 @@ def evaluate(
             quantize=quantize,
             skip_quantize=skip_quantize or (),
         )
-        windows = read_windows(data, base.tokenizer, sequence_length)
+        read = read_completions if task == "completion" else read_windows
+        windows: Sequences = read(data, base.tokenizer, sequence_length)
+        err.print(f"data: {windows}", style="dim", highlight=False)
         measured = base.model
         if adapter is not None:
             measured = _with_adapter(base.model, adapter)
         columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-            task = bar.add_task("", total=windows.num_windows)
+            shown = bar.add_task("", total=windows.num_windows)
             loss = mean_loss_over(
                 measured,
                 windows,
                 batch_size=batch_size,
-                progress=lambda done, _: bar.update(task, completed=done),
+                progress=lambda done, _: bar.update(shown, completed=done),
             )
         if json:
             print(
                 json_format.dumps(
-                    {"loss": loss, "windows": windows.num_windows, "tokens": windows.tokens.size}
+                    {"loss": loss, "windows": windows.num_windows, "tokens": windows.num_scored}
                 )
             )
         else:
-            out.print(f"loss {loss:.4f} nats per token over {windows.num_windows} windows", highlight=False)
+            of_what = "token over {} windows" if task == "text" else "completion's token over {} rows"
+            out.print(
+                f"loss {loss:.4f} nats per {of_what.format(windows.num_windows)}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 @app.command(short_help="A whole run on this machine.", epilog=_epilog("zo-node demo --output demo-out"))

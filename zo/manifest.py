@@ -87,6 +87,18 @@ class BaseModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ] = False
 
 
+class Task(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the nodes' private data is, and what the loss is taken on."""
+
+    kind: Annotated[
+        Literal["text", "completion"],
+        Meta(
+            description="text: plain text, every token is predicted; completion: rows of prompt and completion, only "
+            "the completion is predicted."
+        ),
+    ] = "text"
+
+
 class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The LoRA adapter that is trained (Hu et al. 2021, arXiv 2106.09685)."""
 
@@ -190,6 +202,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     protocol: Annotated[int, Meta(ge=1, le=65535, description="Version of the protocol and of this file.")]
     run: Run
     base: BaseModel
+    task: Task = Task()
     adapter: Adapter
     probe: Probing
     schedule: Schedule

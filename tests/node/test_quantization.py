@@ -176,4 +176,5 @@ def test_a_command_with_a_quantised_base_prints_its_result_alone(tmp_path):
     options = ["--quantize", "int8", "--sequence-length", "16", "--threads", "1"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.startswith("loss ")
-    assert done.stderr == ""
+    assert done.stderr.startswith("data: 1 text, ")
+    assert done.stderr.count("\n") == 1
