@@ -2,7 +2,6 @@
 
 import json as json_format
 import os
-import socket
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -45,9 +44,7 @@ def doctor(
         typer.Argument(metavar="TICKET", help="The run's ticket.", show_default="this machine alone"),
     ] = None,
     model: ModelOption = None,
-    name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of this node.", show_default="the host's name")
-    ] = None,
+    name: Annotated[str, typer.Option(metavar="NAME", help="Name of this node, as in join.")] = "node",
     state: Annotated[
         Path | None,
         typer.Option(
@@ -73,9 +70,7 @@ def doctor(
     with failures_explained():
         parsed = parse_ticket(ticket) if ticket else None
         run_id = parsed.run_id if parsed else bytes(16)
-        directory = StateDirectory(
-            (state or default_state(run_id, (name or socket.gethostname())[:64])).expanduser()
-        )
+        directory = StateDirectory((state or default_state(run_id, name[:64])).expanduser())
         try:
             manifest = parse_manifest(directory.manifest_path.read_text("utf-8"))
         except (OSError, UnicodeDecodeError, ManifestError):
