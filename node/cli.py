@@ -17,6 +17,7 @@ from node import embedded
 from node.base import BaseError, load_base, read_digest, read_tokenizer_digest
 from node.cli_app import (
     ModelOption,
+    OwnQuantizeOption,
     QuantizeOption,
     SkipOption,
     ThreadsOption,
@@ -36,7 +37,6 @@ from transport.exits import Exit
 from transport.ticket import parse_ticket
 from zo import kernels
 from zo.manifest import Manifest
-from zo.quantization import Kind
 
 # torch, transformers and peft take seconds to import; the modules that need them are imported where they are used, so
 # that a wrong ticket or an unreachable coordinator is said at once.
@@ -221,10 +221,7 @@ def evaluate(
     ] = "text",
     sequence_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens in a window.")] = 128,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Windows in one forward pass.")] = 8,
-    quantize: Annotated[
-        Kind,
-        typer.Option(metavar="none|int8|nf4|fp4", help="Hold the base's linear layers like this."),
-    ] = "none",
+    quantize: OwnQuantizeOption = "none",
     skip_quantize: SkipOption = None,
     threads: ThreadsOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead.", show_default=False)] = False,

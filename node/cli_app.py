@@ -58,6 +58,11 @@ QuantizeOption = Annotated[
         show_default="as the run says",
     ),
 ]
+OwnQuantizeOption = Annotated[
+    Kind,
+    typer.Option("--quantize", metavar="none|int8|nf4|fp4", help="Hold the base's linear layers like this."),
+]
+"""Where no run has a say."""
 SkipOption = Annotated[
     list[str] | None,
     typer.Option(

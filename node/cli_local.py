@@ -14,6 +14,7 @@ from node import embedded
 from node.base import load_base
 from node.cli_app import (
     ModelOption,
+    OwnQuantizeOption,
     QuantizeOption,
     SkipOption,
     ThreadsOption,
@@ -133,7 +134,7 @@ def predict(
         typer.Option(metavar="DIR", help="A PEFT adapter.", show_default="the base alone"),
     ] = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens to add.")] = 64,
-    quantize: QuantizeOption = None,
+    quantize: OwnQuantizeOption = "none",
     skip_quantize: SkipOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -145,7 +146,7 @@ def predict(
         base = load_base(
             model or str(embedded.path()),
             threads=threads or len(os.sched_getaffinity(0)),
-            quantize=quantize or "none",
+            quantize=quantize,
             skip_quantize=skip_quantize or (),
         )
         from node.adapter import with_adapter
