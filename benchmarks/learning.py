@@ -34,6 +34,7 @@ from zo.commit import Commit
 from zo.directions import run_key
 from zo.initial import initial_weights
 from zo.layout import lora_layout
+from zo.quantization import KINDS, Kind
 from zo.replica import Replica
 from zo.steps import step_rule
 
@@ -58,6 +59,7 @@ class Settings:
     epsilon: float
     batch_size: int
     sequence_length: int
+    quantize: Kind = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,10 @@ def make_manifest(base: bases.Base, settings: Settings, seed: int) -> manifests.
                 nonce=hashlib.blake2b(str(seed).encode(), digest_size=16).hexdigest(),
             ),
             base=manifests.BaseModel(
-                name=Path(base.path).name, digest=base.digest, tokenizer_digest=base.tokenizer_digest
+                name=Path(base.path).name,
+                digest=base.digest,
+                tokenizer_digest=base.tokenizer_digest,
+                quantize=settings.quantize,
             ),
             adapter=manifests.Adapter(
                 targets=TARGETS,
@@ -136,7 +141,7 @@ def make_manifest(base: bases.Base, settings: Settings, seed: int) -> manifests.
 
 def run(model: str, text: str, settings: Settings, seed: int) -> Row:
     """Train once and measure."""
-    base = bases.load_base(model, threads=1)
+    base = bases.load_base(model, threads=1, quantize=settings.quantize)
     private, held_out = split(text, base.tokenizer, settings.nodes, settings.sequence_length)
     manifest = make_manifest(base, settings, seed)
     key = run_key(manifest.run_id)
@@ -236,13 +241,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(figures: dict[str, Any], folder: Path) -> None:
-    """Put figures into learning.json, in the place of older ones of the same base and text; write learning.md anew."""
+    """Put figures into learning.json, in the place of older ones of the same subject; write learning.md anew.
+
+    The subject is the base, how it is quantised, and the text.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "learning.json"
     known: list[dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.exists() else []
 
-    def subject(each: dict[str, Any]) -> tuple[str, str]:
-        return each["base"]["name"], each["text"]
+    def subject(each: dict[str, Any]) -> tuple[str, int, str]:
+        return each["base"]["name"], KINDS.index(each["settings"].get("quantize", "none")), each["text"]
 
     kept = sorted([*(each for each in known if subject(each) != subject(figures)), figures], key=subject)
     path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
@@ -252,8 +260,10 @@ def write(figures: dict[str, Any], folder: Path) -> None:
 def markdown(figures: dict[str, Any]) -> str:
     """The figures as a section for the docs."""
     settings, versions = figures["settings"], figures["versions"]
+    quantize = settings.get("quantize", "none")
+    held = "" if quantize == "none" else f" in {quantize}"
     lines = [
-        f"## {figures['base']['name']} on {figures['text']}",
+        f"## {figures['base']['name']}{held} on {figures['text']}",
         "",
         f"`{figures['command']}`, {figures['date']}, commit {figures['commit']}, {figures['cpu']} (one thread), "
         f"torch {versions['torch']}: {settings['nodes']} nodes, {settings['rounds']} rounds, {settings['directions']} "
@@ -303,6 +313,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--alpha", type=float, default=8.0)
     parser.add_argument("--epsilon", type=float, default=0.01)
+    parser.add_argument("--quantize", choices=KINDS, default="none", help="how to hold the base")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument(

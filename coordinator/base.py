@@ -5,7 +5,7 @@ Every node derives the same layout from the loaded model, and refuses the run if
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -41,6 +41,13 @@ def linear_shapes(model: Path) -> dict[str, tuple[int, int]]:
             if len(shape) == 2:
                 shapes[name.removesuffix(".weight")] = (shape[0], shape[1])
     return shapes
+
+
+def layers_only(shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Those modules that stand in a numbered layer: what quantisation is about, unlike embeddings and the head."""
+    return {
+        name: shape for name, shape in shapes.items() if any(part.isdecimal() for part in name.split("."))
+    }
 
 
 def digest(model: Path) -> str:

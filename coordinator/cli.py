@@ -40,8 +40,10 @@ from zo.manifest import (
     Probing,
     Run,
     Schedule,
+    Task,
     validate,
 )
+from zo.quantization import Kind, check_shapes
 from zo.replica import Replica
 
 
@@ -59,6 +61,21 @@ def init(
             show_default=False,
         ),
     ],
+    quantize: Annotated[
+        Kind, typer.Option(metavar="none|int8|nf4|fp4", help="How nodes hold the base's linear layers.")
+    ] = "none",
+    skip_quantize: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Linear module to leave unquantised; may be repeated.", show_default=False
+        ),
+    ] = None,
+    any_quantization: Annotated[
+        bool,
+        typer.Option(
+            "--any-quantization", help="A node may choose another quantisation.", show_default=False
+        ),
+    ] = False,
     rounds: Annotated[int, typer.Option(metavar="N", help="Rounds until the run is finished.")] = 300,
     directions: Annotated[
         int, typer.Option(metavar="N", help="Directions a node measures in a round, one byte each.")
@@ -87,6 +104,12 @@ def init(
             show_default="the projections of attention and MLP",
         ),
     ] = None,
+    task: Annotated[
+        Literal["text", "completion"],
+        typer.Option(
+            metavar="text|completion", help="What the data is: plain text, or rows of prompt and completion."
+        ),
+    ] = "text",
     batch_size: Annotated[int, typer.Option(metavar="N", help="Sequences in a node's batch.")] = 8,
     sequence_length: Annotated[int, typer.Option(metavar="N", help="Tokens in a sequence.")] = 128,
     digest_every: Annotated[
@@ -120,14 +143,18 @@ def init(
     """
     with failures_explained():
         directory = RunDirectory(run)
-        targets = tuple(target or _default_targets(base_files.linear_shapes(model)))
+        shapes = base_files.linear_shapes(model)
+        targets = tuple(target or _default_targets(shapes))
         base = BaseModel(
             name=model.resolve().name,
             digest=base_files.digest(model),
             tokenizer_digest=base_files.tokenizer_digest(model),
+            quantize=quantize,
+            skip_quantize=tuple(skip_quantize or ()),
+            any_quantization=any_quantization,
         )
         try:
-            layout = lora_layout(base_files.linear_shapes(model), targets, rank, train)
+            layout = lora_layout(shapes, targets, rank, train)
             manifest = validate(
                 Manifest(
                     protocol=PROTOCOL_VERSION,
@@ -138,6 +165,7 @@ def init(
                         staleness=staleness,
                     ),
                     base=base,
+                    task=Task(kind=task),
                     adapter=Adapter(
                         targets=targets,
                         rank=rank,
@@ -165,6 +193,7 @@ def init(
             raise ManifestError(str(error)) from error
         config = validate_config(ServiceConfig(host=host, port=port, quorum=quorum))
         check_capacity(config, manifest)
+        _check_quantization(manifest, shapes)
         weights = initial_weights(layout, run_key(manifest.run_id), manifest.adapter.train)
         directory.create(manifest, config, Replica(manifest, weights))
     out.print(f"Made {run}: run {manifest.run_id.hex()}", highlight=False, soft_wrap=True)
@@ -187,6 +216,17 @@ def _default_targets(shapes: dict[str, tuple[int, int]]) -> list[str]:
             f"among {', '.join(sorted(last_parts))}"
         )
     return found
+
+
+def _check_quantization(manifest: Manifest, shapes: dict[str, tuple[int, int]]) -> None:
+    """Refuse what no node on a CPU could load; only say so where a node may choose for itself."""
+    base = manifest.base
+    try:
+        check_shapes(base.quantize, base_files.layers_only(shapes), base.skip_quantize)
+    except ValueError as error:
+        if not base.any_quantization:
+            raise ManifestError(str(error)) from error
+        err.print(f"note, for nodes without a GPU: {error}", style="yellow", markup=False, highlight=False)
 
 
 @app.command(short_help="Serve a run to its nodes.", epilog=epilog("zo-coordinator serve my-run --port 7411"))

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors.numpy import save_file
 
-from node.base import Base
+from node.base import Base, BaseError
 from zo.directions import RunKey
 from zo.initial import adapted_modules
 from zo.layout import Layout, initial_lora_A, lora_layout
@@ -132,6 +132,44 @@ class Adapter:
             folder / FILE,
             metadata={"format": "pt"},
         )
+
+    def export_merged(self, directory: str | Path, weights: NDArray[np.int32], tokenizer: Any) -> None:
+        """Write a plain model with the adapter merged into its weights, and the tokenizer beside it.
+
+        The base must not be quantised. This adapter is used up: its layers are gone from the model.
+
+        Args:
+            directory: made if it is missing; receives what `save_pretrained` writes, in float32.
+            weights: the weights of a run, int32 (size,).
+            tokenizer: the base's.
+
+        Raises:
+            ValueError: the weights do not fit the layout.
+        """
+        self.load(to_float(weights))
+        for name in adapted_modules(self.layout):
+            parent, _, last = name.rpartition(".")
+            module: Any = self.model.get_submodule(name)
+            module.merge()
+            setattr(self.model.get_submodule(parent), last, module.get_base_layer())
+        model: Any = self.model
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+def with_adapter(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:
+    """The model with a PEFT adapter from a directory, in evaluation mode.
+
+    Raises:
+        BaseError: there is none, or it is broken or another model's.
+    """
+    if not (adapter / "adapter_config.json").is_file():
+        raise BaseError(f"{adapter} is not a PEFT adapter: it has no adapter_config.json")
+    try:
+        loaded: torch.nn.Module = PeftModel.from_pretrained(model, str(adapter)).eval()
+    except Exception as error:  # PEFT raises many kinds for a broken file
+        raise BaseError(f"cannot load the adapter {adapter}: {error}") from error
+    return loaded
 
 
 def _set(linear: torch.nn.Module, values: torch.Tensor) -> None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from node import quantization
+from node.quantization import QuantizationError
 from zo.layout import base_digest
+from zo.quantization import Kind
 
 # torch and transformers take seconds to import: a wrong path or digest is refused before that.
 if TYPE_CHECKING:
@@ -30,12 +33,17 @@ class BaseError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """A pretrained model that is never trained: float32, evaluation mode, no parameter wants a gradient."""
+    """A pretrained model that is never trained: evaluation mode, no parameter wants a gradient.
+
+    Float32, but for the layers that are quantised. The adapter's layout does not depend on that.
+    """
 
     model: torch.nn.Module
     """A transformers causal language model; `Adapter` puts its LoRA layers into it."""
     tokenizer: Any
     """The transformers tokenizer that belongs to the model."""
+    quantization: Kind
+    """How its linear layers are held in memory; "none": as in the files, in float32."""
     path: str
     """What the base was asked for by: a directory, or the name of a model on the hub."""
     digest: str
@@ -48,21 +56,28 @@ class Base:
     """The longest sequence the model was made for, in tokens; None if its configuration does not say."""
 
 
-def load_base(path: str | Path, *, threads: int | None = None) -> Base:
+def load_base(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    quantize: Kind = "none",
+    skip_quantize: Sequence[str] = (),
+) -> Base:
     """The base in a directory, or of a name that the Hugging Face hub (or its cache here) knows.
 
     Args:
         path: a directory with config.json, *.safetensors and tokenizer files, or a hub name.
         threads: how many threads torch may use in this process; None leaves torch's choice.
+        quantize: how to hold the linear layers; embeddings and the output layer are never quantised.
+        skip_quantize: linear modules to leave as they are: whole names, or what follows a "." in them.
 
     Raises:
-        BaseError: the base is missing, gated, incomplete or broken.
+        BaseError: the base is missing, gated, incomplete or broken, or it cannot be quantised like that.
     """
     folder = resolve(path)
     digest = _digest_of(_base_files(folder))
     tokenizer_digest = _digest_of(_tokenizer_files(folder))
 
-    _silence_known_warnings()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
@@ -72,6 +87,7 @@ def load_base(path: str | Path, *, threads: int | None = None) -> Base:
     shows_progress = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # the terminal belongs to the one live line of the node
     try:
+        options = quantization.loading_options(folder, quantize, skip_quantize)
         # What a damaged file raises depends on the format and on the library's version: any failure to read
         # the files found above means the same to the caller.
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -82,7 +98,10 @@ def load_base(path: str | Path, *, threads: int | None = None) -> Base:
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **options,
         )
+    except QuantizationError as error:
+        raise BaseError(str(error)) from error
     except Exception as error:
         raise BaseError(
             f"the base in {folder} cannot be loaded: {_first_line(error)}. Fetch it again, or name another."
@@ -109,6 +128,7 @@ def load_base(path: str | Path, *, threads: int | None = None) -> Base:
     return Base(
         model=model,
         tokenizer=tokenizer,
+        quantization=quantize,
         path=str(path),
         digest=digest,
         tokenizer_digest=tokenizer_digest,
@@ -122,18 +142,28 @@ def load_base(path: str | Path, *, threads: int | None = None) -> Base:
 
 
 def _silence_known_warnings() -> None:
-    """Keep two messages of the libraries off the terminal: they are not for whoever runs a node.
+    """Keep three messages of the libraries off the terminal: they are not for whoever runs a node.
 
-    One is about a call that PEFT makes and transformers has renamed, the other about optional kernels for 4-bit
-    arithmetic that bitsandbytes looks for when it is imported. Every other warning is shown.
+    One is about a call that PEFT makes and transformers has renamed, one about optional kernels for 4-bit arithmetic
+    that bitsandbytes looks for when it is imported, and one says at every layer and every pass that int8 computes in
+    float16. Every other warning is shown.
     """
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.backends.utils"):
+    for name in (
+        "bitsandbytes.backends.cpu.ops",
+        "bitsandbytes.backends.utils",
+        "bitsandbytes.autograd._functions",
+    ):
         logging.getLogger(name).addFilter(_is_worth_showing)
 
 
 def _is_worth_showing(record: logging.LogRecord) -> bool:
-    return "gemm_4bit_forward" not in record.getMessage()
+    message = record.getMessage()
+    return "gemm_4bit_forward" not in message and not message.startswith("MatMul8bitLt: inputs will be cast")
+
+
+# Here, because bitsandbytes may be imported by PEFT before any base is loaded.
+_silence_known_warnings()
 
 
 def read_digest(path: str | Path) -> str:

@@ -7,96 +7,44 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from node import embedded
 from node.base import BaseError, load_base, read_digest, read_tokenizer_digest
+from node.cli_app import (
+    ModelOption,
+    OwnQuantizeOption,
+    QuantizeOption,
+    SkipOption,
+    ThreadsOption,
+    app,
+    epilog,
+    err,
+    fail,
+    failures_explained,
+    out,
+)
 from node.data import DataError
 from node.display import summary, view_line
+from node.quantization import agreed
 from node.service import NodeError, NodeService, View
-from node.state import StateBusyError, StateDirectory, StateError, load_result
-from transport.exits import HELP, Exit
-from transport.keys import KeyFileError
-from transport.sockets import SocketError
-from transport.ticket import TicketError, parse_ticket
+from node.state import StateDirectory, StateError, default_state, load_result
+from transport.exits import Exit
+from transport.ticket import parse_ticket
 from zo import kernels
 from zo.manifest import Manifest
 
 # torch, transformers and peft take seconds to import; the modules that need them are imported where they are used, so
 # that a wrong ticket or an unreachable coordinator is said at once.
 
-app = typer.Typer(
-    name="zo-node",
-    help="Take part in fine-tuning one language model together; only bytes of projected gradients leave this machine.",
-    epilog=HELP,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,  # plain text keeps its lines whole in a narrow terminal
-    pretty_exceptions_enable=False,
-)
-out = Console()
-err = Console(stderr=True)
-
-_EXIT_BY_ERROR: dict[type[Exception], Exit] = {
-    TicketError: Exit.INPUT,
-    DataError: Exit.INPUT,
-    KeyFileError: Exit.INPUT,
-    BaseError: Exit.BASE,
-    StateError: Exit.STORAGE,
-    StateBusyError: Exit.BUSY,
-    SocketError: Exit.UNREACHABLE,
-}
-
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="MODEL",
-        help="Base model: a directory or a Hugging Face name.",
-        show_default="the small one of this program",
-    ),
-]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option(metavar="N", min=1, help="Threads to compute with.", show_default="all cores"),
-]
-
-
-def _epilog(example: str) -> str:
-    """What follows a command's help; the lines after \\b are left as they are, to be copied whole."""
-    return f"\b\nExample:\n  {example}\n\n{HELP}"
-
-
-@contextlib.contextmanager
-def _failures_explained() -> Iterator[None]:
-    """Turn the errors we know into one line and their exit code; anything else is a bug and shows its trace."""
-    try:
-        yield
-    except NodeError as error:
-        _fail(error, error.code)
-    except tuple(_EXIT_BY_ERROR) as error:
-        _fail(error, next(code for kind, code in _EXIT_BY_ERROR.items() if isinstance(error, kind)))
-
-
-def _fail(error: Exception, code: Exit) -> None:
-    err.print(f"zo-node: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(code) from None
-
-
-def default_state(run_id: bytes, name: str) -> Path:
-    """Where a node keeps its state unless it is told otherwise."""
-    root = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    return root / "zo-node" / run_id.hex()[:12] / name
-
 
 @app.command(
     short_help="Join a run and train.",
-    epilog=_epilog("zo-node join 'zo://192.0.2.7:7411/…#…' --data notes.txt"),
+    epilog=epilog("zo-node join 'zo://192.0.2.7:7411/…#…' --data notes.txt"),
 )
 def join(
     ticket: Annotated[
@@ -109,7 +57,8 @@ def join(
         list[Path],
         typer.Option(
             metavar="FILE",
-            help="Private training text: .txt, or .jsonl with a field 'text'; may be repeated.",
+            help="Private training data: .txt, or .jsonl with a field 'text', or with 'prompt' and 'completion' if "
+            "that is the run's task; may be repeated.",
             show_default=False,
         ),
     ],
@@ -135,6 +84,8 @@ def join(
     eval_every: Annotated[
         int, typer.Option(metavar="N", min=1, help="Measure it every so many rounds.")
     ] = 50,
+    quantize: QuantizeOption = None,
+    skip_quantize: SkipOption = None,
     threads: ThreadsOption = None,
     connect_timeout: Annotated[
         float,
@@ -145,7 +96,7 @@ def join(
 
     Nothing of the data leaves this machine but one byte per direction and, if the run's manifest says so, a mean loss.
     """
-    with _failures_explained():
+    with failures_explained():
         parsed = parse_ticket(ticket)
         for file in [*data, *(eval_data or [])]:
             _check_file(file.expanduser())
@@ -160,7 +111,8 @@ def join(
             def open_trainer(manifest: Manifest) -> Any:
                 from node.language import LanguageTrainer, read_data
 
-                base = load_base(path, threads=num_threads)
+                kind, skip = agreed(manifest.base, quantize, skip_quantize)
+                base = load_base(path, threads=num_threads, quantize=kind, skip_quantize=skip)
                 windows = read_data(data, base, manifest)
                 err.print(f"training data: {windows}", style="dim", highlight=False)
                 held_out = read_data(eval_data, base, manifest) if eval_data else None
@@ -198,7 +150,7 @@ def join(
 
 @app.command(
     short_help="Write the weights as a PEFT adapter.",
-    epilog=_epilog("zo-node export my-run -o my-adapter --model ./my-model"),
+    epilog=epilog("zo-node export my-run -o my-adapter --model ./my-model"),
 )
 def export(
     source: Annotated[
@@ -216,9 +168,15 @@ def export(
         ),
     ],
     model: ModelOption = None,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge", help="Write the whole model, the adapter merged into it.", show_default=False
+        ),
+    ] = False,
 ) -> None:
-    """Write the newest weights as a plain PEFT adapter, for PeftModel.from_pretrained."""
-    with _failures_explained():
+    """Write the newest weights as a plain PEFT adapter, for PeftModel.from_pretrained, or as a whole model."""
+    with failures_explained():
         try:
             manifest, replica = load_result(source)
         except StateError as error:
@@ -229,22 +187,23 @@ def export(
             raise DataError(f"{output} exists already; choose another directory")
         from node.language import adapt
 
-        adapter = adapt(load_base(path, threads=1), manifest)
+        base = load_base(path, threads=1)
+        adapter = adapt(base, manifest)
         try:
-            adapter.export(output, replica.weights, path)
+            if merge:
+                adapter.export_merged(output, replica.weights, base.tokenizer)
+            else:
+                adapter.export(output, replica.weights, path)
         except OSError as error:
             raise StateError(f"cannot write {output}: {error}") from error
         out.print(f"round {replica.round}, digest {replica.digest().hex()}", highlight=False)
-        out.print(
-            f"wrote {output}: PeftModel.from_pretrained(base, {str(output)!r})",
-            highlight=False,
-            soft_wrap=True,
-        )
+        how = "AutoModelForCausalLM.from_pretrained(" if merge else "PeftModel.from_pretrained(base, "
+        out.print(f"wrote {output}: {how}{str(output)!r})", highlight=False, soft_wrap=True)
 
 
 @app.command(
     short_help="Measure a loss.",
-    epilog=_epilog("zo-node evaluate --data held-out.txt --adapter adapter"),
+    epilog=epilog("zo-node evaluate --data held-out.txt --adapter adapter"),
 )
 def evaluate(
     data: Annotated[
@@ -256,41 +215,61 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="A PEFT adapter.", show_default="the base alone"),
     ] = None,
+    task: Annotated[
+        Literal["text", "completion"],
+        typer.Option(metavar="text|completion", help="What the data is, and what of it is predicted."),
+    ] = "text",
     sequence_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens in a window.")] = 128,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Windows in one forward pass.")] = 8,
+    quantize: OwnQuantizeOption = "none",
+    skip_quantize: SkipOption = None,
     threads: ThreadsOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead.", show_default=False)] = False,
 ) -> None:
     """Measure the loss of the base, with or without an adapter, as plain transformers and PEFT compute it."""
-    with _failures_explained():
-        from node.data import read_windows
+    with failures_explained():
+        from node.adapter import with_adapter
+        from node.completions import read_completions
+        from node.data import Sequences, read_windows
         from node.probe import mean_loss_over
 
-        base = load_base(model or str(embedded.path()), threads=threads or len(os.sched_getaffinity(0)))
-        windows = read_windows(data, base.tokenizer, sequence_length)
+        base = load_base(
+            model or str(embedded.path()),
+            threads=threads or len(os.sched_getaffinity(0)),
+            quantize=quantize,
+            skip_quantize=skip_quantize or (),
+        )
+        read = read_completions if task == "completion" else read_windows
+        windows: Sequences = read(data, base.tokenizer, sequence_length)
+        err.print(f"data: {windows}", style="dim", highlight=False)
         measured = base.model
         if adapter is not None:
-            measured = _with_adapter(base.model, adapter)
+            measured = with_adapter(base.model, adapter)
         columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-            task = bar.add_task("", total=windows.num_windows)
+            shown = bar.add_task("", total=windows.num_windows)
             loss = mean_loss_over(
                 measured,
                 windows,
                 batch_size=batch_size,
-                progress=lambda done, _: bar.update(task, completed=done),
+                progress=lambda done, _: bar.update(shown, completed=done),
             )
         if json:
             print(
                 json_format.dumps(
-                    {"loss": loss, "windows": windows.num_windows, "tokens": windows.tokens.size}
+                    {"loss": loss, "windows": windows.num_windows, "tokens": windows.num_scored}
                 )
             )
         else:
-            out.print(f"loss {loss:.4f} nats per token over {windows.num_windows} windows", highlight=False)
+            of_what = "token over {} windows" if task == "text" else "completion's token over {} rows"
+            out.print(
+                f"loss {loss:.4f} nats per {of_what.format(windows.num_windows)}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
-@app.command(short_help="A whole run on this machine.", epilog=_epilog("zo-node demo --output demo-out"))
+@app.command(short_help="A whole run on this machine.", epilog=epilog("zo-node demo --output demo-out"))
 def demo(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="Directory for everything it makes.")
@@ -307,11 +286,11 @@ def demo(
     """
     from node.demo import DemoError, run_demo
 
-    with _failures_explained():
+    with failures_explained():
         try:
             passed = run_demo(output, rounds=rounds, directions=directions, console=out)
         except DemoError as error:
-            _fail(error, Exit.MISMATCH)
+            fail(error, Exit.MISMATCH)
         if not passed:
             raise typer.Exit(1)
 
@@ -332,17 +311,6 @@ def _check_base(path: str, manifest: Manifest, model: str | None) -> None:
             f"the base {path} has digest {digest}, the run's base {manifest.base.name!r} has "
             f"{manifest.base.digest}{cure}"
         )
-
-
-def _with_adapter(model: Any, adapter: Path) -> Any:
-    from peft import PeftModel
-
-    if not (adapter / "adapter_config.json").is_file():
-        raise BaseError(f"{adapter} is not a PEFT adapter: it has no adapter_config.json")
-    try:
-        return PeftModel.from_pretrained(model, str(adapter)).eval()
-    except Exception as error:  # PEFT raises many kinds for a broken file
-        raise BaseError(f"cannot load the adapter {adapter}: {error}") from error
 
 
 def _compile_kernels() -> None:
@@ -396,6 +364,10 @@ def _live_line() -> Iterator[Callable[[View], None]]:
             sys.stderr.flush()
 
     yield show_rarely
+
+
+# After the commands above, so that `--help` lists these below them.
+from node import cli_local  # noqa: E402, F401
 
 
 def main() -> None:

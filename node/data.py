@@ -1,7 +1,7 @@
 """A node's private data: text files in, windows of tokens out. Nothing in here ever leaves the node.
 
 Decides which rows are read, how they are packed and which windows make the batch of a sample. What is left
-out is counted, never silent.
+out is counted, never silent. Rows of prompt and completion are read in `node.completions`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -25,6 +25,35 @@ class Row(msgspec.Struct, frozen=True):
     """One line of a .jsonl file; other fields are ignored."""
 
     text: str
+
+
+TEXT_LIKE: Final = '{"text": "..."}'
+COMPLETION_LIKE: Final = '{"prompt": "...", "completion": "..."}'
+_Struct = TypeVar("_Struct", bound=msgspec.Struct)
+
+
+class Batch(NamedTuple):
+    """What one forward pass sees."""
+
+    tokens: NDArray[np.int64]
+    """(batch_size, length)."""
+    scored: NDArray[np.bool_] | None
+    """(batch_size, length): the tokens whose prediction is the loss; None: all but the first of each row."""
+
+
+class Sequences(Protocol):
+    """Data as a probe and an evaluation see it: rows of tokens, of which some are predicted."""
+
+    @property
+    def num_windows(self) -> int:
+        """How many rows there are, at least one."""
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens in all rows whose prediction is the loss."""
+
+    def take(self, rows: NDArray[np.int64]) -> Batch:
+        """The batch of the rows with these numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +79,21 @@ class Windows:
         """Tokens in a window."""
         return int(self.tokens.shape[1])
 
+    @property
+    def num_scored(self) -> int:
+        """Tokens that are predicted: all but the first of each window."""
+        return self.tokens.size - self.num_windows
+
+    def take(self, rows: NDArray[np.int64]) -> Batch:
+        """The batch of the windows with these numbers."""
+        return Batch(self.tokens[rows].astype(np.int64), None)
+
     def __str__(self) -> str:
         """One line that says what was read and what was left out."""
         return (
-            f"{_count(self.num_texts, 'text')}, "
-            f"{_count(self.num_tokens, 'token')}: {_count(self.num_windows, 'window')} "
-            f"of {self.sequence_length}, {_count(self.num_dropped, 'token')} at the end left out"
+            f"{count(self.num_texts, 'text')}, "
+            f"{count(self.num_tokens, 'token')}: {count(self.num_windows, 'window')} "
+            f"of {self.sequence_length}, {count(self.num_dropped, 'token')} at the end left out"
         )
 
 
@@ -108,7 +146,7 @@ def pack(texts: Sequence[str], tokenizer: Any, sequence_length: int) -> Windows:
     num_windows, num_dropped = divmod(stream.size, sequence_length)
     if num_windows == 0:
         raise DataError(
-            f"{_count(stream.size, 'token')} do not fill one window of {sequence_length}; "
+            f"{count(stream.size, 'token')} do not fill one window of {sequence_length}; "
             "give this node more text"
         )
     return Windows(
@@ -119,8 +157,8 @@ def pack(texts: Sequence[str], tokenizer: Any, sequence_length: int) -> Windows:
     )
 
 
-def batch(windows: Windows, batch_size: int, seed: int, sample: int) -> NDArray[np.int64]:
-    """The batch of a sample: int64 (batch_size, sequence_length), always the same for the same arguments.
+def batch(windows: Sequences, batch_size: int, seed: int, sample: int) -> Batch:
+    """The batch of a sample, always the same for the same arguments.
 
     Different windows, unless there are fewer than `batch_size`: then all of them, as often as it takes.
 
@@ -134,14 +172,23 @@ def batch(windows: Windows, batch_size: int, seed: int, sample: int) -> NDArray[
     repeats, rest = divmod(batch_size, windows.num_windows)
     whole = np.tile(np.arange(windows.num_windows), repeats)
     chosen = np.concatenate([whole, rng.choice(windows.num_windows, size=rest, replace=False)])
-    tokens: NDArray[np.int64] = windows.tokens[chosen].astype(np.int64)
-    return tokens
+    return windows.take(chosen)
 
 
 def _texts(file: Path) -> Iterator[str]:
     kind = file.suffix.lower()
     if kind not in (".txt", ".jsonl"):
         raise DataError(f"{file}: data files end in .txt or .jsonl")
+    text = read_text(file)
+    return iter([text]) if kind == ".txt" else _row_texts(text, file)
+
+
+def read_text(file: Path) -> str:
+    """What a file holds, without a byte order mark.
+
+    Raises:
+        DataError: it is missing, empty, unreadable or not UTF-8; the message names it.
+    """
     try:
         content = file.read_bytes()
     except FileNotFoundError:
@@ -151,23 +198,39 @@ def _texts(file: Path) -> Iterator[str]:
     text = _decode(content, file)
     if not text.strip():
         raise DataError(f"{file}: the file is empty")
-    return iter([text]) if kind == ".txt" else _rows(text, file)
+    return text
 
 
-def _rows(text: str, file: Path) -> Iterator[str]:
+def _row_texts(text: str, file: Path) -> Iterator[str]:
+    for line_number, row in json_rows(text, file, Row, TEXT_LIKE):
+        if not row.text.strip():
+            raise DataError(f"{file}, line {line_number}: the text is empty; remove the row")
+        yield row.text
+
+
+def json_rows(text: str, file: Path, kind: type[_Struct], like: str) -> Iterator[tuple[int, _Struct]]:
+    """The rows of a .jsonl file with their line numbers, from 1; blank lines are passed over.
+
+    Args:
+        text: what the file holds.
+        file: for messages.
+        kind: what every line is.
+        like: an example of such a line, for messages.
+
+    Raises:
+        DataError: a line is something else.
+    """
     # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for the end of a line.
     for line_number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = msgspec.json.decode(line, type=Row)
+            row = msgspec.json.decode(line, type=kind)
         except msgspec.DecodeError as error:
             raise DataError(
-                f'{file}, line {line_number}: {error}; every line is an object like {{"text": "..."}}'
+                f"{file}, line {line_number}: {error}; every line is an object like {like}"
             ) from None
-        if not row.text.strip():
-            raise DataError(f"{file}, line {line_number}: the text is empty; remove the row")
-        yield row.text
+        yield line_number, row
 
 
 def _decode(content: bytes, file: Path) -> str:
@@ -181,5 +244,6 @@ def _decode(content: bytes, file: Path) -> str:
         ) from None
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """A number with its noun: "1 row", "1,200 rows"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

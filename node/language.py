@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from node.adapter import Adapter
 from node.base import Base, BaseError
-from node.data import DataError, Windows, read_windows
+from node.completions import read_completions
+from node.data import DataError, Sequences, read_windows
 from node.probe import Probe, Probed, evaluate
 from zo import kernels
 from zo.directions import run_key
@@ -25,8 +26,8 @@ class LanguageTrainer:
         self,
         manifest: Manifest,
         base: Base,
-        windows: Windows,
-        held_out: Windows | None,
+        windows: Sequences,
+        held_out: Sequences | None,
         *,
         private_seed: int,
         threads: int,
@@ -101,8 +102,8 @@ def adapt(base: Base, manifest: Manifest) -> Adapter:
     return adapter
 
 
-def read_data(paths: Sequence[Path], base: Base, manifest: Manifest) -> Windows:
-    """The windows of some files, as long as the manifest says.
+def read_data(paths: Sequence[Path], base: Base, manifest: Manifest) -> Sequences:
+    """The rows of some files, of the kind and the length that the manifest says.
 
     Raises:
         DataError: the data cannot be used, or the base cannot take sequences of that length.
@@ -112,4 +113,6 @@ def read_data(paths: Sequence[Path], base: Base, manifest: Manifest) -> Windows:
         raise DataError(
             f"the manifest asks for sequences of {length} tokens, the base takes {base.max_sequence_length}"
         )
+    if manifest.task.kind == "completion":
+        return read_completions(paths, base.tokenizer, length)
     return read_windows(paths, base.tokenizer, length)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
 from node.adapter import Adapter
-from node.data import Windows, batch
+from node.data import Batch, Sequences, batch
 from zo.codes import NO_VOTE, encode
 from zo.directions import Direction, RunKey
 from zo.replica import samples
@@ -46,22 +46,29 @@ class Probed(NamedTuple):
         return int(np.count_nonzero(self.codes == NO_VOTE))
 
 
-def mean_loss(model: torch.nn.Module, tokens: NDArray[np.int64]) -> float:
+def mean_loss(
+    model: torch.nn.Module, tokens: NDArray[np.int64], scored: NDArray[np.bool_] | None = None
+) -> float:
     """Mean next-token cross-entropy in nats of windows (num_windows, sequence_length).
 
-    Every token but the first of a window is predicted from those before it.
+    Every token is predicted from those before it in its window. The mean is over the tokens marked in `scored`, of the
+    same shape, never the first of a window; over all but the first if it is None. What follows the last one marked
+    (padding) has no influence: a causal model does not see the future.
     """
     ids = torch.from_numpy(tokens)
     with torch.inference_mode():
         # The last token predicts nothing: leaving it out saves its logits and a copy of all others.
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
-        return float(cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        if scored is None:
+            return float(cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()))
+        chosen = torch.from_numpy(scored[:, 1:])
+        return float(cross_entropy(logits[chosen].float(), ids[:, 1:][chosen]))
 
 
 def evaluate(
     adapter: Adapter,
     weights: NDArray[np.int32],
-    windows: Windows,
+    windows: Sequences,
     *,
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
@@ -81,19 +88,21 @@ def evaluate(
 
 def mean_loss_over(
     model: torch.nn.Module,
-    windows: Windows,
+    windows: Sequences,
     *,
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
-    """Mean cross-entropy over all windows, in nats per token, of the model as it is. Arguments as `evaluate`."""
+    """Mean cross-entropy over all scored tokens, in nats, of the model as it is. Arguments as `evaluate`."""
     total = 0.0
     for start in range(0, windows.num_windows, batch_size):
-        tokens = windows.tokens[start : start + batch_size].astype(np.int64)
-        total += mean_loss(model, tokens) * len(tokens)
+        rows = np.arange(start, min(start + batch_size, windows.num_windows))
+        part = windows.take(rows)
+        weight = part.tokens[:, 1:].size if part.scored is None else np.count_nonzero(part.scored)
+        total += mean_loss(model, part.tokens, part.scored) * weight
         if progress is not None:
-            progress(start + len(tokens), windows.num_windows)
-    return total / windows.num_windows
+            progress(start + len(rows), windows.num_windows)
+    return total / windows.num_scored
 
 
 class Probe:
@@ -102,7 +111,7 @@ class Probe:
     def __init__(
         self,
         adapter: Adapter,
-        windows: Windows,
+        windows: Sequences,
         *,
         key: RunKey,
         epsilon: float,
@@ -150,9 +159,9 @@ class Probe:
         gradients = np.empty(self.directions, np.float64)
         losses = np.empty(self.directions, np.float64)
         for i, sample in enumerate(samples(round, self.directions)):
-            tokens = batch(self.windows, self.batch_size, self.seed, sample)
+            drawn = batch(self.windows, self.batch_size, self.seed, sample)
             gradients[i], losses[i] = projected_gradient(
-                partial(self._loss, tokens), weights, self.key, Direction(node, sample, agent), self.epsilon
+                partial(self._loss, drawn), weights, self.key, Direction(node, sample, agent), self.epsilon
             )
         finite = losses[np.isfinite(gradients)]
         rng = np.random.default_rng([self.seed, round, ROUNDING_STREAM])
@@ -163,9 +172,9 @@ class Probe:
             forward_seconds=self._forward_seconds,
         )
 
-    def _loss(self, tokens: NDArray[np.int64], view: NDArray[np.float32]) -> float:
+    def _loss(self, drawn: Batch, view: NDArray[np.float32]) -> float:
         self.adapter.load(view)
         started = perf_counter()
-        loss = mean_loss(self.adapter.model, tokens)
+        loss = mean_loss(self.adapter.model, drawn.tokens, drawn.scored)
         self._forward_seconds += perf_counter() - started
         return loss

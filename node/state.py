@@ -126,6 +126,12 @@ class StateDirectory:
             raise StateError(f"cannot write {path}: {error.strerror}") from error
 
 
+def default_state(run_id: bytes, name: str) -> Path:
+    """Where a node keeps its state unless it is told otherwise."""
+    root = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return root / "zo-node" / run_id.hex()[:12] / name
+
+
 def load_result(path: Path) -> tuple[Manifest, Replica]:
     """The manifest and the newest weights in a node's state directory or a coordinator's run directory.
 

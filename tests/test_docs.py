@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 from pathlib import Path
+from typing import get_type_hints
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from coordinator.membership import TRANSITIONS, Presence
 from transport import exits, messages
 from transport.exits import Exit
 from zo import commit
+from zo.manifest import Manifest
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
@@ -198,6 +200,24 @@ def test_the_transitions_are_those_of_the_members():
         for each in before.split(",")
     }
     assert documented == {(before, after) for (before, _), after in TRANSITIONS.items()}
+
+
+def test_the_fields_of_the_manifest_are_those_of_the_code():
+    """The meanings are the descriptions in zo/manifest.py, word for word."""
+    expected = []
+    for section in msgspec.structs.fields(Manifest):
+        if issubclass(getattr(section.type, "__origin__", section.type), msgspec.Struct):
+            hints = get_type_hints(section.type, include_extras=True)
+            expected += [(f"{section.name}.{name}", description(hint)) for name, hint in hints.items()]
+        else:
+            expected.append((section.name, description(section.type)))
+    body = dict(sections(PROTOCOL.read_text("utf-8")))["The manifest"]
+    assert re.findall(r"^\| ([a-z_.]+) \| (.+) \|$", body, re.MULTILINE) == expected
+
+
+def description(hint):
+    metas = [each for each in hint.__metadata__ if isinstance(each, msgspec.Meta)]
+    return next(each.description for each in metas if each.description)
 
 
 def message_types():

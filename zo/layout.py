@@ -79,7 +79,7 @@ def layout(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
     return Layout(tuple(parameters), offset)
 
 
-def _targeted(module_names: Iterable[str], targets: Sequence[str]) -> list[str]:
+def targeted(module_names: Iterable[str], targets: Sequence[str]) -> list[str]:
     """The sorted names of the modules that a target means: equal to it, or ending in "." and it.
 
     Raises:
@@ -118,7 +118,7 @@ def lora_layout(
     if train not in ("B", "AB"):
         raise ValueError(f'train must be "B" or "AB", got {train!r}')
     shapes: dict[str, tuple[int, ...]] = {}
-    for module in _targeted(linear_shapes, targets):
+    for module in targeted(linear_shapes, targets):
         out_features, in_features = linear_shapes[module]
         shapes[f"{module}.lora_B"] = (out_features, rank)
         if train == "AB":

@@ -10,6 +10,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from zo.quantization import Kind
 from zo.toml import explain
 
 RUN_ID_BYTES: Final = 16
@@ -67,6 +68,35 @@ class BaseModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         ),
     ]
     tokenizer_digest: Annotated[Hex16, Meta(description="BLAKE2b-128 over the tokenizer's files; likewise.")]
+    quantize: Annotated[
+        Kind,
+        Meta(
+            description="How nodes hold the base's linear layers: none (as in its files), int8, or 4 bit as nf4 or fp4."
+        ),
+    ] = "none"
+    skip_quantize: Annotated[
+        tuple[str, ...],
+        Meta(max_length=64, description="Linear modules left unquantised: last parts of their names."),
+    ] = ()
+    any_quantization: Annotated[
+        bool,
+        Meta(
+            description="Whether a node may choose another quantisation for itself. Its losses then differ a little "
+            "from the others', the weights do not."
+        ),
+    ] = False
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the nodes' private data is, and what the loss is taken on."""
+
+    kind: Annotated[
+        Literal["text", "completion"],
+        Meta(
+            description="text: plain text, every token is predicted; completion: rows of prompt and completion, only "
+            "the completion is predicted."
+        ),
+    ] = "text"
 
 
 class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -172,6 +202,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     protocol: Annotated[int, Meta(ge=1, le=65535, description="Version of the protocol and of this file.")]
     run: Run
     base: BaseModel
+    task: Task = Task()
     adapter: Adapter
     probe: Probing
     schedule: Schedule
@@ -181,8 +212,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Check what the range of a single field cannot say.
 
         Raises:
-            ValueError: the run would need more samples than there are names for directions.
+            ValueError: the run would need more samples than there are names for directions, or it leaves layers of an
+                unquantised base unquantised.
         """
+        if self.base.skip_quantize and self.base.quantize == "none":
+            raise ValueError(
+                f"base.skip_quantize = {list(self.base.skip_quantize)!r} needs base.quantize to be int8, nf4 or fp4: "
+                "nothing is quantised otherwise"
+            )
         num_samples = self.run.rounds * self.probe.directions
         if num_samples > _MAX_SAMPLES:
             raise ValueError(

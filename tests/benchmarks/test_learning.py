@@ -91,16 +91,20 @@ def test_results_replace_those_of_the_same_text_and_name_no_place_on_disk(text, 
     tiny = ["--seeds", "1", "--nodes", "1", "--rounds", "1", "--rank", "1"]
     tiny += ["--batch-size", "1", "--sequence-length", "32"]
     place = ["--model", str(embedded.path()), "--data", str(data), "--out", str(results)]
-    for more in ([], ["--keep-line-breaks"], ["--step", "0.02"]):
+    for more in ([], ["--keep-line-breaks"], ["--quantize", "nf4"], ["--step", "0.02"]):
         assert main([*place, *tiny, *more]) == 0
     figures = json.loads((results / "learning.json").read_text())
     assert [each["text"] for each in figures] == [
         "topics.txt, line breaks folded",
         "topics.txt, line breaks kept",
+        "topics.txt, line breaks folded",
     ]
-    assert [each["settings"]["step"] for each in figures] == [0.02, 0.01]
+    assert [each["settings"]["step"] for each in figures] == [0.02, 0.01, 0.01]
+    assert [each["settings"]["quantize"] for each in figures] == ["none", "none", "nf4"]
     page = (results / "learning.md").read_text()
-    assert page.count("| 1 |") == 2
+    assert page.count("| 1 |") == 3
+    assert "## embedded in nf4 on topics.txt" in page
+    assert figures[0]["rows"][0]["held_out_start"] != figures[2]["rows"][0]["held_out_start"]
     assert "python -m benchmarks.learning --model MODEL --data TEXT --out DIR --seeds 1" in page
     assert str(tmp_path) not in page + json.dumps(figures)
     assert "2 forwards" in capsys.readouterr().out

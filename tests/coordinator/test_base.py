@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from coordinator.base import BaseFilesError, digest, linear_shapes, tokenizer_digest
+from coordinator.base import BaseFilesError, digest, layers_only, linear_shapes, tokenizer_digest
 from zo.layout import base_digest
 
 
@@ -115,3 +115,13 @@ def test_a_shape_that_is_no_list_is_an_error(model):
     (model / "model-1.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
     with pytest.raises(BaseFilesError, match="is not a safetensors file"):
         linear_shapes(model)
+
+
+def test_layers_are_what_has_a_number():
+    shapes = {
+        "model.embed_tokens": (9, 8),
+        "lm_head": (9, 8),
+        "model.layers.0.q_proj": (8, 8),
+        "h.11.fc1": (4, 8),
+    }
+    assert set(layers_only(shapes)) == {"model.layers.0.q_proj", "h.11.fc1"}

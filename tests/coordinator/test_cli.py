@@ -21,7 +21,7 @@ def base(tmp_path):
     directory.mkdir()
     (directory / "config.json").write_text("{}")
     (directory / "tokenizer.json").write_text("{}")
-    header = {"a.q_proj.weight": {"dtype": "F32", "shape": [8, 8], "data_offsets": [0, 256]}}
+    header = {"layers.0.q_proj.weight": {"dtype": "F32", "shape": [8, 8], "data_offsets": [0, 256]}}
     encoded = json.dumps(header).encode()
     (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(256))
     return directory
@@ -76,11 +76,42 @@ def test_init_says_what_it_made_and_what_comes_next(base, tmp_path):
         (["--name", "a b"], ("run.name",)),
         (["--target", "q_prj"], ("q_prj", "q_proj")),
         (["--rounds", "100000000", "--directions", "4096"], ("uint32",)),
+        (
+            ["--quantize", "nf4"],
+            (
+                "layer layers.0.q_proj has 8 outputs; 4-bit on CPU needs a multiple of 32. Use --quantize int8",
+            ),
+        ),
+        (["--quantize", "nf4", "--skip-quantize", "q_prj"], ("q_prj", "did you mean q_proj")),
+        (["--skip-quantize", "q_proj"], ("base.skip_quantize = ['q_proj'] needs base.quantize",)),
     ],
 )
 def test_a_value_out_of_range_is_named_and_nothing_is_made(base, tmp_path, options, words):
     fails(run("init", tmp_path / "run", "--model", base, *options), Exit.INPUT, *words)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], ("none", (), False)),
+        (["--quantize", "int8"], ("int8", (), False)),
+        (["--quantize", "fp4", "--skip-quantize", "q_proj"], ("fp4", ("q_proj",), False)),
+    ],
+)
+def test_quantisation_is_written_into_the_manifest(base, tmp_path, options, expected):
+    assert run("init", tmp_path / "run", "--model", base, *options).exit_code == 0
+    written = RunDirectory(tmp_path / "run").manifest().base
+    assert (written.quantize, written.skip_quantize, written.any_quantization) == expected
+
+
+def test_a_run_that_leaves_quantisation_to_its_nodes_only_warns_of_shapes(base, tmp_path):
+    result = run("init", tmp_path / "run", "--model", base, "--quantize", "nf4", "--any-quantization")
+    assert result.exit_code == 0
+    assert "note, for nodes without a GPU: layer layers.0.q_proj has 8 outputs" in " ".join(
+        result.stderr.split()
+    )
+    assert RunDirectory(tmp_path / "run").manifest().base.any_quantization
 
 
 def test_a_base_that_is_none(tmp_path):

@@ -64,6 +64,31 @@ def test_two_nodes_train_and_the_adapter_measures_the_same_in_plain_peft(languag
     assert load_result(swarm.state("ben"))[1].digest().hex() == proof.digest
 
 
+def test_prompts_and_completions_on_a_base_in_four_bits(swarm, says, tmp_path):
+    swarm.base = embedded.path()
+    swarm.init(*PROBE, "--quantize", "nf4", "--task", "completion")
+    swarm.serve()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Return the", "completion": " absolute value."}\n' * 3)
+    says(
+        join(swarm, "cho", rows, "--quantize", "int8"),
+        3,
+        "all nodes of this run hold the base quantised as nf4",
+    )
+    (tmp_path / "data.txt").write_text("Return the absolute value of the number. " * 20)
+    says(join(swarm, "dia", tmp_path / "data.txt"), 3, "prompts and completions are expected")
+    join(swarm, "ada", rows)
+    join(swarm, "ben", rows)
+    swarm.assert_finished("ada", "ben")
+    assert "training data: 3 rows, " in swarm.nodes["ada"].err
+
+    model = tmp_path / "model"
+    merged = swarm.command("node.cli", "export", swarm.run, "-o", model, "--merge")
+    assert merged.wait() == 0, merged
+    assert f"AutoModelForCausalLM.from_pretrained({str(model)!r})" in merged.out
+    assert (model / "model.safetensors").stat().st_size > 0
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

@@ -110,6 +110,22 @@ def test_plain_peft_loads_the_export_with_the_same_loss(adapted, tokens, tmp_pat
     assert mean_loss(merged, tokens) == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.parametrize("train", ["B", "AB"])
+def test_a_merged_export_is_a_plain_model_with_the_same_loss(train, tokens, tmp_path):
+    base = load_base(embedded.path(), threads=1)
+    adapter = Adapter(base, key=KEY, targets=TARGETS, rank=2, alpha=4, train=train)
+    weights = some_weights(adapter.size)
+    adapter.load(to_float(weights))
+    loss = mean_loss(adapter.model, tokens)
+    adapter.export_merged(tmp_path, weights, base.tokenizer)
+    merged = load_base(tmp_path, threads=1)
+    assert not [name for name, _ in merged.model.named_parameters() if "lora" in name]
+    assert mean_loss(merged.model, tokens) == pytest.approx(loss, rel=1e-5)
+    assert merged.tokenizer_digest == base.tokenizer_digest or merged.tokenizer("a b") == base.tokenizer(
+        "a b"
+    )
+
+
 def test_an_export_holds_both_factors_and_is_the_same_every_time(adapted, tmp_path):
     _, adapter, _ = adapted
     weights = some_weights(adapter.size)

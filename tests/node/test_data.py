@@ -142,17 +142,17 @@ def numbered(num_windows: int) -> Windows:
 
 def test_a_sample_names_its_batch():
     windows = numbered(100)
-    once, again = batch(windows, 8, 42, 7), batch(windows, 8, 42, 7)
+    once, again = batch(windows, 8, 42, 7).tokens, batch(windows, 8, 42, 7).tokens
     assert np.array_equal(once, again)
     assert once.shape == (8, 3)
     assert once.dtype == np.int64
-    assert not np.array_equal(once, batch(windows, 8, 42, 8))
-    assert not np.array_equal(once, batch(windows, 8, 43, 7))
+    assert not np.array_equal(once, batch(windows, 8, 42, 8).tokens)
+    assert not np.array_equal(once, batch(windows, 8, 43, 7).tokens)
 
 
 @given(st.integers(1, 20), st.integers(1, 50), st.integers(0, 2**64), st.integers(0, 2**32 - 1))
 def test_a_batch_repeats_no_window_more_often_than_it_must(num_windows, batch_size, seed, sample):
-    chosen = batch(numbered(num_windows), batch_size, seed, sample)[:, 0]
+    chosen = batch(numbered(num_windows), batch_size, seed, sample).tokens[:, 0]
     counts = np.bincount(chosen, minlength=num_windows)
     assert counts.sum() == batch_size
     assert counts.max() - counts.min() <= 1
@@ -160,5 +160,5 @@ def test_a_batch_repeats_no_window_more_often_than_it_must(num_windows, batch_si
 
 def test_every_window_is_met():
     windows = numbered(50)
-    met = {int(token) for sample in range(100) for token in batch(windows, 8, 1, sample)[:, 0]}
+    met = {int(token) for sample in range(100) for token in batch(windows, 8, 1, sample).tokens[:, 0]}
     assert met == set(range(50))

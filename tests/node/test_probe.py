@@ -88,7 +88,7 @@ def test_evaluation_is_at_the_given_weights(adapter, windows, weights):
 
 
 def test_the_projected_gradient_is_the_directional_derivative_of_autograd(adapter, windows, weights):
-    tokens = batch(windows, 4, 9, 0)
+    tokens = batch(windows, 4, 9, 0).tokens
     adapter.load(to_float(weights))
     parameters = {
         p.name: adapter.model.get_submodule(p.name.removesuffix(".lora_B")).lora_B["default"].weight
@@ -123,7 +123,7 @@ def test_a_code_is_the_encoded_slope_between_both_views_on_one_batch(adapter, wi
     result = make_probe(adapter, windows).probe(weights, 5, NODE, EXPONENT, agent=1)
     gradients, losses = [], []
     for sample in (15, 16, 17):
-        tokens = batch(windows, 4, 9, sample)
+        tokens = batch(windows, 4, 9, sample).tokens
         pair = []
         for view in reference.perturbed(weights, KEY, Direction(NODE, sample, 1), EPSILON):
             adapter.load(view)
@@ -163,7 +163,7 @@ def test_the_exponent_scales_the_codes(adapter, windows, weights):
 
 def test_a_loss_that_is_not_finite_is_no_vote_and_is_counted(adapter, windows, weights, monkeypatch):
     losses = iter([3.0, 2.5, math.nan, 2.0, 1.0, math.inf])
-    monkeypatch.setattr(probe, "mean_loss", lambda model, tokens: next(losses))
+    monkeypatch.setattr(probe, "mean_loss", lambda *_: next(losses))
     result = make_probe(adapter, windows).probe(weights, 0, NODE, 0)
     assert list(result.codes == NO_VOTE) == [False, True, True]
     assert result.num_no_votes == 2
@@ -171,7 +171,7 @@ def test_a_loss_that_is_not_finite_is_no_vote_and_is_counted(adapter, windows, w
 
 
 def test_a_round_without_any_finite_loss_is_all_no_votes(adapter, windows, weights, monkeypatch):
-    monkeypatch.setattr(probe, "mean_loss", lambda model, tokens: math.nan)
+    monkeypatch.setattr(probe, "mean_loss", lambda *_: math.nan)
     result = make_probe(adapter, windows).probe(weights, 0, NODE, 0)
     assert list(result.codes) == [NO_VOTE] * 3
     assert math.isnan(result.loss)

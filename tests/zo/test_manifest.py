@@ -59,7 +59,7 @@ def test_any_manifest_survives_its_toml(make_manifest, name, epsilon, step, alph
 def test_every_field_of_the_toml_is_explained(make_manifest):
     lines = documented_toml(make_manifest(), "A run.").splitlines()
     fields = [index for index, line in enumerate(lines) if " = " in line and not line.startswith("#")]
-    assert len(fields) == 24
+    assert len(fields) == 28
     assert all(lines[index - 1].startswith("# ") for index in fields)
     tables = [index for index, line in enumerate(lines) if line.startswith("[")]
     assert all(lines[index - 1].startswith("# ") for index in tables)
@@ -94,6 +94,10 @@ OUT_OF_RANGE = [
     ("base", "name", "x" * 257),
     ("base", "digest", "abc"),
     ("base", "tokenizer_digest", "abc"),
+    ("base", "quantize", "int4"),
+    ("base", "skip_quantize", ("x",) * 65),
+    ("base", "any_quantization", 1),
+    ("task", "kind", "chat"),
     ("adapter", "targets", ()),
     ("adapter", "targets", ("x",) * 65),
     ("adapter", "rank", 0),
@@ -131,7 +135,7 @@ OUT_OF_RANGE = [
 
 @pytest.mark.parametrize(("section", "field", "value"), OUT_OF_RANGE)
 def test_a_value_out_of_range_is_named_with_its_field(make_manifest, section, field, value):
-    manifest = make_manifest()
+    manifest = make_manifest(quantize="nf4")  # only then may layers be skipped
     wrong = msgspec.structs.replace(getattr(manifest, section), **{field: value})
     manifest = msgspec.structs.replace(manifest, **{section: wrong})
     shown = list(value) if isinstance(value, tuple) else value
@@ -186,6 +190,13 @@ def test_rounds_times_directions_must_fit_the_names_of_directions(make_manifest)
         parse_manifest(text.replace("directions = 2", "directions = 4096"))
 
 
+def test_layers_cannot_be_left_out_of_a_quantisation_that_there_is_not(make_manifest):
+    text = documented_toml(make_manifest(quantize="nf4", skip_quantize=("q_proj",)), "A run.")
+    assert parse_manifest(text).base.skip_quantize == ("q_proj",)
+    with pytest.raises(ManifestError, match=r"base\.skip_quantize = \['q_proj'\] needs base\.quantize to be"):
+        parse_manifest(text.replace('"nf4"', '"none"'))
+
+
 @pytest.mark.parametrize("data", [b"", b"\xff", b"\xc1", b"\x93\x01\x02\x03", b"\x80", b"\x81" * 2000])
 def test_what_is_no_manifest_is_a_manifest_error(data):
     with pytest.raises(ManifestError, match="not a run manifest"):
@@ -217,15 +228,16 @@ def test_manifests_differ_in_their_ids_by_any_field(make_manifest):
 
 
 GOLDEN_BYTES = (
-    "87a870726f746f636f6c01a372756e84a46e616d65a474657374a6726f756e647314a97374616c656e65737300a56e6f6e63"
-    "65d9203031323334353637383961626364656630313233343536373839616263646566a46261736583a46e616d65a46e6f6e"
+    "88a870726f746f636f6c01a372756e84a46e616d65a474657374a6726f756e647314a97374616c656e65737300a56e6f6e63"
+    "65d9203031323334353637383961626364656630313233343536373839616263646566a46261736586a46e616d65a46e6f6e"
     "65a6646967657374d9206230623062306230623062306230623062306230623062306230623062306230b0746f6b656e697a"
-    "65725f646967657374d9203730373037303730373037303730373037303730373037303730373037303730a7616461707465"
-    "7286a77461726765747392a6715f70726f6aa6765f70726f6aa472616e6b04a5616c706861cb4020000000000000a5747261"
-    "696ea142a473697a65cd01f4ad6c61796f75745f646967657374d92031613161316131613161316131613161316131613161"
-    "31613161316131613161a570726f626584a7657073696c6f6ecb3f847ae147ae147baa646972656374696f6e7302aa626174"
-    "63685f73697a6508af73657175656e63655f6c656e677468cc80a87363686564756c6584a473746570cb3f947ae147ae147b"
-    "a56465636179a66c696e656172a9736d6f6f7468696e6703ae66697273745f6578706f6e656e74fca670617269747982ac64"
-    "69676573745f657665727904aa73686172655f6c6f7373c3"
+    "65725f646967657374d9203730373037303730373037303730373037303730373037303730373037303730a87175616e7469"
+    "7a65a46e6f6e65ad736b69705f7175616e74697a6590b0616e795f7175616e74697a6174696f6ec2a47461736b81a46b696e"
+    "64a474657874a76164617074657286a77461726765747392a6715f70726f6aa6765f70726f6aa472616e6b04a5616c706861"
+    "cb4020000000000000a5747261696ea142a473697a65cd01f4ad6c61796f75745f646967657374d920316131613161316131"
+    "6131613161316131613161316131613161316131613161a570726f626584a7657073696c6f6ecb3f847ae147ae147baa6469"
+    "72656374696f6e7302aa62617463685f73697a6508af73657175656e63655f6c656e677468cc80a87363686564756c6584a4"
+    "73746570cb3f947ae147ae147ba56465636179a66c696e656172a9736d6f6f7468696e6703ae66697273745f6578706f6e65"
+    "6e74fca670617269747982ac6469676573745f657665727904aa73686172655f6c6f7373c3"
 )
-GOLDEN_RUN_ID = "dee6a149762976c49237f326b1e23b7c"
+GOLDEN_RUN_ID = "63a983be33961118279f122e1eb25c1a"

@@ -1,0 +1,97 @@
+"""What the modules of `zo-node` share: the application, its two consoles, options, and errors told as one line."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from node.base import BaseError
+from node.data import DataError
+from node.quantization import QuantizationError
+from node.service import NodeError
+from node.state import StateBusyError, StateError
+from transport.exits import HELP, Exit
+from transport.keys import KeyFileError
+from transport.sockets import SocketError
+from transport.ticket import TicketError
+from zo.quantization import Kind
+
+app = typer.Typer(
+    name="zo-node",
+    help="Take part in fine-tuning one language model together; only bytes of projected gradients leave this machine.",
+    epilog=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain text keeps its lines whole in a narrow terminal
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+_EXIT_BY_ERROR: dict[type[Exception], Exit] = {
+    TicketError: Exit.INPUT,
+    DataError: Exit.INPUT,
+    KeyFileError: Exit.INPUT,
+    QuantizationError: Exit.INPUT,
+    BaseError: Exit.BASE,
+    StateError: Exit.STORAGE,
+    StateBusyError: Exit.BUSY,
+    SocketError: Exit.UNREACHABLE,
+}
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="Base model: a directory or a Hugging Face name.",
+        show_default="the small one of this program",
+    ),
+]
+QuantizeOption = Annotated[
+    Kind | None,
+    typer.Option(
+        metavar="none|int8|nf4|fp4",
+        help="Hold the base's linear layers like this.",
+        show_default="as the run says",
+    ),
+]
+OwnQuantizeOption = Annotated[
+    Kind,
+    typer.Option("--quantize", metavar="none|int8|nf4|fp4", help="Hold the base's linear layers like this."),
+]
+"""Where no run has a say."""
+SkipOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME", help="Linear module to leave unquantised; may be repeated.", show_default=False
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Threads to compute with.", show_default="all cores"),
+]
+
+
+def epilog(example: str) -> str:
+    """What follows a command's help; the lines after \\b are left as they are, to be copied whole."""
+    return f"\b\nExample:\n  {example}\n\n{HELP}"
+
+
+@contextlib.contextmanager
+def failures_explained() -> Iterator[None]:
+    """Turn the errors we know into one line and their exit code; anything else is a bug and shows its trace."""
+    try:
+        yield
+    except NodeError as error:
+        fail(error, error.code)
+    except tuple(_EXIT_BY_ERROR) as error:
+        fail(error, next(code for kind, code in _EXIT_BY_ERROR.items() if isinstance(error, kind)))
+
+
+def fail(error: Exception, code: Exit) -> None:
+    """Say what went wrong in one line, and leave with its exit code."""
+    err.print(f"zo-node: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(code) from None

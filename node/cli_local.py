@@ -1,0 +1,156 @@
+"""The commands of `zo-node` that concern this machine alone: doctor, predict."""
+
+import json as json_format
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from node import embedded
+from node.base import load_base
+from node.cli_app import (
+    ModelOption,
+    OwnQuantizeOption,
+    QuantizeOption,
+    SkipOption,
+    ThreadsOption,
+    app,
+    epilog,
+    err,
+    failures_explained,
+    out,
+)
+from node.doctor import Finding, examine
+from node.quantization import agreed
+from node.state import StateDirectory, default_state
+from transport.exits import Exit
+from transport.ticket import parse_ticket
+from zo import kernels
+from zo.manifest import ManifestError, parse_manifest
+
+_STYLE_BY_STATE = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+@app.command(
+    short_help="Check this machine and the way there.",
+    epilog=epilog("zo-node doctor 'zo://192.0.2.7:7411/…#…'"),
+)
+def doctor(
+    ticket: Annotated[
+        str | None,
+        typer.Argument(metavar="TICKET", help="The run's ticket.", show_default="this machine alone"),
+    ] = None,
+    model: ModelOption = None,
+    name: Annotated[str, typer.Option(metavar="NAME", help="Name of this node, as in join.")] = "node",
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where it keeps its state.", show_default="~/.local/state/zo-node/…"
+        ),
+    ] = None,
+    quantize: QuantizeOption = None,
+    skip_quantize: SkipOption = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences in a batch.")] = 8,
+    sequence_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens in a sequence.")] = 128,
+    directions: Annotated[int, typer.Option(metavar="N", min=1, help="Directions in a round.")] = 1,
+    threads: ThreadsOption = None,
+    connect_timeout: Annotated[
+        float, typer.Option(metavar="S", min=0.1, help="Seconds to try to reach the coordinator.")
+    ] = 5.0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead.", show_default=False)] = False,
+) -> None:
+    """Check whether this machine can take part: network, key, disk, memory, base, kernels, time of a round.
+
+    Joins nothing and changes nothing. If this node has joined the run before, base and settings are the run's. Exit
+    code 12 if a check fails.
+    """
+    with failures_explained():
+        parsed = parse_ticket(ticket) if ticket else None
+        run_id = parsed.run_id if parsed else bytes(16)
+        directory = StateDirectory((state or default_state(run_id, name[:64])).expanduser())
+        try:
+            manifest = parse_manifest(directory.manifest_path.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, ManifestError):
+            manifest = None  # it has not joined yet
+        if manifest:
+            kind, skip = agreed(manifest.base, quantize, skip_quantize)
+            batch_size, sequence_length = manifest.probe.batch_size, manifest.probe.sequence_length
+            directions = manifest.probe.directions
+        else:
+            kind, skip = quantize or "none", tuple(skip_quantize or ())
+        if not kernels.is_compiled():
+            err.print("compiling the kernels, once for this machine …", style="dim")
+            kernels.compile_kernels()
+        with err.status("examining"):
+            findings = list(
+                examine(
+                    ticket=parsed,
+                    state=directory.path,
+                    manifest=manifest,
+                    model=model or str(embedded.path()),
+                    kind=kind,
+                    skip=skip,
+                    threads=threads or len(os.sched_getaffinity(0)),
+                    timeout_s=connect_timeout,
+                    batch_size=batch_size,
+                    sequence_length=sequence_length,
+                    directions=directions,
+                )
+            )
+        if json:
+            print(json_format.dumps([asdict(finding) for finding in findings]))
+        else:
+            out.print(_table(findings))
+        if any(finding.state == "fail" for finding in findings):
+            raise typer.Exit(Exit.MISMATCH)
+
+
+def _table(findings: list[Finding]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        said = Text(finding.found)
+        if finding.cure:
+            said.append(f"\n→ {finding.cure}", style="bold")
+        table.add_row(Text(finding.state, style=_STYLE_BY_STATE[finding.state]), finding.check, said)
+    return table
+
+
+@app.command(
+    short_help="Let the model complete a prompt.",
+    epilog=epilog("zo-node predict 'Return the' --adapter my-adapter"),
+)
+def predict(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to go on from.", show_default=False)],
+    model: ModelOption = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A PEFT adapter.", show_default="the base alone"),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens to add.")] = 64,
+    quantize: OwnQuantizeOption = "none",
+    skip_quantize: SkipOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Print what the model says after a prompt, the likeliest token each time.
+
+    If the tokenizer has a chat template, the prompt is a user's turn.
+    """
+    with failures_explained():
+        base = load_base(
+            model or str(embedded.path()),
+            threads=threads or len(os.sched_getaffinity(0)),
+            quantize=quantize,
+            skip_quantize=skip_quantize or (),
+        )
+        from node.adapter import with_adapter
+        from node.generation import complete
+
+        measured = base.model if adapter is None else with_adapter(base.model, adapter)
+        out.print(complete(base, measured, prompt, max_tokens), markup=False, highlight=False, soft_wrap=True)

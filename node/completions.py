@@ -1,0 +1,188 @@
+"""Private data of prompts and completions: .jsonl rows in, rows of tokens out, of which the completion's are predicted.
+
+Decides how a row becomes tokens and what happens to one that is longer than the context: the front of its prompt is
+cut; if its completion alone is too long it is left out. Both are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from node.data import COMPLETION_LIKE, Batch, DataError, count, json_rows, read_text
+
+
+class Pair(msgspec.Struct, frozen=True):
+    """One line of a .jsonl file; other fields are ignored."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completions:
+    """Rows of prompt, completion and padding."""
+
+    tokens: NDArray[np.int32]
+    """(num_windows, longest row)."""
+    begins: NDArray[np.int64]
+    """(num_windows,): where the completion begins, at least 1."""
+    ends: NDArray[np.int64]
+    """(num_windows,): where it ends, and padding begins."""
+    sequence_length: int
+    """Most tokens in a row."""
+    num_cut: int
+    """Rows whose prompts were cut."""
+    num_tokens_cut: int
+    """Tokens cut from them."""
+    num_dropped: int
+    """Rows left out, since their completions do not fit."""
+
+    @property
+    def num_windows(self) -> int:
+        """How many rows there are, at least one."""
+        return len(self.tokens)
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens of all completions."""
+        return int((self.ends - self.begins).sum())
+
+    def take(self, rows: NDArray[np.int64]) -> Batch:
+        """The batch of the rows with these numbers, as wide as the longest of them."""
+        width = int(self.ends[rows].max())
+        positions = np.arange(width)
+        scored = (positions >= self.begins[rows, None]) & (positions < self.ends[rows, None])
+        return Batch(self.tokens[rows, :width].astype(np.int64), scored)
+
+    def __str__(self) -> str:
+        """One line that says what was read and what was left out."""
+        said = f"{count(self.num_windows, 'row')}, {count(self.num_scored, 'token')} in completions"
+        if self.num_cut:
+            said += (
+                f"; {count(self.num_cut, 'prompt')} cut at the front by {count(self.num_tokens_cut, 'token')} "
+                f"to fit {self.sequence_length}"
+            )
+        if self.num_dropped:
+            said += f"; {count(self.num_dropped, 'row')} left out, too long a completion for {self.sequence_length}"
+        return said
+
+
+def read_completions(paths: Sequence[str | Path], tokenizer: Any, sequence_length: int) -> Completions:
+    """The rows of some .jsonl files, in the order given.
+
+    Args:
+        paths: .jsonl files, UTF-8; every line is an object with the fields "prompt" and "completion".
+        tokenizer: a transformers tokenizer.
+        sequence_length: most tokens in a row, at least 2.
+
+    Raises:
+        DataError: a file is missing, empty, not UTF-8 or of another kind; a row is malformed or its completion is
+            empty (with its line); or no completion fits.
+    """
+    if not paths:
+        raise DataError("no data file was named; name at least one .jsonl file")
+    files = [Path(path).expanduser() for path in paths]
+    rows: list[tuple[list[int], list[int]]] = []
+    for file in files:
+        if file.suffix.lower() != ".jsonl":
+            raise DataError(
+                f"{file}: prompts and completions are expected: a .jsonl file, every line an object like "
+                f"{COMPLETION_LIKE}"
+            )
+        for line_number, pair in json_rows(read_text(file), file, Pair, COMPLETION_LIKE):
+            if not pair.completion.strip():
+                raise DataError(f"{file}, line {line_number}: the completion is empty; remove the row")
+            prompt = prompt_ids(tokenizer, pair.prompt)
+            if not prompt:
+                raise DataError(
+                    f"{file}, line {line_number}: the prompt is empty, and the tokenizer has no token to begin with; "
+                    "give the row a prompt"
+                )
+            rows.append((prompt, completion_ids(tokenizer, pair)))
+    try:
+        return arrange(rows, sequence_length)
+    except DataError as error:
+        raise DataError(f"{', '.join(map(str, files))}: {error}") from None
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens of a prompt: by the tokenizer's chat template, as a user's turn, if it has one.
+
+    Otherwise its token for the beginning of a text, if it has one, and the prompt.
+    """
+    if tokenizer.chat_template:
+        return _ids(tokenizer, _turns(tokenizer, prompt))
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return begin + _ids(tokenizer, prompt)
+
+
+def completion_ids(tokenizer: Any, pair: Pair) -> list[int]:
+    """The tokens of a completion and its end, as they follow `prompt_ids`.
+
+    Apart from the prompt, not joined to it first: that is what a model meets when it goes on from a prompt.
+    """
+    if tokenizer.chat_template:
+        before, whole = _turns(tokenizer, pair.prompt), _turns(tokenizer, pair.prompt, pair.completion)
+        if whole.startswith(before):
+            return _ids(tokenizer, whole[len(before) :])
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return _ids(tokenizer, pair.completion) + end
+
+
+def arrange(rows: Sequence[tuple[list[int], list[int]]], sequence_length: int) -> Completions:
+    """Rows of prompt and completion, both tokens, cut to fit and padded to equal length.
+
+    Raises:
+        DataError: no completion fits beside one token of its prompt.
+    """
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length must be at least 2, got {sequence_length}")
+    kept, cuts = [], []
+    for prompt, completion in rows:
+        room = sequence_length - len(completion)
+        if room < 1:
+            continue
+        # The first token stays: models are trained with it at the beginning of every text.
+        begin = prompt if len(prompt) <= room else [prompt[0], *prompt[len(prompt) - room + 1 :]]
+        kept.append((begin, completion))
+        cuts.append(len(prompt) - len(begin))
+    if not kept:
+        raise DataError(
+            f"no completion of {count(len(rows), 'row')} fits into {sequence_length} tokens with a token of its "
+            "prompt; the run needs longer sequences, or this node shorter completions"
+        )
+    begins = np.array([len(prompt) for prompt, _ in kept], np.int64)
+    ends = np.array([len(prompt) + len(completion) for prompt, completion in kept], np.int64)
+    tokens = np.zeros((len(kept), ends.max()), np.int32)  # what pads is never seen by what is scored
+    for row, (prompt, completion) in zip(tokens, kept, strict=True):
+        row[: len(prompt) + len(completion)] = prompt + completion
+    return Completions(
+        tokens=tokens,
+        begins=begins,
+        ends=ends,
+        sequence_length=sequence_length,
+        num_cut=sum(cut > 0 for cut in cuts),
+        num_tokens_cut=sum(cuts),
+        num_dropped=len(rows) - len(kept),
+    )
+
+
+def _turns(tokenizer: Any, prompt: str, completion: str | None = None) -> str:
+    """A chat of one or two turns, as text."""
+    chat = [{"role": "user", "content": prompt}]
+    if completion is not None:
+        chat.append({"role": "assistant", "content": completion})
+    text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=completion is None)
+    return text
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids

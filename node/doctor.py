@@ -1,0 +1,396 @@
+"""The doctor: whether this machine can take part, as a list of findings. It repairs nothing and joins nothing.
+
+Each check returns what it found and, if something is wrong, what to do; only the command line shows it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import socket
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from node.base import Base, BaseError, load_base, read_digest, read_tokenizer_digest, resolve
+from transport.keys import KeyFileError, load_key, new_key_pair
+from transport.sockets import Link, NodeSocket, SocketError
+from transport.ticket import Ticket
+from zo import kernels, reference
+from zo.directions import Direction
+from zo.manifest import Manifest
+from zo.quantization import FOUR_BIT, KINDS, Kind
+
+State = Literal["ok", "warn", "fail"]
+EARLIEST: Final = datetime(2026, 1, 1, tzinfo=UTC)
+ENOUGH_DISK_BYTES: Final = 256 << 20
+LEAST_DISK_BYTES: Final = 16 << 20
+ERROR_BY_KIND: Final = {"int8": 0.03, "nf4": 0.2, "fp4": 0.25}
+"""How far a quantised product may be from the exact one, relative to its norm; Gaussian weights have half of it."""
+KNOWN_ANSWERS: Final = (
+    # Random123 1.14, tests/kat_vectors: philox4x32, 10 rounds. Counter (block, sample, node, agent), key, words.
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the doctor's table."""
+
+    check: str
+    state: State
+    found: str
+    cure: str = ""
+    """What to do about it; empty if all is well, or if `found` says it."""
+
+
+def network(ticket: Ticket, timeout_s: float) -> Iterator[Finding]:
+    """Whether the coordinator's port is open from here, and whether what answers has the ticket's key.
+
+    The handshake is made with a key drawn for it, and nothing is sent: the coordinator sees no node.
+    """
+    place = f"{ticket.host}:{ticket.port}"
+    began = time.monotonic()
+    try:
+        socket.create_connection((ticket.host, ticket.port), timeout_s).close()
+    except socket.gaierror as error:
+        cure = "check the name in the ticket, and this machine's DNS"
+        yield Finding(
+            check="network", state="fail", found=f"{ticket.host}: {error.strerror or error}", cure=cure
+        )
+        return
+    except OSError as error:
+        refused = isinstance(error, ConnectionRefusedError)
+        cure = (
+            "is `zo-coordinator serve` running there, on this port?"
+            if refused
+            else "open the port in the firewalls between here and there, or serve with --advertise HOST"
+        )
+        what = "connection refused" if refused else str(error.strerror or error)
+        yield Finding(check="network", state="fail", found=f"{place}: {what}", cure=cure)
+        return
+    yield Finding(
+        check="network", state="ok", found=f"{place} is open, {1000 * (time.monotonic() - began):.0f} ms"
+    )
+    yield _handshake(ticket, timeout_s)
+
+
+def _handshake(ticket: Ticket, timeout_s: float) -> Finding:
+    try:
+        end = NodeSocket(ticket, new_key_pair())
+    except SocketError as error:
+        return Finding(check="handshake", state="fail", found=str(error), cure="check the ticket")
+    wrong = 0
+    until = time.monotonic() + timeout_s
+    try:
+        while wrong < 3 and time.monotonic() < until:
+            links, _ = end.poll(max(0.0, until - time.monotonic()))
+            if Link.UP in links:
+                return Finding(check="handshake", state="ok", found="the coordinator has the ticket's key")
+            if Link.REFUSED in links:
+                return Finding(
+                    check="handshake",
+                    state="warn",
+                    found="the coordinator does not admit unknown keys",
+                    cure="join with a key that it knows",
+                )
+            wrong += links.count(Link.WRONG_KEY)
+    finally:
+        end.close()
+    return Finding(
+        check="handshake",
+        state="fail",
+        found="what answers there does not have the ticket's key" if wrong else "no answer to the handshake",
+        cure="ask for the ticket that `zo-coordinator serve` prints now",
+    )
+
+
+def key_file(path: Path) -> Finding:
+    """Whether a node's key can be read, by its owner alone."""
+    if not path.exists():
+        return Finding(check="key", state="ok", found="none yet; made when this node first joins")
+    try:
+        load_key(path)
+    except KeyFileError as error:
+        cure = f"chmod 600 {path}" if "chmod" in str(error) else "restore it from a backup"
+        return Finding(check="key", state="fail", found=str(error), cure=cure)
+    return Finding(check="key", state="ok", found=f"{path}, readable by its owner alone")
+
+
+def clock(now: float) -> Finding:
+    """Whether the clock is plausible: logs and TLS certificates depend on it, the training does not."""
+    shown = datetime.fromtimestamp(now, UTC)
+    if shown < EARLIEST:
+        return Finding(
+            check="clock",
+            state="warn",
+            found=f"{shown:%Y-%m-%d %H:%M} UTC is in the past",
+            cure="set it: the hub cannot be reached, and logs mislead; training does not depend on it",
+        )
+    return Finding(check="clock", state="ok", found=f"{shown:%Y-%m-%d %H:%M} UTC")
+
+
+def disk(path: Path) -> Finding:
+    """Whether there is space where a node keeps its state."""
+    existing = next(each for each in (path, *path.absolute().parents) if each.exists())
+    free = shutil.disk_usage(existing).free
+    state: State = "fail" if free < LEAST_DISK_BYTES else "warn" if free < ENOUGH_DISK_BYTES else "ok"
+    cure = "" if state == "ok" else "free some space, or name another place with --state"
+    if not os.access(existing, os.W_OK):
+        state, cure = "fail", f"name a place with --state that this user may write; {existing} is not"
+    return Finding(check="disk", state=state, found=f"{megabytes(free)} free at {existing}", cure=cure)
+
+
+def memory(needed: float, available: float | None, kind: Kind) -> Finding:
+    """Whether the base fits: `needed` and `available` in bytes, None if the system does not say."""
+    found = f"the base needs about {megabytes(needed)}"
+    if available is None:
+        return Finding(check="memory", state="warn", found=found, cure="see that this machine has as much")
+    found += f", {megabytes(available)} are available"
+    if needed <= 0.8 * available:
+        return Finding(check="memory", state="ok", found=found)
+    lower = "a smaller base" if kind in FOUR_BIT else "--quantize nf4, or a smaller base"
+    state: State = "fail" if needed > available else "warn"
+    return Finding(check="memory", state=state, found=found, cure=f"close other programs, or use {lower}")
+
+
+def needed_bytes(folder: Path, kind: Kind) -> float:
+    """Memory for a base in float32 with quantised layers, from the headers of its files, and a third for activations.
+
+    Raises:
+        BaseError: a header cannot be read.
+    """
+    per_entry = {"none": 4.0, "int8": 1.01, "nf4": 0.57, "fp4": 0.57}[kind]
+    total = 0.0
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with file.open("rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                header = json.loads(stream.read(min(length, 100_000_000)))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    in_layer = len(entry["shape"]) == 2 and any(part.isdecimal() for part in name.split("."))
+                    total += math.prod(entry["shape"]) * (per_entry if in_layer else 4.0)
+        except (OSError, ValueError, struct.error, KeyError, AttributeError, TypeError) as error:
+            raise BaseError(f"{file} is not a safetensors file: {error}") from error
+    return total * 4 / 3
+
+
+def available_bytes() -> float | None:
+    """Memory that programs may still take, as Linux estimates it; None elsewhere."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def base_files(path: str, manifest: Manifest | None) -> Iterator[Finding]:
+    """The digests of base and tokenizer; compared with the run's, if this node knows its manifest."""
+    expected = manifest.base if manifest else None
+    for check, read, wanted in (
+        ("base", read_digest, expected and expected.digest),
+        ("tokenizer", read_tokenizer_digest, expected and expected.tokenizer_digest),
+    ):
+        try:
+            digest = read(path)
+        except BaseError as error:
+            yield Finding(
+                check=check, state="fail", found=str(error), cure="name the run's base with --model"
+            )
+            return
+        if wanted and digest != wanted:
+            found = f"digest {digest}, the run's has {wanted}"
+            yield Finding(check=check, state="fail", found=found, cure="name the run's base with --model")
+        else:
+            same = ", the run's" if wanted else ""
+            yield Finding(check=check, state="ok", found=f"digest {digest}{same}")
+
+
+def generator() -> Finding:
+    """Whether the fast kernels give the published answers, and what the plain reference gives."""
+    for (block, sample, node, agent), key, words in KNOWN_ANSWERS:
+        z = kernels.perturbation(key, Direction(node, sample, agent), 128, start=128 * block)
+        bits = np.unpackbits(np.array(words, "<u4").view(np.uint8), bitorder="little")
+        if not np.array_equal(z > 0, bits.astype(bool)):
+            return _wrong_generator("Philox's published answers")
+    rng = np.random.default_rng(0)
+    weights = rng.integers(-(2**20), 2**20, 5_003).astype(np.int32)
+    names = rng.integers(0, 2**16, (7, 3)).astype(np.uint32)
+    coefficients = rng.integers(-1000, 1000, 7).astype(np.int32)
+    expected = reference.apply(weights, (3, 5), names, coefficients)
+    kernels.apply(weights, (3, 5), names, coefficients)
+    if not np.array_equal(weights, expected):
+        return _wrong_generator("the reference's update")
+    return Finding(
+        check="generator", state="ok", found=f"{len(KNOWN_ANSWERS)} known answers and an update, to the bit"
+    )
+
+
+def _wrong_generator(what: str) -> Finding:
+    return Finding(
+        check="generator",
+        state="fail",
+        found=f"the compiled kernels do not give {what}",
+        cure="remove __pycache__ in the zo package; if it stays, this machine must not take part: please report it",
+    )
+
+
+def quantised_kernels(wanted: Kind) -> Iterator[Finding]:
+    """One forward pass of each quantisation; only that of the run must work."""
+    for kind in KINDS[1:]:
+        try:
+            error = _quantised_error(kind)
+        except (
+            Exception
+        ) as problem:  # a library that is missing, or built for another machine: anything may come
+            first = str(problem).partition("\n")[0] or type(problem).__name__
+            yield Finding(
+                check=kind,
+                state="fail" if kind == wanted else "warn",
+                found=f"does not work here: {first}",
+                cure="install bitsandbytes for this machine, or use --quantize none",
+            )
+            continue
+        good = error <= ERROR_BY_KIND[kind]
+        yield Finding(
+            check=kind,
+            state="ok" if good else "fail" if kind == wanted else "warn",
+            found=f"one forward pass, {100 * error:.1f} % from the exact result",
+            cure="" if good else "reinstall bitsandbytes; its kernels compute wrongly here",
+        )
+
+
+def _quantised_error(kind: Kind) -> float:
+    """How far a quantised layer of 128 × 64 is from the exact one, relative to the result's norm."""
+    import bitsandbytes as bnb
+    import torch
+
+    generator = torch.Generator().manual_seed(0)  # any values do
+    weight = torch.randn(128, 64, generator=generator)
+    inputs = torch.randn(16, 64, generator=generator)
+    layer: Any
+    if kind == "int8":
+        layer = bnb.nn.Linear8bitLt(64, 128, bias=False, has_fp16_weights=False)
+        layer.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+    else:
+        layer = bnb.nn.Linear4bit(64, 128, bias=False, compute_dtype=torch.float32, quant_type=kind)
+        layer.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, quant_type=kind)
+    layer = layer.to("cpu")
+    exact = inputs @ weight.T
+    with torch.inference_mode():
+        return float((layer(inputs).float() - exact).norm() / exact.norm())
+
+
+def forward(base: Base, batch_size: int, sequence_length: int, directions: int) -> Iterator[Finding]:
+    """How far two equal forward passes are apart, and how long a round of this node would take."""
+    from node.probe import mean_loss
+
+    length = min(sequence_length, base.max_sequence_length or sequence_length)
+    tokens = np.random.default_rng(0).integers(0, len(base.tokenizer), (batch_size, length))
+    losses, seconds = [], math.inf
+    for _ in range(3):
+        began = time.perf_counter()
+        losses.append(mean_loss(base.model, tokens))
+        seconds = min(seconds, time.perf_counter() - began)
+    noise = max(losses) - min(losses)
+    if not all(map(math.isfinite, losses)):
+        cure = "hold the base otherwise: --quantize none"
+        yield Finding(check="repeat noise", state="fail", found=f"a loss of {losses[0]}", cure=cure)
+        return
+    exact = noise == 0
+    yield Finding(
+        check="repeat noise",
+        state="ok" if exact or noise < 1e-4 else "warn",
+        found="none: equal passes give equal losses" if exact else f"{noise:.2g} nats between equal passes",
+        cure="" if exact or noise < 1e-4 else "choose an epsilon whose change of the loss is well above this",
+    )
+    shape = f"{batch_size} × {length} tokens, {directions} direction{'s' * (directions > 1)}"
+    yield Finding(
+        check="a round",
+        state="ok",
+        found=f"about {2 * directions * seconds:.2g} s of forward passes ({shape})",
+    )
+
+
+def load(path: str, kind: Kind, skip: Sequence[str], threads: int) -> tuple[Base | None, Finding]:
+    """The base, and how loading it went."""
+    began = time.perf_counter()
+    try:
+        base = load_base(path, threads=threads, quantize=kind, skip_quantize=skip)
+    except BaseError as error:
+        return None, Finding(check="loading", state="fail", found=str(error))
+    return base, Finding(
+        check="loading",
+        state="ok",
+        found=f"{len(base.linear_shapes)} linear layers, {kind}, {time.perf_counter() - began:.1f} s",
+    )
+
+
+def examine(
+    *,
+    ticket: Ticket | None,
+    state: Path,
+    manifest: Manifest | None,
+    model: str,
+    kind: Kind,
+    skip: Sequence[str],
+    threads: int,
+    timeout_s: float,
+    batch_size: int,
+    sequence_length: int,
+    directions: int,
+) -> Iterator[Finding]:
+    """All findings, cheap ones first; each as soon as it is there.
+
+    Args:
+        ticket: of the run; None to look at this machine alone.
+        state: where this node keeps its state, or would.
+        manifest: of the run, if this node has joined it before.
+        model: directory or hub name of the base.
+        kind: how to hold the base.
+        skip: linear modules left unquantised.
+        threads: to compute with.
+        timeout_s: for the network.
+        batch_size: sequences in a forward pass.
+        sequence_length: tokens in a sequence.
+        directions: in a round.
+    """
+    if ticket is not None:
+        yield from network(ticket, timeout_s)
+    yield key_file(state / "node.key")
+    yield clock(time.time())
+    yield disk(state)
+    yield generator()
+    yield from quantised_kernels(kind)
+    found = list(base_files(model, manifest))
+    yield from found
+    if any(each.state == "fail" for each in found):
+        return
+    fits = memory(needed_bytes(resolve(model), kind), available_bytes(), kind)
+    yield fits
+    if fits.state == "fail":
+        return
+    base, loading = load(model, kind, skip, threads)
+    yield loading
+    if base is not None:
+        yield from forward(base, batch_size, sequence_length, directions)
+
+
+def megabytes(number: float) -> str:
+    """Bytes for people: "812 MB", "3.4 GB"."""
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.{int(number < 1e7)}f} MB"

@@ -1,0 +1,234 @@
+"""The doctor: every finding in its good and its bad form, and what the command makes of them."""
+
+import json
+import shutil
+import socket
+import threading
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from node import cli, doctor, embedded
+from node.base import BaseError
+from node.state import StateDirectory
+from transport.exits import Exit
+from transport.keys import new_key_pair
+from transport.sockets import CoordinatorSocket
+from transport.ticket import Ticket
+from zo import kernels
+
+
+@pytest.fixture
+def coordinator():
+    """A coordinator's socket that answers handshakes in a thread of its own; gives its ticket and what it admits."""
+    keys, done, admitted = new_key_pair(), threading.Event(), []
+    ready: list[CoordinatorSocket] = []
+    bound = threading.Event()
+
+    def serve():
+        end = CoordinatorSocket("127.0.0.1", 0, keys, lambda key: not admitted or key in admitted)
+        ready.append(end)
+        bound.set()
+        frames = []
+        while not done.is_set():
+            frames += end.receive(0.02)
+        end.close()
+        assert not frames, "the doctor says nothing to a coordinator"
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    bound.wait()
+    yield Ticket("127.0.0.1", ready[0].port, bytes(16), keys.public), admitted
+    done.set()
+    thread.join()
+
+
+def states(findings):
+    return {finding.check: finding.state for finding in findings}
+
+
+def test_a_coordinator_that_answers(coordinator):
+    ticket, _ = coordinator
+    assert states(doctor.network(ticket, 10)) == {"network": "ok", "handshake": "ok"}
+
+
+def test_a_coordinator_with_another_key(coordinator):
+    ticket, _ = coordinator
+    stranger = Ticket(ticket.host, ticket.port, ticket.run_id, new_key_pair().public)
+    network, handshake = doctor.network(stranger, 10)
+    assert (network.state, handshake.state) == ("ok", "fail")
+    assert "does not have the ticket's key" in handshake.found
+    assert "zo-coordinator serve" in handshake.cure
+
+
+def test_a_coordinator_that_admits_only_known_keys(coordinator):
+    ticket, admitted = coordinator
+    admitted.append(bytes(32))
+    *_, handshake = doctor.network(ticket, 10)
+    assert handshake.state == "warn"
+    assert "does not admit unknown keys" in handshake.found
+
+
+def test_a_port_that_is_closed_and_one_that_says_nothing():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        ticket = Ticket("127.0.0.1", port, bytes(16), new_key_pair().public)
+        (refused,) = doctor.network(ticket, 1)
+        assert (refused.state, "connection refused" in refused.found) == ("fail", True)
+        assert "running there" in refused.cure
+        listening.listen()
+        *_, silent = doctor.network(ticket, 0.2)
+        assert (silent.state, silent.found) == ("fail", "no answer to the handshake")
+
+
+def test_a_name_that_does_not_resolve(monkeypatch):
+    def fail(*_):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", fail)
+    (found,) = doctor.network(Ticket("no.such.host", 1, bytes(16), bytes(32)), 1)
+    assert (found.state, found.found) == ("fail", "no.such.host: Name or service not known")
+
+
+def test_the_key_file(tmp_path):
+    path = tmp_path / "node.key"
+    assert doctor.key_file(path).state == "ok"
+    assert not path.exists(), "a doctor makes no key"
+    StateDirectory(tmp_path).keys()
+    assert doctor.key_file(path).state == "ok"
+    path.chmod(0o644)
+    open_to_others = doctor.key_file(path)
+    assert (open_to_others.state, open_to_others.cure) == ("fail", f"chmod 600 {path}")
+    path.chmod(0o600)
+    path.write_text("hello")
+    assert doctor.key_file(path).cure == "restore it from a backup"
+
+
+def test_the_clock():
+    assert doctor.clock(doctor.EARLIEST.timestamp()).state == "ok"
+    stopped = doctor.clock(0.0)
+    assert (stopped.state, "1970-01-01" in stopped.found) == ("warn", True)
+
+
+@pytest.mark.parametrize(
+    ("free", "state"),
+    [
+        (doctor.ENOUGH_DISK_BYTES, "ok"),
+        (doctor.LEAST_DISK_BYTES, "warn"),
+        (doctor.LEAST_DISK_BYTES - 1, "fail"),
+    ],
+)
+def test_the_disk(tmp_path, monkeypatch, free, state):
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    found = doctor.disk(tmp_path / "not" / "yet")
+    assert found.state == state
+    assert str(tmp_path) in found.found
+    assert bool(found.cure) == (state != "ok")
+
+
+@pytest.mark.parametrize(
+    ("available", "state"), [(1000.0, "ok"), (110.0, "warn"), (99.0, "fail"), (None, "warn")]
+)
+def test_the_memory(available, state):
+    assert doctor.memory(100.0, available, "none").state == state
+
+
+def test_memory_is_counted_from_the_headers(tmp_path):
+    folder = embedded.path()
+    plain, int8, nf4 = (doctor.needed_bytes(folder, kind) for kind in ("none", "int8", "nf4"))
+    assert plain == pytest.approx((folder / "model.safetensors").stat().st_size * 4 / 3, rel=0.01)
+    assert plain > int8 > nf4
+    (tmp_path / "model.safetensors").write_bytes(b"hello, this is no header")
+    with pytest.raises(BaseError, match="is not a safetensors file"):
+        doctor.needed_bytes(tmp_path, "none")
+
+
+def test_the_generator(monkeypatch):
+    assert doctor.generator().state == "ok"
+    right = kernels.perturbation
+    monkeypatch.setattr(kernels, "perturbation", lambda *args, **more: -right(*args, **more))
+    assert doctor.generator().state == "fail"
+    assert "published answers" in doctor.generator().found
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, "apply", lambda *_: None)
+    assert "the reference's update" in doctor.generator().found
+
+
+def test_quantised_kernels_are_measured(monkeypatch):
+    assert states(doctor.quantised_kernels("nf4")) == {"int8": "ok", "nf4": "ok", "fp4": "ok"}
+    monkeypatch.setattr(doctor, "_quantised_error", lambda kind: 0.9)
+    assert states(doctor.quantised_kernels("nf4")) == {"int8": "warn", "nf4": "fail", "fp4": "warn"}
+
+    def fail(kind):
+        raise ImportError("no such library\nand more")
+
+    monkeypatch.setattr(doctor, "_quantised_error", fail)
+    found = list(doctor.quantised_kernels("none"))
+    assert {each.state for each in found} == {"warn"}
+    assert found[0].found == "does not work here: no such library"
+
+
+def test_digests_are_compared_with_the_runs(make_manifest):
+    path = str(embedded.path())
+    base, tokenizer = doctor.base_files(path, None)
+    assert (base.state, tokenizer.state) == ("ok", "ok")
+    digests = {"digest": base.found.split()[1], "tokenizer_digest": tokenizer.found.split()[1]}
+    same = list(doctor.base_files(path, make_manifest(**digests)))
+    assert all(each.found.endswith(", the run's") for each in same)
+    assert {each.state for each in same} == {"ok"}
+    other = doctor.base_files(path, make_manifest())
+    assert [each.state for each in other] == ["fail", "fail"]
+    (missing,) = doctor.base_files("/no/such/base", None)
+    assert (missing.state, "does not exist" in missing.found) == ("fail", True)
+
+
+def test_noise_and_time_of_a_round(monkeypatch):
+    base, loading = doctor.load(str(embedded.path()), "none", (), 1)
+    assert loading.state == "ok"
+    noise, duration = doctor.forward(base, 2, 16, 4)
+    assert (noise.state, noise.found) == ("ok", "none: equal passes give equal losses")
+    assert "(2 × 16 tokens, 4 directions)" in duration.found
+    for losses, state in (([1.0, 1.0, 1.5], "warn"), ([np.nan] * 3, "fail")):
+        monkeypatch.setattr("node.probe.mean_loss", Mock(side_effect=losses))
+        assert next(iter(doctor.forward(base, 2, 16, 4))).state == state
+
+
+def test_a_base_that_cannot_be_quantised_is_a_finding():
+    base, loading = doctor.load(str(embedded.path()), "nf4", ("no_such",), 1)
+    assert base is None
+    assert (loading.state, "no_such" in loading.found) == ("fail", True)
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, ["doctor", *map(str, arguments)], terminal_width=80)
+
+
+SMALL = ("--threads", 1, "--batch-size", 1, "--sequence-length", 8)
+
+
+def test_the_command_shows_all_and_makes_nothing(tmp_path):
+    result = run("--state", tmp_path / "state", *SMALL)
+    assert result.exit_code == 0, result.output
+    shown = [line.split()[0] for line in result.stdout.splitlines() if not line.startswith(" ")]
+    assert set(shown) == {"ok"}
+    assert not (tmp_path / "state").exists()
+    found = json.loads(run("--state", tmp_path / "state", "--json", *SMALL).stdout)
+    assert [each["check"] for each in found][-3:] == ["loading", "repeat noise", "a round"]
+
+
+def test_the_command_fails_if_a_check_does(tmp_path):
+    result = run("--state", tmp_path, "--model", tmp_path, *SMALL)
+    assert result.exit_code == Exit.MISMATCH
+    assert "has no config.json" in " ".join(result.stdout.split())
+    assert "→ name the run's base with --model" in result.stdout
+
+
+def test_the_command_knows_the_run_that_this_node_has_joined(tmp_path, make_manifest):
+    StateDirectory(tmp_path).save_manifest(make_manifest(directions=3, batch_size=2, sequence_length=16))
+    result = run("--state", tmp_path, *SMALL)
+    assert result.exit_code == Exit.MISMATCH
+    assert "the run's has b0b0" in " ".join(result.stdout.split())
