@@ -6,11 +6,19 @@ import msgspec
 import pytest
 from hypothesis import settings
 
+from zo import kernels
 from zo.manifest import Adapter, BaseModel, Manifest, Parity, Probing, Run, Schedule, validate
 
 # No deadline: a busy machine fails no test.
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_kernels() -> None:
+    """On a fresh machine the first command says that it compiles; tests of what commands say come after that."""
+    kernels.compile_kernels()
+
 
 MakeManifest = Callable[..., Manifest]
 
