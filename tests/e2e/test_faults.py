@@ -90,6 +90,9 @@ def test_a_node_killed_in_any_state_comes_back(swarm, tmp_path, state):
         swarm.serve()
     swarm.nodes["ada"].send(signal.SIGCONT)
     join_again(swarm, "ben", 1)
+    if state == "connecting":  # nor may ben come to the end before ada has found the coordinator again
+        swarm.open_until(before + 1)
+        swarm.poll(lambda: [event.node for event in swarm.events("joined")].count(0) == 2, "ada again")
     swarm.open_until(rounds)
     swarm.assert_finished("ada", "ben")
     assert [member.name for member in swarm.status().members] == ["ada", "ben"]
@@ -301,12 +304,11 @@ def test_a_member_that_never_answers_is_sent_a_window_and_waited_for_by_nobody(s
     before = resident_bytes(swarm.coordinator)
     swarm.open_until(400)
     swarm.poll_status(lambda s: s.round == 400, "the end")
-    mallory = swarm.member("mallory")
-    assert mallory.presence in ("joining", "gone")
-    assert mallory.messages_down <= 128 + 8, "no more than the window"
     assert resident_bytes(swarm.coordinator) - before < 32 * MB
-    assert not swarm.events("missed"), "no round waited for it"
     stop(swarm)  # it would wait for mallory's farewell
+    mallory = swarm.member("mallory")
+    assert 0 < mallory.messages_down <= 128 + 8, "no more than the window"
+    assert not swarm.events("missed"), "no round waited for it"
     swarm.assert_finished("ada")
 
 
