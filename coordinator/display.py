@@ -78,7 +78,12 @@ def status_view(status: Status) -> RenderableType:
     payload = f"{si_bytes(status.payload_bytes_up)} up, {si_bytes(status.payload_bytes_down)} down"
     sockets = f"{si_bytes(status.zmtp_bytes_up)} up, {si_bytes(status.zmtp_bytes_down)} down"
     head.append(f"\npayload {payload}; with ZMTP and CURVE {sockets}\n", style="not bold")
-    return Group(head, table if status.members else Text("nobody has joined yet"))
+    alerts = [Text("")] if status.alerts else []
+    for alert in status.alerts:
+        line = plain(alert)
+        line.stylize("yellow")
+        alerts.append(line)
+    return Group(head, table if status.members else Text("nobody has joined yet"), *alerts)
 
 
 def plain(text: str) -> Text:
@@ -90,7 +95,8 @@ def _row(member: MemberStatus) -> tuple[str | Text, ...]:
     digest = "" if member.digest is None else f"{member.digest[:12]}… @{member.digest_round}"
     loss = "" if member.loss is None else f"{member.loss:.3f}"
     up, down = si_bytes(member.payload_bytes_up), si_bytes(member.payload_bytes_down)
-    return (str(member.node), plain(member.name), member.presence, str(member.round), digest, loss, up, down)
+    presence = "quarantined" if member.quarantined else member.presence
+    return (str(member.node), plain(member.name), presence, str(member.round), digest, loss, up, down)
 
 
 def simulation_view(result: SimulationResult, seconds: float) -> RenderableType:

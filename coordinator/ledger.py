@@ -300,6 +300,15 @@ class Ledger:
         )
         return [LedgerEvent(*row) for row in rows][::-1]
 
+    def alerts(self, limit: int) -> list[LedgerEvent]:
+        """The newest events about weights that differed, oldest first."""
+        rows = self._read(
+            "SELECT at, round, kind, node, text FROM events WHERE kind IN ('diverged', 'first-difference', 'released') "
+            "ORDER BY id DESC LIMIT ?",
+            limit,
+        )
+        return [LedgerEvent(*row) for row in rows][::-1]
+
     def divergences(self) -> dict[int, Divergences]:
         """What became of the nodes whose digests differed, by node."""
         rows = self._read(

@@ -387,6 +387,7 @@ def _member_status(member: Member) -> MemberStatus:
         digest=None if member.digest is None else member.digest.hex(),
         loss=member.loss,
         latency_s=None if member.latency is None else member.latency.mean_s,
+        quarantined=member.is_quarantined,
         divergences=member.num_divergences,
         messages_up=member.up.messages,
         payload_bytes_up=member.up.payload_bytes,

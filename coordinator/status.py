@@ -1,9 +1,13 @@
 """What a run tells about itself: the type behind `status --json`, stored in the ledger once a second."""
 
+from typing import Final
+
 import msgspec
 
 from coordinator.ledger import Ledger
 from zo.manifest import Manifest
+
+_ALERTS_SHOWN: Final = 6
 
 
 class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,6 +26,8 @@ class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
     loss: float | None
     """The recent mean loss it reported, if the manifest has nodes share it."""
     latency_s: float | None
+    quarantined: bool
+    """Whether it is refused until `zo-coordinator release`."""
     divergences: int
     """How often its digest differed from the ledger's."""
     messages_up: int
@@ -57,6 +63,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     malformed_frames: int
     updated_at: float
     """Seconds since the epoch."""
+    alerts: list[str] = []
+    """The newest events about nodes whose weights differed: which, at which round, and the first wrong one."""
 
 
 def stored_status(ledger: Ledger) -> Status | None:
@@ -74,9 +82,10 @@ def read_status(manifest: Manifest, ledger: Ledger) -> Status:
     Raises:
         LedgerError: the ledger is damaged.
     """
+    alerts = [f"round {event.round}: {event.text}" for event in ledger.alerts(_ALERTS_SHOWN)]
     status = stored_status(ledger)
     if status is not None:
-        return msgspec.structs.replace(status, round=ledger.num_commits())
+        return msgspec.structs.replace(status, round=ledger.num_commits(), alerts=alerts)
     checkpoint = ledger.last_checkpoint()
     return Status(
         run=manifest.run_id.hex(),
@@ -96,4 +105,5 @@ def read_status(manifest: Manifest, ledger: Ledger) -> Status:
         rounds_per_s=0.0,
         malformed_frames=0,
         updated_at=0.0,
+        alerts=alerts,
     )

@@ -40,10 +40,20 @@ STATUS = msgspec.convert(
         "members": [],
         "loss": 3.25,
         "rounds_per_s": 2.0,
+        "alerts": [],
     },
     Status,
     strict=False,
 )
+
+
+def test_status_says_whose_weights_differed_and_from_where():
+    member = msgspec.structs.replace(MEMBER, quarantined=True)
+    lines = seen(
+        status_view(changed(members=[member], alerts=["round 8: node 0 (a\x1bb): first different after 5"]))
+    )
+    assert any("ada" in line and "quarantined" in line for line in lines)
+    assert lines[-1] == "round 8: node 0 (a\ufffdb): first different after 5"
 
 
 def changed(**values):

@@ -274,6 +274,8 @@ def test_the_first_wrong_round_is_found(served, flipped_at, bit):
     assert event.node == 1
     (diverged,) = served.noted("diverged")
     assert "told to start over" in diverged.text
+    alerts = read_status(manifest, served.ledger).alerts
+    assert [alert.partition(": ")[2] for alert in alerts] == [diverged.text, event.text]
 
 
 def test_digests_between_are_those_of_a_replay_and_none_where_there_are_none(served):
