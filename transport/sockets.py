@@ -8,6 +8,8 @@ import contextlib
 import enum
 import errno
 import os
+import random
+import time
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
@@ -26,6 +28,7 @@ HEARTBEAT_TIMEOUT_MS: Final = 60_000
 _HEARTBEAT_TTL_MS: Final = 65_000
 _HANDSHAKE_MS: Final = 20_000
 _QUEUE_FRAMES: Final = 256
+_REDIAL_S: Final = 1.0
 _LINGER_MS: Final = 500  # a last Leave, Finished or Refuse still gets out
 _ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
 _ZAP_DOMAIN: Final = b"zo"
@@ -170,7 +173,11 @@ class Link(enum.Enum):
 
 
 class NodeSocket:
-    """The node's end: one connection that libzmq re-establishes by itself, with growing, jittered delays."""
+    """The node's end: one connection that is re-established by itself, with growing, jittered delays.
+
+    libzmq does so, with one exception (seen with 4.3.5): after bytes that cannot be authentic it gives the endpoint up
+    for ever, or stops reading it. One flipped bit on the way must not end a node, so then it is connected anew here.
+    """
 
     def __init__(self, ticket: Ticket, keys: KeyPair) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -192,6 +199,7 @@ class NodeSocket:
         dealer.set(zmq.CURVE_SECRETKEY, z85.encode(keys.secret))
         self._monitor = dealer.get_monitor_socket(
             zmq.EVENT_CONNECTED
+            | zmq.EVENT_CONNECT_RETRIED
             | zmq.EVENT_DISCONNECTED
             | zmq.EVENT_HANDSHAKE_SUCCEEDED
             | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -201,6 +209,8 @@ class NodeSocket:
         self._descriptor: int | None = None
         self._trusted = False
         self._closed_count = NOTHING_COUNTED
+        self._endpoint = ticket.endpoint
+        self._redial_at: float | None = None
         try:
             dealer.connect(ticket.endpoint)
         except zmq.ZMQError as error:
@@ -214,6 +224,8 @@ class NodeSocket:
         """What happened to the connection, and the frames that arrived; waits up to `timeout_s` for either."""
         ready = dict(self._poller.poll(max(0, int(timeout_s * 1000))))
         links = list(self._link_events()) if self._monitor in ready else []
+        if self._redial_at is not None and time.monotonic() >= self._redial_at:
+            self._redial()
         frames: list[bytes] = []
         while self._dealer in ready and len(frames) < _QUEUE_FRAMES:
             try:
@@ -250,7 +262,10 @@ class NodeSocket:
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)
             kind = event["event"]
-            if kind == zmq.EVENT_CONNECTED:
+            if kind == zmq.EVENT_CONNECT_RETRIED:
+                self._redial_at = None
+            elif kind == zmq.EVENT_CONNECTED:
+                self._redial_at = None
                 self._forget_descriptor()
                 self._trusted = False
                 # A duplicate keeps the kernel's counters readable until this side has seen the connection end.
@@ -262,13 +277,32 @@ class NodeSocket:
             elif kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 yield Link.REFUSED
             elif kind in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
-                yield Link.WRONG_KEY
+                self._redial_soon()
+                if (
+                    self._trusted
+                ):  # the same event tells of a frame that is not authentic, long after the handshake
+                    self._trusted = False
+                    self._forget_descriptor()
+                    yield Link.DOWN
+                else:
+                    yield Link.WRONG_KEY
             elif kind == zmq.EVENT_DISCONNECTED:
+                self._redial_soon()
                 had_descriptor = self._descriptor is not None
                 self._forget_descriptor()
                 # A server with another key cannot read our hello and hangs up without a word.
                 yield Link.DOWN if self._trusted or not had_descriptor else Link.WRONG_KEY
                 self._trusted = False
+
+    def _redial_soon(self) -> None:
+        """Connect again if libzmq does not say that it does so itself."""
+        self._redial_at = time.monotonic() + random.uniform(_REDIAL_S, 2 * _REDIAL_S)
+
+    def _redial(self) -> None:
+        self._redial_at = None
+        with contextlib.suppress(zmq.ZMQError):  # it may have forgotten the endpoint, or not
+            self._dealer.disconnect(self._endpoint)
+        self._dealer.connect(self._endpoint)
 
     def _forget_descriptor(self) -> None:
         if self._descriptor is not None:

@@ -1,6 +1,8 @@
 """The two ends over real sockets, CURVE included."""
 
+import contextlib
 import socket
+import threading
 import time
 
 import pytest
@@ -146,3 +148,59 @@ def test_the_arithmetic_of_zmtp_is_what_the_kernel_counts(coordinator, keys, siz
     pump(coordinator, node, lambda _l, _f, arrivals: arrivals)
     assert node.socket_count().bytes_sent - before.bytes_sent == zmtp_bytes(size)
     node.close()
+
+
+class Relay:
+    """Passes bytes between a node and the coordinator; one bit is flipped in the next ones that go down, if told so."""
+
+    def __init__(self, port):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port, self.target, self.num_connections, self.flips = (
+            self.listener.getsockname()[1],
+            port,
+            0,
+            False,
+        )
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):  # the test is over
+            while True:
+                near, _ = self.listener.accept()
+                self.num_connections += 1
+                far = socket.create_connection(("127.0.0.1", self.target))
+                for source, target in ((near, far), (far, near)):
+                    threading.Thread(
+                        target=self.copy, args=(source, target, source is far), daemon=True
+                    ).start()
+
+    def copy(self, source, target, is_down):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if is_down and self.flips:
+                    self.flips = False
+                    data = data[:-1] + bytes([data[-1] ^ 1])
+                target.sendall(data)
+        for each in (source, target):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+
+def test_one_flipped_bit_does_not_end_a_node(coordinator, keys):
+    """libzmq gives an endpoint up for ever after bytes that are not authentic; a node must not."""
+    relay = Relay(coordinator.port)
+    node = NodeSocket(Ticket("127.0.0.1", relay.port, RUN, keys.public), new_key_pair())
+    try:
+        pump(coordinator, node, lambda links, frames, arrivals: Link.UP in links)
+        assert node.send(b"hello")
+        _, _, (arrival,) = pump(coordinator, node, lambda links, frames, arrivals: arrivals)
+        relay.flips = True
+        assert coordinator.send(arrival.session, b"spoilt on its way") is Sent.OK
+        links, frames, _ = pump(coordinator, node, lambda links, frames, arrivals: Link.UP in links)
+        assert (links[-2:], frames, relay.num_connections) == ([Link.DOWN, Link.UP], [], 2)
+        assert node.send(b"again")
+        _, _, arrivals = pump(coordinator, node, lambda links, frames, arrivals: arrivals)
+        assert arrivals[0].frame == b"again"
+    finally:
+        node.close()
+        relay.listener.close()
