@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test lint bench soak clean help
 
 help:
-	@echo "make demo    four nodes fine-tune one model on this machine (about 2 minutes)"
+	@echo "make demo    four nodes fine-tune one model on this machine (about a minute)"
 	@echo "make test    format, types, layer contracts and all tests"
 	@echo "make lint    the first three alone"
 	@echo "make soak    kills, stops and joins at random for 5 minutes; HOURS=8 for the long form"
