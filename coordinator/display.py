@@ -10,18 +10,10 @@ from rich.text import Text
 
 from coordinator.simulation import SimulationResult
 from coordinator.status import MemberStatus, Status
+from transport.meter import si_bytes
 
 SILENT_S: Final = 10.0
 """A coordinator renews its status every second; one that has not for so long was killed, or is stuck."""
-
-
-def si_bytes(count: float) -> str:
-    """A byte count for people: 999 B, 1.2 kB, 3.4 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def duration(seconds: float) -> str:

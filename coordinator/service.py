@@ -114,14 +114,12 @@ class Service:
         replica: Replica,
         scale: Scale,
         end: CoordinatorSocket,
-        curve: bool = True,
     ) -> None:
         self._directory = directory
         self._manifest = manifest
         self._config = config
         self._ledger = ledger
         self._end = end
-        self._curve = curve
         self._speed = Speed(replica.round, time.monotonic())
         before = stored_status(ledger)
         self._last_loss = before.loss if before else None
@@ -208,7 +206,7 @@ class Service:
         effects = self.conductor.on_message(session, key, message, time.monotonic())
         member = self.conductor.session_member(session) or member
         if member is not None:
-            member.up.add(len(frame), self._curve)
+            member.up.add(len(frame), curve=True)
         self._carry_out(effects)
 
     def _carry_out(self, effects: Iterable[Effect]) -> None:
@@ -225,7 +223,7 @@ class Service:
                 # Whoever is still known under this session pays for the frame; a refused stranger is not counted.
                 member = self.conductor.session_member(session)
                 if member is not None:
-                    member.down.add(len(frame), self._curve)
+                    member.down.add(len(frame), curve=True)
                 if self._end.send(session, frame) is not Sent.OK:
                     self._gone.append(session)
             case SendPiece(session, content, offset):

@@ -3,16 +3,8 @@
 from rich.text import Text
 
 from node.service import View
+from transport.meter import si_bytes
 from transport.session import Stage
-
-
-def si_bytes(count: float) -> str:
-    """A byte count for people: 999 B, 1.2 kB, 3.4 MB."""
-    for unit in ("B", "kB", "MB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
 
 
 def view_line(view: View) -> Text:

@@ -25,6 +25,15 @@ def zmtp_bytes(payload_bytes: int, curve: bool = True) -> int:
     return body + (2 if body <= 255 else 9)
 
 
+def si_bytes(count: float) -> str:
+    """A byte count for people: 999 B, 1.2 kB, 3.4 MB."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
 class Count(msgspec.Struct):
     """A running count of one kind of traffic."""
 

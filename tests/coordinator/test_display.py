@@ -7,9 +7,10 @@ import msgspec
 import pytest
 from rich.console import Console, Group
 
-from coordinator.display import duration, pace, si_bytes, status_line, status_view
+from coordinator.display import duration, pace, status_line, status_view
 from coordinator.service import SPEED_MEMORY_ROUNDS, SPEED_MEMORY_S, Speed
 from coordinator.status import MemberStatus, Status
+from transport.meter import si_bytes
 
 MEMBER = msgspec.convert(
     {

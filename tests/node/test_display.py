@@ -5,9 +5,9 @@ import io
 import pytest
 from rich.console import Console, Group
 
-from node.display import si_bytes, summary, view_line
+from node.display import summary, view_line
 from node.service import View
-from transport.meter import SocketCount
+from transport.meter import SocketCount, si_bytes
 from transport.session import Stage
 
 
