@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from coordinator.durable import write_atomically
 from coordinator.ledger import Checkpoint, Ledger, StorageError
 from coordinator.rundir import RunDirectory, RunDirectoryError
+from transport.durable import write_atomically
 from zo.codes import NO_VOTE
 from zo.commit import Commit, Entry, Revert
 from zo.manifest import Manifest

@@ -10,9 +10,9 @@ from typing import Final
 import msgspec
 
 from coordinator.config import ConfigError, ServiceConfig, parse_config
-from coordinator.durable import write_atomically
 from coordinator.ledger import Ledger, StorageError
 from coordinator.snapshots import SnapshotStore, Stored
+from transport.durable import write_atomically
 from transport.keys import KeyPair, load_key, new_key_pair, save_key
 from transport.messages import PROTOCOL_VERSION
 from zo.manifest import Manifest, ManifestError, parse_manifest

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from coordinator.durable import write_atomically
 from coordinator.ledger import StorageError
+from transport.durable import write_atomically
 from transport.messages import PIECE_BYTES
 from zo.commit import DIGEST_BYTES
 from zo.snapshot import content_address

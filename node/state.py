@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from transport.catchup import Download
+from transport.durable import write_atomically
 from transport.keys import KeyPair, load_or_make_key
 from zo.manifest import Manifest, ManifestError, parse_manifest
 from zo.replica import Replica
@@ -115,13 +116,8 @@ class StateDirectory:
         self._write(self.snapshot_path, encode_snapshot(replica, manifest))
 
     def _write(self, path: Path, data: bytes) -> None:
-        temporary = path.with_name(path.name + ".new")
         try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            write_atomically(path, data)
         except OSError as error:
             raise StateError(f"cannot write {path}: {error.strerror}") from error
 

@@ -11,8 +11,8 @@ from collections import deque
 import numpy as np
 import pytest
 
-import coordinator.durable
 import coordinator.service
+import transport.durable
 from coordinator.audit import audit
 from coordinator.config import ServiceConfig
 from coordinator.rundir import RunDirectory
@@ -97,9 +97,7 @@ def play(path, manifest, nodes, watch=lambda ledger: None):
                 assert node.replica.head == ledger.head_after(node.replica.round)
         replica, scale, _ = restore(directory, manifest, ledger, lambda done, total: None)
         watch(ledger)
-        service = Service(
-            directory, manifest, ServiceConfig(quorum=2), ledger, replica, scale, Ends(nodes), curve=True
-        )
+        service = Service(directory, manifest, ServiceConfig(quorum=2), ledger, replica, scale, Ends(nodes))
         for number, node in enumerate(nodes):
             node.connect(number)
         for _ in range(200):
@@ -130,14 +128,14 @@ def test_a_stop_at_any_write_boundary_loses_nothing_and_repeats_nothing(make_man
         shutil.copytree(tmp_path / "run", path)
         images.append((what, path, [node.copy() for node in nodes]))
 
-    replace = coordinator.durable.os.replace
+    replace = transport.durable.os.replace
 
     def watched_replace(source, target):
         take_image(f"before the file {target.name}")
         replace(source, target)
         take_image(f"after the file {target.name}")
 
-    monkeypatch.setattr(coordinator.durable.os, "replace", watched_replace)
+    monkeypatch.setattr(transport.durable.os, "replace", watched_replace)
 
     def watch(ledger):
         def before(statement):
@@ -147,7 +145,7 @@ def test_a_stop_at_any_write_boundary_loses_nothing_and_repeats_nothing(make_man
         ledger._db.set_trace_callback(before)
 
     truth = play(tmp_path / "run", manifest, nodes, watch)
-    monkeypatch.setattr(coordinator.durable.os, "replace", replace)
+    monkeypatch.setattr(transport.durable.os, "replace", replace)
     whats = " ".join(what for what, _, _ in images)
     for part in (
         "BEGIN",
