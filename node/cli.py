@@ -2,6 +2,7 @@
 
 import contextlib
 import json as json_format
+import math
 import os
 import sys
 import time
@@ -343,7 +344,7 @@ def _log(path: Path) -> Iterator[Callable[[dict[str, object]], None]]:
 @contextlib.contextmanager
 def _live_line() -> Iterator[Callable[[View], None]]:
     """A line that renews itself in a terminal, or one line every ten seconds where there is none."""
-    shown_at = 0.0
+    shown_at = -math.inf
     if err.is_terminal:
         with Live(console=err, auto_refresh=False) as live:
 
@@ -355,6 +356,7 @@ def _live_line() -> Iterator[Callable[[View], None]]:
 
             yield show
         return
+    shown_at = time.monotonic()  # a log needs no "connecting …" of a join that is refused a moment later
 
     def show_rarely(view: View) -> None:
         nonlocal shown_at
