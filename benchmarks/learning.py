@@ -27,7 +27,8 @@ from benchmarks import machine
 from node import base as bases
 from node.adapter import Adapter
 from node.data import Windows, pack
-from node.probe import Probe, evaluate
+from node.losses import evaluate
+from node.probe import Probe
 from zo import manifest as manifests
 from zo.codes import NO_VOTE
 from zo.commit import Commit

@@ -232,7 +232,7 @@ def evaluate(
         from node.adapter import with_adapter
         from node.completions import read_completions
         from node.data import Sequences, read_windows
-        from node.probe import mean_loss_over
+        from node.losses import mean_loss_over
 
         base = load_base(
             model or str(embedded.path()),

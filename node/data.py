@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
     tokens: NDArray[np.int64]
     """(batch_size, length)."""
-    scored: NDArray[np.bool_] | None
+    scored: NDArray[np.bool_] | None = None
     """(batch_size, length): the tokens whose prediction is the loss; None: all but the first of each row."""
 
 
@@ -86,7 +86,7 @@ class Windows:
 
     def take(self, rows: NDArray[np.int64]) -> Batch:
         """The batch of the windows with these numbers."""
-        return Batch(self.tokens[rows].astype(np.int64), None)
+        return Batch(self.tokens[rows].astype(np.int64))
 
     def __str__(self) -> str:
         """One line that says what was read and what was left out."""

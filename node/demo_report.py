@@ -15,7 +15,7 @@ from node import embedded
 from node.base import load_base
 from node.data import Windows, read_windows
 from node.language import adapt
-from node.probe import mean_loss_over
+from node.losses import mean_loss_over
 from node.state import load_result
 
 _BATCH = 16

@@ -298,14 +298,15 @@ def _quantised_error(kind: Kind) -> float:
 
 def forward(base: Base, batch_size: int, sequence_length: int, directions: int) -> Iterator[Finding]:
     """How far two equal forward passes are apart, and how long a round of this node would take."""
-    from node.probe import mean_loss
+    from node.data import Batch
+    from node.losses import mean_loss
 
     length = min(sequence_length, base.max_sequence_length or sequence_length)
     tokens = np.random.default_rng(0).integers(0, len(base.tokenizer), (batch_size, length))
     losses, seconds = [], math.inf
     for _ in range(3):
         began = time.perf_counter()
-        losses.append(mean_loss(base.model, tokens))
+        losses.append(mean_loss(base.model, Batch(tokens)))
         seconds = min(seconds, time.perf_counter() - began)
     noise = max(losses) - min(losses)
     if not all(map(math.isfinite, losses)):

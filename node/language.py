@@ -12,7 +12,8 @@ from node.adapter import Adapter
 from node.base import Base, BaseError
 from node.completions import read_completions
 from node.data import DataError, Sequences, read_windows
-from node.probe import Probe, Probed, evaluate
+from node.losses import evaluate
+from node.probe import Probe, Probed
 from zo import kernels
 from zo.directions import run_key
 from zo.initial import initial_weights

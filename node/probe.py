@@ -1,29 +1,27 @@
 """Probing: what a node's own batch says about the round's directions, as one byte each.
 
-Decides how a loss is measured (two forward passes on the identical batch) and what leaves the node. Which
-directions, epsilon and exponent are the run's; the batch and the generator that rounds are the node's own.
+Decides at which views and on which batch losses are taken, and what leaves the node; what a loss is, `node.losses`
+decides. Which directions, epsilon and exponent are the run's; the batch and the generator that rounds are the node's
+own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn.functional import cross_entropy
 
 from node.adapter import Adapter
 from node.data import Batch, Sequences, batch
+from node.losses import mean_loss
 from zo.codes import NO_VOTE, encode
 from zo.directions import Direction, RunKey
 from zo.replica import samples
 from zo.spsa import projected_gradient
-from zo.weights import to_float
 
 ROUNDING_STREAM = 1  # keeps the generator that rounds codes apart from the one that draws batches
 
@@ -44,65 +42,6 @@ class Probed(NamedTuple):
     def num_no_votes(self) -> int:
         """Directions whose loss was not finite."""
         return int(np.count_nonzero(self.codes == NO_VOTE))
-
-
-def mean_loss(
-    model: torch.nn.Module, tokens: NDArray[np.int64], scored: NDArray[np.bool_] | None = None
-) -> float:
-    """Mean next-token cross-entropy in nats of windows (num_windows, sequence_length).
-
-    Every token is predicted from those before it in its window. The mean is over the tokens marked in `scored`, of the
-    same shape, never the first of a window; over all but the first if it is None. What follows the last one marked
-    (padding) has no influence: a causal model does not see the future.
-    """
-    ids = torch.from_numpy(tokens)
-    with torch.inference_mode():
-        # The last token predicts nothing: leaving it out saves its logits and a copy of all others.
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        if scored is None:
-            return float(cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()))
-        chosen = torch.from_numpy(scored[:, 1:])
-        return float(cross_entropy(logits[chosen].float(), ids[:, 1:][chosen]))
-
-
-def evaluate(
-    adapter: Adapter,
-    weights: NDArray[np.int32],
-    windows: Sequences,
-    *,
-    batch_size: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> float:
-    """Mean cross-entropy over all windows, in nats per token, at the given weights.
-
-    Args:
-        adapter: base and adapter; holds `weights` afterwards.
-        weights: int32 (adapter.size,).
-        windows: held-out data.
-        batch_size: windows in one forward pass.
-        progress: called with (windows done, windows in all) after every forward pass.
-    """
-    adapter.load(to_float(weights))
-    return mean_loss_over(adapter.model, windows, batch_size=batch_size, progress=progress)
-
-
-def mean_loss_over(
-    model: torch.nn.Module,
-    windows: Sequences,
-    *,
-    batch_size: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> float:
-    """Mean cross-entropy over all scored tokens, in nats, of the model as it is. Arguments as `evaluate`."""
-    total = 0.0
-    for start in range(0, windows.num_windows, batch_size):
-        rows = np.arange(start, min(start + batch_size, windows.num_windows))
-        part = windows.take(rows)
-        weight = part.tokens[:, 1:].size if part.scored is None else np.count_nonzero(part.scored)
-        total += mean_loss(model, part.tokens, part.scored) * weight
-        if progress is not None:
-            progress(start + len(rows), windows.num_windows)
-    return total / windows.num_scored
 
 
 class Probe:
@@ -175,6 +114,6 @@ class Probe:
     def _loss(self, drawn: Batch, view: NDArray[np.float32]) -> float:
         self.adapter.load(view)
         started = perf_counter()
-        loss = mean_loss(self.adapter.model, drawn.tokens, drawn.scored)
+        loss = mean_loss(self.adapter.model, drawn)
         self._forward_seconds += perf_counter() - started
         return loss

@@ -12,7 +12,8 @@ import pytest
 from benchmarks.learning import Settings, fold, main, make_manifest, run, split
 from node import embedded
 from node.base import load_base
-from node.probe import mean_loss
+from node.data import Batch
+from node.losses import mean_loss
 
 SETTINGS = Settings(
     nodes=2,
@@ -57,7 +58,7 @@ def test_the_first_loss_is_that_of_the_bare_base(text, row):
     base = load_base(embedded.path(), threads=1)
     _, held_out = split(text, base.tokenizer, 2, 32)
     assert row.held_out_start == pytest.approx(
-        mean_loss(base.model, held_out.tokens.astype(np.int64)), abs=1e-4
+        mean_loss(base.model, Batch(held_out.tokens.astype(np.int64))), abs=1e-4
     )
 
 

@@ -49,7 +49,7 @@ def test_two_nodes_train_and_the_adapter_measures_the_same_in_plain_peft(languag
 
     from node.base import load_base
     from node.data import read_windows
-    from node.probe import mean_loss_over
+    from node.losses import mean_loss_over
 
     base = load_base(embedded.path(), threads=1)
     windows = read_windows([data], base.tokenizer, 16)

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from node import embedded
 from node.adapter import Adapter
 from node.base import load_base
-from node.probe import mean_loss
+from node.data import Batch
+from node.losses import mean_loss
 from zo.initial import initial_weights
 from zo.layout import initial_lora_A, lora_layout
 from zo.weights import to_float
@@ -30,7 +31,7 @@ def adapt(train, **changes):
 
 @pytest.fixture(scope="module")
 def tokens():
-    return np.random.default_rng(0).integers(2, 500, (3, 32))
+    return Batch(np.random.default_rng(0).integers(2, 500, (3, 32)))
 
 
 @pytest.fixture(scope="module", params=["B", "AB"])

@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy
 from node import embedded
 from node.base import load_base
 from node.completions import Pair, arrange, completion_ids, prompt_ids, read_completions
-from node.data import DataError, read_windows
+from node.data import Batch, DataError, read_windows
 from node.language import read_data
-from node.probe import mean_loss, mean_loss_over
+from node.losses import mean_loss, mean_loss_over
 
 
 class Letters:
@@ -201,7 +201,7 @@ def test_padding_does_not_change_a_loss(base, write):
     tokens, scored = rows.take(np.array([0, 2]))
     other = np.where(np.arange(tokens.shape[1]) >= rows.ends[[0, 2], None], 77, tokens)
     assert not np.array_equal(tokens, other)
-    assert mean_loss(base.model, tokens, scored) == mean_loss(base.model, other, scored)
+    assert mean_loss(base.model, Batch(tokens, scored)) == mean_loss(base.model, Batch(other, scored))
 
 
 def test_the_manifest_says_which_kind_of_data_is_read(base, write, make_manifest):
@@ -227,4 +227,4 @@ def test_real_instructions_are_read_whole(client):
     found = [row[b:e].tolist() for row, b, e in zip(rows.tokens, rows.begins, rows.ends, strict=True)]
     assert found == fitting
     batch = rows.take(np.arange(2))
-    assert np.isfinite(mean_loss(base.model, *batch))
+    assert np.isfinite(mean_loss(base.model, batch))

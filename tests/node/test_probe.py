@@ -1,4 +1,4 @@
-"""Probing: the loss is the standard one, its slope is the gradient's, and what leaves is exact from there on."""
+"""Probing: the slope is the gradient's, and what leaves is exact from there on."""
 
 import math
 
@@ -11,7 +11,8 @@ from node import embedded, probe
 from node.adapter import Adapter
 from node.base import load_base
 from node.data import Windows, batch
-from node.probe import Probe, evaluate, mean_loss
+from node.losses import mean_loss
+from node.probe import Probe
 from zo import reference
 from zo.codes import NO_VOTE, encode
 from zo.directions import Direction
@@ -53,42 +54,8 @@ def make_probe(adapter, windows, directions=3, **changes):
     return Probe(adapter, windows, **settings)
 
 
-def test_the_loss_is_that_of_the_library(adapter, windows):
-    ids = torch.from_numpy(windows.tokens.astype(np.int64))
-    with torch.inference_mode():
-        expected = float(adapter.model(input_ids=ids, labels=ids).loss)
-    assert mean_loss(adapter.model, ids.numpy()) == pytest.approx(expected, rel=1e-6)
-
-
-def test_the_last_token_counts_and_the_future_is_not_seen(adapter, windows):
-    tokens = windows.tokens[:1].astype(np.int64)
-    changed = tokens.copy()
-    changed[0, -1] = 1 + tokens[0, -1]
-    ids = torch.from_numpy(tokens)
-    with torch.inference_mode():
-        logits = adapter.model(input_ids=ids).logits[0]
-    losses = [float(cross_entropy(logits[:-1], torch.from_numpy(each[0, 1:]))) for each in (tokens, changed)]
-    assert losses[0] != losses[1]
-    assert mean_loss(adapter.model, tokens) == pytest.approx(losses[0], rel=1e-6)
-    assert mean_loss(adapter.model, changed) == pytest.approx(losses[1], rel=1e-6)
-
-
-def test_evaluation_weighs_every_window_alike(adapter, windows, weights):
-    seen = []
-    loss = evaluate(adapter, weights, windows, batch_size=4, progress=lambda *done: seen.append(done))
-    each = [mean_loss(adapter.model, windows.tokens[i : i + 1].astype(np.int64)) for i in range(11)]
-    assert loss == pytest.approx(float(np.mean(each)), rel=1e-6)
-    assert seen == [(4, 11), (8, 11), (11, 11)]
-
-
-def test_evaluation_is_at_the_given_weights(adapter, windows, weights):
-    first = evaluate(adapter, weights, windows, batch_size=4)
-    assert evaluate(adapter, np.zeros_like(weights), windows, batch_size=4) != first
-    assert evaluate(adapter, weights, windows, batch_size=4) == first
-
-
 def test_the_projected_gradient_is_the_directional_derivative_of_autograd(adapter, windows, weights):
-    tokens = batch(windows, 4, 9, 0).tokens
+    drawn = batch(windows, 4, 9, 0)
     adapter.load(to_float(weights))
     parameters = {
         p.name: adapter.model.get_submodule(p.name.removesuffix(".lora_B")).lora_B["default"].weight
@@ -97,7 +64,7 @@ def test_the_projected_gradient_is_the_directional_derivative_of_autograd(adapte
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     try:
-        ids = torch.from_numpy(tokens)
+        ids = torch.from_numpy(drawn.tokens)
         logits = adapter.model(input_ids=ids[:, :-1], use_cache=False).logits
         cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
         gradient = np.concatenate([parameters[p.name].grad.ravel() for p in adapter.layout.parameters])
@@ -111,9 +78,9 @@ def test_the_projected_gradient_is_the_directional_derivative_of_autograd(adapte
     def slope(direction):
         plus, minus = reference.perturbed(weights, KEY, direction, EPSILON)
         adapter.load(plus)
-        above = mean_loss(adapter.model, tokens)
+        above = mean_loss(adapter.model, drawn)
         adapter.load(minus)
-        return (above - mean_loss(adapter.model, tokens)) / (2 * EPSILON)
+        return (above - mean_loss(adapter.model, drawn)) / (2 * EPSILON)
 
     measured = [slope(direction) for direction in directions]
     assert np.allclose(measured, expected, rtol=0.02, atol=0.02 * np.abs(expected).max())
@@ -123,11 +90,11 @@ def test_a_code_is_the_encoded_slope_between_both_views_on_one_batch(adapter, wi
     result = make_probe(adapter, windows).probe(weights, 5, NODE, EXPONENT, agent=1)
     gradients, losses = [], []
     for sample in (15, 16, 17):
-        tokens = batch(windows, 4, 9, sample).tokens
+        drawn = batch(windows, 4, 9, sample)
         pair = []
         for view in reference.perturbed(weights, KEY, Direction(NODE, sample, 1), EPSILON):
             adapter.load(view)
-            pair.append(mean_loss(adapter.model, tokens))
+            pair.append(mean_loss(adapter.model, drawn))
         gradients.append((pair[0] - pair[1]) / (2 * EPSILON))
         losses.append(sum(pair) / 2)
     rng = np.random.default_rng([9, 5, probe.ROUNDING_STREAM])

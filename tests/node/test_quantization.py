@@ -13,7 +13,9 @@ import torch
 from node import embedded
 from node.adapter import Adapter
 from node.base import BaseError, load_base
-from node.probe import Probe, mean_loss
+from node.data import Batch
+from node.losses import mean_loss
+from node.probe import Probe
 from node.quantization import QuantizationError, agreed
 from zo.codes import NO_VOTE
 
@@ -71,9 +73,9 @@ def test_digests_shapes_layout_and_adapter_are_those_of_the_unquantised_base(kin
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_the_loss_is_near_the_unquantised_one_and_the_same_every_time(kind, plain, tokens):
     _, adapter = make_adapter(kind)
-    loss = mean_loss(adapter.model, tokens)
-    assert loss == mean_loss(adapter.model, tokens)
-    expected = mean_loss(plain[1].model, tokens)
+    loss = mean_loss(adapter.model, Batch(tokens))
+    assert loss == mean_loss(adapter.model, Batch(tokens))
+    expected = mean_loss(plain[1].model, Batch(tokens))
     assert loss == pytest.approx(expected, rel=0.05)
     assert loss != expected
 
@@ -135,9 +137,9 @@ def test_shapes_that_do_not_fit_are_found_before_the_base_is_loaded(monkeypatch)
     )
     skip = ["down_proj", "gate_proj", "up_proj"]
     base = load_base(folder, threads=1, quantize="nf4", skip_quantize=skip)
-    assert np.isfinite(mean_loss(base.model, np.ones((1, 8), np.int64)))
+    assert np.isfinite(mean_loss(base.model, Batch(np.ones((1, 8), np.int64))))
     base = load_base(folder, threads=1, quantize="int8")
-    assert np.isfinite(mean_loss(base.model, np.ones((1, 8), np.int64)))
+    assert np.isfinite(mean_loss(base.model, Batch(np.ones((1, 8), np.int64))))
 
 
 def test_a_node_takes_what_the_run_says(make_manifest):
@@ -163,7 +165,7 @@ def test_a_node_may_not_choose_unless_the_run_allows_it(make_manifest, kind, ski
 def test_int8_does_not_speak_at_every_layer(tokens, caplog):
     base = load_base(embedded.path(), threads=1, quantize="int8")
     with caplog.at_level(logging.DEBUG):
-        mean_loss(base.model, tokens)
+        mean_loss(base.model, Batch(tokens))
     assert "MatMul8bitLt" not in caplog.text
     with caplog.at_level(logging.DEBUG):
         logging.getLogger("bitsandbytes.autograd._functions").warning("something else")

@@ -1,0 +1,106 @@
+"""The loss of a batch: what a forward pass of the model says about rows of private data.
+
+Decides what is measured on each kind of batch, one row at a time, so that several copies of a batch under several
+adapters can go through one forward pass. When it is measured, and at which weights, is the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
+
+from node.adapter import Adapter
+from node.data import Batch, Sequences
+from zo.weights import to_float
+
+
+class RowLosses(NamedTuple):
+    """The loss of each row of a batch, as a sum over what is scored in it and how much that is.
+
+    The mean over any choice of rows is the sum of their sums over the sum of their counts.
+    """
+
+    sums: NDArray[np.float64]
+    """(num_rows,) nats."""
+    counts: NDArray[np.int64]
+    """(num_rows,) tokens whose prediction is the loss."""
+
+    @property
+    def mean(self) -> float:
+        """Nats per scored token, over all rows."""
+        return float(self.sums.sum() / self.counts.sum())
+
+
+def row_losses(model: torch.nn.Module, batch: Batch) -> RowLosses:
+    """Next-token cross-entropy of every row.
+
+    Every token is predicted from those before it in its row. The loss is on the tokens marked in `batch.scored`, never
+    the first of a row; on all but the first if it is None. What follows the last one marked (padding) has no influence:
+    a causal model does not see the future.
+    """
+    device = next(model.parameters()).device
+    ids = torch.from_numpy(batch.tokens).to(device)
+    scored = np.ones(batch.tokens.shape, np.bool_) if batch.scored is None else batch.scored
+    counts = scored[:, 1:].sum(1)
+    with torch.inference_mode():
+        # The last token predicts nothing: leaving it out saves its logits and a copy of all others.
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        if batch.scored is None:
+            chosen_logits, targets = logits.flatten(0, 1), ids[:, 1:].flatten()
+        else:
+            chosen = torch.from_numpy(scored[:, 1:]).to(device)
+            chosen_logits, targets = logits[chosen], ids[:, 1:][chosen]
+        each: NDArray[Any] = cross_entropy(chosen_logits.float(), targets, reduction="none").cpu().numpy()
+    # In float64: two losses whose difference is the slope shall not differ by how they were summed.
+    rows = np.repeat(np.arange(len(counts)), counts)
+    return RowLosses(np.bincount(rows, each, len(counts)), counts)
+
+
+def mean_loss(model: torch.nn.Module, batch: Batch) -> float:
+    """Mean loss of a batch, nats per scored token; `row_losses` says of what."""
+    return row_losses(model, batch).mean
+
+
+def mean_loss_over(
+    model: torch.nn.Module,
+    rows: Sequences,
+    *,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """Mean loss over everything scored in all rows, in nats, of the model as it is.
+
+    Args:
+        model: base, with or without an adapter.
+        rows: held-out data.
+        batch_size: rows in one forward pass.
+        progress: called with (rows done, rows in all) after every forward pass.
+    """
+    total = 0.0
+    for start in range(0, rows.num_windows, batch_size):
+        numbers = np.arange(start, min(start + batch_size, rows.num_windows))
+        total += row_losses(model, rows.take(numbers)).sums.sum()
+        if progress is not None:
+            progress(start + len(numbers), rows.num_windows)
+    return float(total / rows.num_scored)
+
+
+def evaluate(
+    adapter: Adapter,
+    weights: NDArray[np.int32],
+    rows: Sequences,
+    *,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """Mean loss over all rows at the given weights, int32 (adapter.size,), which the adapter holds afterwards.
+
+    The other arguments are those of `mean_loss_over`.
+    """
+    adapter.load(to_float(weights))
+    return mean_loss_over(adapter.model, rows, batch_size=batch_size, progress=progress)
