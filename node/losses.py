@@ -7,7 +7,7 @@ adapters can go through one forward pass. When it is measured, and at which weig
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,10 +55,12 @@ def row_losses(model: torch.nn.Module, batch: Batch) -> RowLosses:
         else:
             chosen = torch.from_numpy(scored[:, 1:]).to(device)
             chosen_logits, targets = logits[chosen], ids[:, 1:][chosen]
-        each: NDArray[Any] = cross_entropy(chosen_logits.float(), targets, reduction="none").cpu().numpy()
+        each = cross_entropy(chosen_logits.float(), targets, reduction="none").cpu().numpy()
     # In float64: two losses whose difference is the slope shall not differ by how they were summed.
     rows = np.repeat(np.arange(len(counts)), counts)
-    return RowLosses(np.bincount(rows, each, len(counts)), counts)
+    sums = np.zeros(len(counts), np.float64)
+    np.add.at(sums, rows, each)
+    return RowLosses(sums, counts)
 
 
 def mean_loss(model: torch.nn.Module, batch: Batch) -> float:
