@@ -48,7 +48,9 @@ class Onlooker:
         """The weights of round 0."""
         return initial_weights(self._layout, run_key(self._manifest.run_id), self._manifest.adapter.train)
 
-    def probe(self, weights: NDArray[np.int32], round: int, node: int, exponent: int) -> Abstention:
+    def probe(
+        self, weights: NDArray[np.int32], round: int, node: int, exponent: int, agent: int = 0
+    ) -> Abstention:
         """No vote in any direction."""
         directions = self._manifest.probe.directions
         return Abstention(np.full(directions, -128, np.int8), float("nan"), directions)

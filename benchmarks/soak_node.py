@@ -72,14 +72,18 @@ class LogisticTrainer:
         logistic = np.logaddexp(0, -self._labels * (self._rows @ weights)).mean()
         return float(logistic + _RIDGE * float(weights @ weights))
 
-    def probe(self, weights: NDArray[np.int32], round: int, node: int, exponent: int) -> Probed:
-        """The codes of a round."""
+    def probe(
+        self, weights: NDArray[np.int32], round: int, node: int, exponent: int, agent: int = 0
+    ) -> Probed:
+        """The codes of an agent's round."""
         self._before_probe(round)
         probing = self._manifest.probe
-        names = [Direction(node, sample) for sample in samples(round, probing.directions)]
+        names = [Direction(node, sample, agent) for sample in samples(round, probing.directions)]
         key = run_key(self._manifest.run_id)
         gradients, loss = projected_gradients(self.loss, weights, key, names, probing.epsilon)
-        return Probed(encode(gradients, exponent, np.random.default_rng([self._seed, round])), loss)
+        return Probed(
+            encode(gradients, exponent, np.random.default_rng([self._seed + (agent << 64), round])), loss
+        )
 
     def evaluate(self, weights: NDArray[np.int32]) -> float | None:
         """The training loss: there is nothing held out."""

@@ -65,9 +65,11 @@ class LanguageTrainer:
         key = run_key(self._manifest.run_id)
         return initial_weights(self._adapter.layout, key, self._manifest.adapter.train)
 
-    def probe(self, weights: NDArray[np.int32], round: int, node: int, exponent: int) -> Probed:
-        """The codes of a round."""
-        return self._probe.probe(weights, round, node, exponent)
+    def probe(
+        self, weights: NDArray[np.int32], round: int, node: int, exponent: int, agent: int = 0
+    ) -> Probed:
+        """The codes of an agent's round."""
+        return self._probe.probe(weights, round, node, exponent, agent)
 
     def evaluate(self, weights: NDArray[np.int32]) -> float | None:
         """Held-out loss in nats per token; None if nothing is held out."""

@@ -91,19 +91,21 @@ class Probe:
             round: from 0.
             node: the index of this node in the run.
             exponent: of this round's codes.
-            agent: which adapter the weights are.
+            agent: which adapter the weights are. Each sees batches of its own: on the same ones, the agents would
+                learn the same.
         """
         started = perf_counter()
+        seed = self.seed + (agent << 64)
         self._forward_seconds = 0.0
         gradients = np.empty(self.directions, np.float64)
         losses = np.empty(self.directions, np.float64)
         for i, sample in enumerate(samples(round, self.directions)):
-            drawn = batch(self.windows, self.batch_size, self.seed, sample)
+            drawn = batch(self.windows, self.batch_size, seed, sample)
             gradients[i], losses[i] = projected_gradient(
                 partial(self._loss, drawn), weights, self.key, Direction(node, sample, agent), self.epsilon
             )
         finite = losses[np.isfinite(gradients)]
-        rng = np.random.default_rng([self.seed, round, ROUNDING_STREAM])
+        rng = np.random.default_rng([seed, round, ROUNDING_STREAM])
         return Probed(
             codes=encode(gradients, exponent, rng),
             loss=float(finite.mean()) if finite.size else math.nan,

@@ -54,8 +54,10 @@ class Trainer(Protocol):
     def initial_weights(self) -> NDArray[np.int32]:
         """The weights of round 0."""
 
-    def probe(self, weights: NDArray[np.int32], round: int, node: int, exponent: int) -> ProbeResult:
-        """The codes of a round; `weights` are left as they are."""
+    def probe(
+        self, weights: NDArray[np.int32], round: int, node: int, exponent: int, agent: int = 0
+    ) -> ProbeResult:
+        """The codes of an agent's round; `weights` are left as they are."""
 
     def evaluate(self, weights: NDArray[np.int32]) -> float | None:
         """Held-out loss in nats; None if there is nothing held out."""

@@ -2,6 +2,9 @@
 
 Tags, field order and types are the protocol: tests pin them, docs/protocol.md explains them. Everything that arrives is
 checked against these types before anybody looks at it; what does not fit is a `WireError` and changes nothing.
+
+Each agent of a run is a conversation of its own. The frames of agent 0, the only one of most runs, are messages as they
+are; before those of agent a > 0 stands a, as one byte (`address`).
 """
 
 from typing import Annotated, Any, Final
@@ -10,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from zo.commit import DIGEST_BYTES, Commit
-from zo.manifest import RUN_ID_BYTES
+from zo.manifest import MAX_AGENTS, RUN_ID_BYTES
 
 PROTOCOL_VERSION: Final = 1
 MAX_NODE_FRAME_BYTES: Final = 8 * 1024
@@ -50,7 +53,7 @@ class Hello(Message, frozen=True, tag=1):
     round: Round
     """Number of commits the node has applied."""
     head: Digest
-    """Digest of the last of them (the run id before the first)."""
+    """Digest of the last of them (the chain's genesis before the first)."""
     name: Annotated[str, Meta(max_length=64)]
     """For people; nothing depends on it."""
 
@@ -193,8 +196,31 @@ _from_coordinator = msgspec.msgpack.Decoder(FromCoordinator)
 
 
 def encode(message: FromNode | FromCoordinator) -> bytes:
-    """The message's frame."""
+    """The message's frame, for agent 0; `address` makes it another's."""
     return _encoder.encode(message)
+
+
+def address(frame: bytes, agent: int) -> bytes:
+    """The frame of an agent, from that for agent 0.
+
+    Before the message stands the agent's number as a MessagePack positive fixint, one byte; before one for agent 0
+    nothing. A message is an array and never starts with such a byte, so the two cannot be confused.
+    """
+    assert 0 <= agent < MAX_AGENTS
+    return bytes([agent]) + frame if agent else frame
+
+
+def addressed(frame: bytes) -> tuple[int, bytes]:
+    """The agent that a frame is about, and the frame as it would be for agent 0.
+
+    Raises:
+        WireError: agent 0 is named, which has no name on the wire: a message has one form.
+    """
+    if not frame or frame[0] >= MAX_AGENTS:
+        return 0, frame
+    if frame[0] == 0:
+        raise WireError(f"frame of {len(frame)} bytes is no message: it names agent 0, which is never named")
+    return frame[0], frame[1:]
 
 
 def decode_from_node(frame: bytes) -> FromNode:

@@ -21,7 +21,7 @@ STEP_MAX: Final = 2**31 - 1
 class Commit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=COMMIT_TAG):
     """What one round did to the weights: its participants' codes and the step they are multiplied with.
 
-    The chain starts at the run id: `previous` of round 0 is the run id itself.
+    The chain starts at the agent's `genesis`: that is `previous` of round 0.
     """
 
     round: int
@@ -126,6 +126,15 @@ def _is_ascending(numbers: tuple[int, ...]) -> bool:
 
 
 Entry = Commit | Revert
+
+
+def genesis(run_id: bytes, agent: int) -> bytes:
+    """Where an agent's chain begins, (16,) bytes: the run id for agent 0, a digest of run id and agent for others."""
+    if agent == 0:
+        return run_id
+    return hashlib.blake2b(
+        run_id + agent.to_bytes(4, "little"), digest_size=DIGEST_BYTES, person=b"zo-agent"
+    ).digest()
 
 
 def chain_digest(frame: bytes) -> bytes:

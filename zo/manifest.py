@@ -14,6 +14,7 @@ from zo.quantization import Kind
 from zo.toml import explain
 
 RUN_ID_BYTES: Final = 16
+MAX_AGENTS: Final = 128
 _MAX_SAMPLES: Final = 2**32
 Hex16 = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$")]
 
@@ -132,6 +133,26 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ]
 
 
+class Agents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many adapters are trained side by side on the one base, and who trains which."""
+
+    count: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=MAX_AGENTS,
+            description="Adapters trained on the one base, each with directions, weights and rounds of its own.",
+        ),
+    ] = 1
+    assignment: Annotated[
+        Literal["all", "by-node"],
+        Meta(
+            description="all: every node trains every agent; by-node: a node trains those that it names at join, and "
+            "receives nothing of the others."
+        ),
+    ] = "all"
+
+
 class Probing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a node measures its projected gradients (SPSA, Spall 1992)."""
 
@@ -204,6 +225,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     base: BaseModel
     task: Task = Task()
     adapter: Adapter
+    agents: Agents = Agents()
     probe: Probing
     schedule: Schedule
     parity: Parity

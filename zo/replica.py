@@ -1,4 +1,4 @@
-"""A replica of the run's weights: the manifest plus the commits applied so far.
+"""A replica of one agent's weights: the manifest plus the commits of its chain applied so far.
 
 Node, coordinator, audit and simulation all hold one; it is the only code that turns commits into weights (law 1).
 """
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from zo import codes as code_rules
 from zo import kernels
-from zo.commit import Commit, Entry, Revert, chain_digest
+from zo.commit import Commit, Entry, Revert, chain_digest, genesis
 from zo.directions import run_key
 from zo.inverse import History, Part, inverse
 from zo.manifest import Manifest
@@ -44,19 +44,28 @@ class Replica:
     Attributes:
         weights: (size,) int32, fixed point (zo.weights). Read it, never write it.
         round: number of commits applied.
-        head: digest of the last commit applied, (16,) bytes; the run id before the first.
+        head: digest of the last commit applied, (16,) bytes; the chain's genesis before the first.
+        agent: whose weights they are: one chain of commits, and directions of its own.
     """
 
     def __init__(
-        self, manifest: Manifest, weights: NDArray[np.int32], round: int = 0, head: bytes | None = None
+        self,
+        manifest: Manifest,
+        weights: NDArray[np.int32],
+        round: int = 0,
+        head: bytes | None = None,
+        agent: int = 0,
     ):
         if weights.shape != (manifest.adapter.size,) or weights.dtype != np.int32:
             raise ValueError(
                 f"weights must be int32 of {manifest.adapter.size} entries, got {weights.dtype} of {weights.shape}"
             )
+        if not 0 <= agent < manifest.agents.count:
+            raise ValueError(f"the run has the agents 0 to {manifest.agents.count - 1}, got {agent}")
         self.weights = weights.copy()
         self.round = round
-        self.head = manifest.run_id if head is None else head
+        self.head = genesis(manifest.run_id, agent) if head is None else head
+        self.agent = agent
         self._key = run_key(manifest.run_id)
         self._rounds = manifest.run.rounds
         self._directions = manifest.probe.directions
@@ -125,11 +134,11 @@ class Replica:
         """
         draft = Revert(self.round, first, last, nodes, bytes(16), self.head)
         weights = self._sum_taken_back(draft, history)
-        return Revert(self.round, first, last, nodes, digest(self.round + 1, weights), self.head)
+        return Revert(self.round, first, last, nodes, digest(self.round + 1, weights, self.agent), self.head)
 
     def digest(self) -> bytes:
-        """(16,) bytes that stand for the round and every bit of the weights."""
-        return digest(self.round, self.weights)
+        """(16,) bytes that stand for the round, the agent and every bit of the weights."""
+        return digest(self.round, self.weights, self.agent)
 
     def _check_follows(self, entry: Entry) -> None:
         if entry.round != self.round:
@@ -148,6 +157,7 @@ class Replica:
         rounds[np.isin(commit.participants, commit.late)] -= 1
         first_samples = rounds[:, None] * self._directions  # of `samples(round, directions)`
         names[:, 1] = (first_samples + np.arange(self._directions)).astype(np.uint32).ravel()
+        names[:, 2] = self.agent
         return names
 
     def _reverted(self, revert: Revert, history: History | None) -> NDArray[np.int32]:
@@ -156,7 +166,7 @@ class Replica:
                 f"round {revert.round} takes back rounds from {revert.first} on; that needs their codes, or a snapshot"
             )
         weights = self._sum_taken_back(revert, history)
-        found = digest(revert.round + 1, weights)
+        found = digest(revert.round + 1, weights, self.agent)
         if found != revert.digest:
             raise ChainError(
                 f"taking back rounds {revert.first} to {revert.last - 1} gives digest {found.hex()}, "

@@ -35,6 +35,8 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """BLAKE2b-128 of `head` and `digest`: the weights do not prove the head."""
     weights: bytes
     """zstd over the little-endian int32 bytes, transposed so that bytes of equal weight lie together."""
+    agent: Annotated[int, Meta(ge=0)] = 0
+    """Whose weights they are."""
 
 
 def encode_snapshot(replica: Replica, manifest: Manifest) -> bytes:
@@ -50,15 +52,21 @@ def encode_snapshot(replica: Replica, manifest: Manifest) -> bytes:
             digest=weights_digest,
             seal=_seal(replica.head, weights_digest),
             weights=zstandard.ZstdCompressor(level=3).compress(np.ascontiguousarray(planes).tobytes()),
+            agent=replica.agent,
         )
     )
 
 
-def decode_snapshot(data: bytes, manifest: Manifest) -> Replica:
+def decode_snapshot(data: bytes, manifest: Manifest, agent: int = 0) -> Replica:
     """The replica in a snapshot.
 
+    Args:
+        data: what `encode_snapshot` made.
+        manifest: of the run.
+        agent: whose weights they must be.
+
     Raises:
-        SnapshotError: not a snapshot, damaged, or of another run; the message says which.
+        SnapshotError: not a snapshot, damaged, or of another run or agent; the message says which.
     """
     try:
         snapshot = msgspec.msgpack.decode(data, type=Snapshot)
@@ -68,8 +76,10 @@ def decode_snapshot(data: bytes, manifest: Manifest) -> Replica:
         raise SnapshotError(f"snapshot format {snapshot.format!r} is not {_FORMAT!r}")
     if snapshot.run_id != manifest.run_id:
         raise SnapshotError(f"snapshot of run {snapshot.run_id.hex()}, this is run {manifest.run_id.hex()}")
+    if snapshot.agent != agent:
+        raise SnapshotError(f"snapshot of agent {snapshot.agent}, wanted is that of agent {agent}")
     weights = _decompress(snapshot.weights, manifest.adapter.size)
-    if digest(snapshot.round, weights) != snapshot.digest:
+    if digest(snapshot.round, weights, agent) != snapshot.digest:
         raise SnapshotError(
             f"snapshot of round {snapshot.round} is damaged: its weights do not match its digest"
         )
@@ -77,7 +87,7 @@ def decode_snapshot(data: bytes, manifest: Manifest) -> Replica:
         raise SnapshotError(
             f"snapshot of round {snapshot.round} is damaged: its head does not match its seal"
         )
-    return Replica(manifest, weights, snapshot.round, snapshot.head)
+    return Replica(manifest, weights, snapshot.round, snapshot.head, agent)
 
 
 def content_address(data: bytes) -> bytes:

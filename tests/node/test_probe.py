@@ -90,14 +90,14 @@ def test_a_code_is_the_encoded_slope_between_both_views_on_one_batch(adapter, wi
     result = make_probe(adapter, windows).probe(weights, 5, NODE, EXPONENT, agent=1)
     gradients, losses = [], []
     for sample in (15, 16, 17):
-        drawn = batch(windows, 4, 9, sample)
+        drawn = batch(windows, 4, 9 + 2**64, sample)  # agent 1 sees batches of its own
         pair = []
         for view in reference.perturbed(weights, KEY, Direction(NODE, sample, 1), EPSILON):
             adapter.load(view)
             pair.append(mean_loss(adapter.model, drawn))
         gradients.append((pair[0] - pair[1]) / (2 * EPSILON))
         losses.append(sum(pair) / 2)
-    rng = np.random.default_rng([9, 5, probe.ROUNDING_STREAM])
+    rng = np.random.default_rng([9 + 2**64, 5, probe.ROUNDING_STREAM])
     assert np.array_equal(result.codes, encode(np.array(gradients), EXPONENT, rng))
     assert result.codes.any()
     assert result.loss == float(np.mean(losses))

@@ -23,6 +23,8 @@ from transport.messages import (
     Trace,
     Welcome,
     WireError,
+    address,
+    addressed,
     decode_from_coordinator,
     decode_from_node,
     encode,
@@ -71,6 +73,38 @@ def test_messages_from_a_node_on_the_wire(message, frame):
 def test_messages_from_the_coordinator_on_the_wire(message, frame):
     assert encode(message).hex() == bytes.fromhex(frame).hex()
     assert decode_from_coordinator(bytes.fromhex(frame)) == message
+
+
+@pytest.mark.parametrize(
+    ("agent", "frame"),
+    [(0, "93 02 09 c4 02 01ff"), (3, "03 93 02 09 c4 02 01ff"), (127, "7f 93 02 09 c4 02 01ff")],
+)
+def test_a_frame_of_another_agent_than_0_begins_with_its_number(agent, frame):
+    report = Report(round=9, codes=b"\x01\xff")
+    assert address(encode(report), agent).hex() == bytes.fromhex(frame).hex()
+    named, rest = addressed(bytes.fromhex(frame))
+    assert (named, decode_from_node(rest)) == (agent, report)
+
+
+@given(st.sampled_from(FROM_NODE + FROM_COORDINATOR), st.integers(0, 127))
+def test_no_message_begins_like_an_agents_number(pinned, agent):
+    frame = encode(pinned[0])
+    assert addressed(address(frame, agent)) == (agent, frame)
+    assert len(address(frame, agent)) == len(frame) + (agent > 0)
+
+
+def test_agent_0_is_never_named():
+    with pytest.raises(WireError, match="names agent 0"):
+        addressed(b"\x00" + encode(Leave()))
+
+
+@given(st.binary(max_size=40))
+def test_any_bytes_are_addressed_or_a_wire_error(frame):
+    try:
+        agent, rest = addressed(frame)
+    except WireError:
+        return
+    assert address(rest, agent) == frame
 
 
 @pytest.mark.parametrize("round", [0, 127, 255])

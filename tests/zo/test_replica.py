@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from zo import reference
 from zo.codes import coefficients
-from zo.commit import Commit
+from zo.commit import Commit, genesis
 from zo.directions import Direction, run_key, stack
 from zo.replica import ChainError, Replica, samples
 from zo.weights import WeightsOverflow, zeros
@@ -80,8 +80,49 @@ def test_the_digest_after_three_rounds_is_pinned(make_manifest):  # law 1: chang
     replica = Replica(make_manifest(), zeros(500))
     for _ in range(3):
         replica.apply(following(replica))
-    assert replica.head.hex() == "c867aa89ba8fc963318dcb897040a07b"
-    assert replica.digest().hex() == "ad62ce8d162728f855db1f41c3cb64f7"
+    assert replica.head.hex() == "0fa7eda1dbc20b3fb8dacdfb0d5a64bb"
+    assert replica.digest().hex() == "384d31bc75bd3bf58b19179236a8564b"
+
+
+def test_agents_start_alike_and_have_chains_digests_and_directions_of_their_own(make_manifest):
+    manifest = make_manifest(count=3)
+    replicas = [Replica(manifest, zeros(500), agent=agent) for agent in range(3)]
+    assert replicas[0].head == genesis(manifest.run_id, 0) == manifest.run_id
+    assert len({replica.head for replica in replicas}) == len({replica.digest() for replica in replicas}) == 3
+    for replica in replicas:
+        replica.apply(following(replica))
+        names = [Direction(node, sample, replica.agent) for node in (0, 2) for sample in (0, 1)]
+        expected = reference.apply(
+            zeros(500),
+            run_key(manifest.run_id),
+            stack(names),
+            coefficients(np.frombuffer(b"\x05\xfb\x80\x7f", np.int8), 50_000),
+        )
+        assert np.array_equal(replica.weights, expected)
+    with pytest.raises(ChainError, match="follows"):
+        replicas[1].apply(following(replicas[2], round=1))
+
+
+def test_the_genesis_of_another_agent_is_pinned():
+    assert genesis(bytes(range(16)), 0) == bytes(range(16))
+    assert genesis(bytes(range(16)), 1).hex() == "41311813e6c366ab11999d7956102b23"
+
+
+def test_an_agent_that_the_run_does_not_have_is_refused(make_manifest):
+    with pytest.raises(ValueError, match="the agents 0 to 1, got 2"):
+        Replica(make_manifest(count=2), zeros(500), agent=2)
+
+
+def test_what_an_agents_revert_takes_back_is_that_agents(make_manifest):
+    replica = Replica(make_manifest(count=2), zeros(500), agent=1)
+    history = []
+    for _ in range(3):
+        history.append(following(replica))
+        replica.apply(history[-1])
+    entry = replica.revert(0, 3, (), lambda first, last: history[first:last])
+    replica.apply(entry, history=lambda first, last: history[first:last])
+    assert not replica.weights.any()
+    assert replica.digest() == entry.digest
 
 
 def test_samples_of_a_round_follow_those_of_the_round_before():

@@ -40,6 +40,16 @@ def test_a_snapshot_is_the_replica(replica, manifest):
     assert restored.digest() == replica.digest()
 
 
+def test_a_snapshot_is_one_agents(make_manifest):
+    manifest = make_manifest(size=40, count=2)
+    data = encode_snapshot(Replica(manifest, np.arange(40, dtype=np.int32), 3, bytes(16), agent=1), manifest)
+    restored = decode_snapshot(data, manifest, agent=1)
+    assert (restored.agent, restored.round) == (1, 3)
+    assert encode_snapshot(restored, manifest) == data
+    with pytest.raises(SnapshotError, match="of agent 1, wanted is that of agent 0"):
+        decode_snapshot(data, manifest)
+
+
 def test_weights_of_zero_take_next_to_nothing(make_manifest):
     manifest = make_manifest(size=100_000)
     assert len(encode_snapshot(Replica(manifest, np.zeros(100_000, np.int32)), manifest)) < 300
