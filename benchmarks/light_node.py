@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.base import linear_shapes
 from node.base import read_digest, read_tokenizer_digest
 from node.service import Leaving, NodeService, View
 from node.state import StateDirectory
+from transport.base_files import linear_shapes, tensor_shapes
 from transport.session import Stage
 from transport.ticket import parse_ticket
 from zo.directions import run_key
@@ -42,7 +42,9 @@ class Onlooker:
     def __init__(self, manifest: Manifest, base: Path) -> None:
         self._manifest = manifest
         adapter = manifest.adapter
-        self._layout = lora_layout(linear_shapes(base), adapter.targets, adapter.rank, adapter.train)
+        self._layout = lora_layout(
+            linear_shapes(tensor_shapes(base)), adapter.targets, adapter.rank, adapter.train
+        )
 
     def initial_weights(self) -> NDArray[np.int32]:
         """The weights of round 0."""

@@ -15,7 +15,6 @@ import msgspec
 import typer
 from rich.live import Live
 
-from coordinator import base as base_files
 from coordinator.audit import audit
 from coordinator.cli_app import JsonOption, RunArgument, app, epilog, err, failures_explained, out
 from coordinator.config import ServiceConfig, check_capacity
@@ -24,6 +23,7 @@ from coordinator.display import duration, replay_progress, status_line, status_v
 from coordinator.rundir import RunDirectory
 from coordinator.service import Service, restore
 from coordinator.status import Status, read_status
+from transport import base_files
 from transport.messages import PROTOCOL_VERSION
 from transport.sockets import CoordinatorSocket
 from transport.ticket import Ticket, reachable_host
@@ -143,7 +143,7 @@ def init(
     """
     with failures_explained():
         directory = RunDirectory(run)
-        shapes = base_files.linear_shapes(model)
+        shapes = base_files.linear_shapes(base_files.tensor_shapes(model))
         targets = tuple(target or _default_targets(shapes))
         base = BaseModel(
             name=model.resolve().name,

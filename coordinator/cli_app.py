@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from coordinator import base as base_files
 from coordinator.audit import AuditError
 from coordinator.config import ConfigError
 from coordinator.history import HistoryError
 from coordinator.ledger import LedgerError, StorageError
 from coordinator.rundir import BusyError, RunDirectoryError
 from coordinator.simulation import SimulationError
+from transport.base_files import BaseFilesError
 from transport.exits import HELP, Exit
 from transport.keys import KeyFileError
 from transport.sockets import SocketError
@@ -42,7 +42,7 @@ _EXIT_BY_ERROR: dict[type[Exception], Exit] = {
     ManifestError: Exit.INPUT,
     HistoryError: Exit.INPUT,
     ConfigError: Exit.INPUT,
-    base_files.BaseFilesError: Exit.BASE,
+    BaseFilesError: Exit.BASE,
     KeyFileError: Exit.INPUT,
     BusyError: Exit.BUSY,
     SocketError: Exit.BUSY,

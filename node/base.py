@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from node import quantization
 from node.quantization import QuantizationError
-from zo.layout import base_digest
+from transport import base_files
 from zo.quantization import Kind
 
 # torch and transformers take seconds to import: a wrong path or digest is refused before that.
 if TYPE_CHECKING:
     import torch
 
-READ_CHUNK_BYTES = 1 << 20
-TOKENIZER_PATTERNS = ("tokenizer.model", "vocab*", "merges*")
-HUB_PATTERNS = ("*.json", "*.safetensors", *TOKENIZER_PATTERNS)
+HUB_PATTERNS = ("*.json", "*.safetensors", *base_files.TOKENIZER_PATTERNS)
 
 
 class BaseError(RuntimeError):
@@ -75,8 +73,8 @@ def load_base(
         BaseError: the base is missing, gated, incomplete or broken, or it cannot be quantised like that.
     """
     folder = resolve(path)
-    digest = _digest_of(_base_files(folder))
-    tokenizer_digest = _digest_of(_tokenizer_files(folder))
+    digest = read_digest(folder)
+    tokenizer_digest = read_tokenizer_digest(folder)
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -168,12 +166,20 @@ _silence_known_warnings()
 
 def read_digest(path: str | Path) -> str:
     """The digest of a base's weights, without loading it: hex, 32 characters. Raises BaseError."""
-    return _digest_of(_base_files(resolve(path)))
+    return _explained(base_files.digest, path)
 
 
 def read_tokenizer_digest(path: str | Path) -> str:
     """The digest of a base's tokenizer, without loading it: hex, 32 characters. Raises BaseError."""
-    return _digest_of(_tokenizer_files(resolve(path)))
+    return _explained(base_files.tokenizer_digest, path)
+
+
+def _explained(read: Callable[[Path], str], path: str | Path) -> str:
+    folder = resolve(path)
+    try:
+        return read(folder)
+    except base_files.BaseFilesError as error:
+        raise BaseError(str(error)) from error
 
 
 def resolve(path: str | Path) -> Path:
@@ -216,46 +222,6 @@ def _fetch(name: str) -> Path:
             f"the base {name} is no directory here, not in the cache, and the hub did not answer: "
             f"{_first_line(error)}. Connect, or name a local directory."
         ) from error
-
-
-def _base_files(folder: Path) -> list[Path]:
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise BaseError(f"{folder} holds a PEFT adapter, not a base; name the model that it was made for.")
-    if not (folder / "config.json").is_file():
-        raise BaseError(f"the base in {folder} has no config.json; name a transformers model's directory.")
-    tensors = sorted(folder.glob("*.safetensors"))
-    if not tensors:
-        raise BaseError(
-            f"the base in {folder} has no *.safetensors; load it with transformers and save it again "
-            "with `save_pretrained`."
-        )
-    return sorted([folder / "config.json", *tensors], key=lambda file: file.name)
-
-
-def _tokenizer_files(folder: Path) -> list[Path]:
-    whole = folder / "tokenizer.json"
-    if whole.is_file():
-        return [whole]
-    parts = {file for pattern in TOKENIZER_PATTERNS for file in folder.glob(pattern)}
-    if not parts:
-        raise BaseError(
-            f"the base in {folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab and merges); "
-            "copy the tokenizer files that belong to the model there."
-        )
-    return sorted(parts, key=lambda file: file.name)
-
-
-def _digest_of(files: Iterable[Path]) -> str:
-    try:
-        return base_digest((file.name, _chunks(file)) for file in files)
-    except OSError as error:
-        raise BaseError(f"{error.filename} cannot be read: {error.strerror}.") from error
-
-
-def _chunks(file: Path) -> Iterator[bytes]:
-    with file.open("rb") as stream:
-        while chunk := stream.read(READ_CHUNK_BYTES):
-            yield chunk
 
 
 def _first_line(error: Exception) -> str:

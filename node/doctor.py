@@ -5,12 +5,10 @@ Each check returns what it found and, if something is wrong, what to do; only th
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
 import socket
-import struct
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from node.base import Base, BaseError, load_base, read_digest, read_tokenizer_digest, resolve
+from transport.base_files import BaseFilesError, is_in_layer, tensor_shapes
 from transport.keys import KeyFileError, load_key, new_key_pair
 from transport.sockets import Link, NodeSocket, SocketError
 from transport.ticket import Ticket
@@ -175,18 +174,14 @@ def needed_bytes(folder: Path, kind: Kind) -> float:
         BaseError: a header cannot be read.
     """
     per_entry = {"none": 4.0, "int8": 1.01, "nf4": 0.57, "fp4": 0.57}[kind]
-    total = 0.0
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with file.open("rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                header = json.loads(stream.read(min(length, 100_000_000)))
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    in_layer = len(entry["shape"]) == 2 and any(part.isdecimal() for part in name.split("."))
-                    total += math.prod(entry["shape"]) * (per_entry if in_layer else 4.0)
-        except (OSError, ValueError, struct.error, KeyError, AttributeError, TypeError) as error:
-            raise BaseError(f"{file} is not a safetensors file: {error}") from error
+    try:
+        shapes = tensor_shapes(folder)
+    except BaseFilesError as error:
+        raise BaseError(str(error)) from error
+    total = sum(
+        math.prod(shape) * (per_entry if len(shape) == 2 and is_in_layer(name) else 4.0)
+        for name, shape in shapes.items()
+    )
     return total * 4 / 3
 
 

@@ -1,4 +1,4 @@
-"""What the coordinator reads of a base model, without torch."""
+"""What is read of a base without torch: digests, and shapes from the headers of its files."""
 
 import hashlib
 import json
@@ -6,7 +6,14 @@ import struct
 
 import pytest
 
-from coordinator.base import BaseFilesError, digest, layers_only, linear_shapes, tokenizer_digest
+from transport.base_files import (
+    BaseFilesError,
+    digest,
+    layers_only,
+    linear_shapes,
+    tensor_shapes,
+    tokenizer_digest,
+)
 from zo.layout import base_digest
 
 
@@ -36,7 +43,7 @@ def model(tmp_path):
 
 
 def test_shapes_of_linear_modules_from_all_files(model):
-    assert linear_shapes(model) == {"layers.0.q_proj": (8, 4), "layers.1.q_proj": (8, 4)}
+    assert linear_shapes(tensor_shapes(model)) == {"layers.0.q_proj": (8, 4), "layers.1.q_proj": (8, 4)}
 
 
 def test_the_digest_is_over_config_and_weights_and_nothing_else(model):
@@ -71,14 +78,14 @@ def test_the_tokenizer_is_tokenizer_json_or_its_older_files(model):
 
 def test_what_is_missing_is_named(model, tmp_path):
     with pytest.raises(BaseFilesError, match="nowhere is not a directory"):
-        linear_shapes(tmp_path / "nowhere")
+        tensor_shapes(tmp_path / "nowhere")
     (model / "config.json").unlink()
     with pytest.raises(BaseFilesError, match=r"has no config\.json"):
         digest(model)
     for file in model.glob("*.safetensors"):
         file.unlink()
-    with pytest.raises(BaseFilesError, match=r"has no \*\.safetensors files"):
-        linear_shapes(model)
+    with pytest.raises(BaseFilesError, match=r"has no \*\.safetensors; load"):
+        tensor_shapes(model)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +106,7 @@ def test_what_is_missing_is_named(model, tmp_path):
 def test_a_broken_header_is_an_error_that_names_the_file(model, data):
     (model / "model-1.safetensors").write_bytes(data)
     with pytest.raises(BaseFilesError, match=r"model-1\.safetensors is not a safetensors file"):
-        linear_shapes(model)
+        tensor_shapes(model)
 
 
 @pytest.mark.parametrize("shape", ['["x", 4]', "[4.5, 4]", "[-1, 4]", "[[1], 4]"])
@@ -107,14 +114,14 @@ def test_a_shape_that_is_none_is_an_error(model, shape):
     text = f'{{"a.weight": {{"shape": {shape}}}}}'.encode()
     (model / "model-1.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
     with pytest.raises(BaseFilesError, match="is not a safetensors file"):
-        linear_shapes(model)
+        tensor_shapes(model)
 
 
 def test_a_shape_that_is_no_list_is_an_error(model):
     text = b'{"a.weight": {"shape": 7}}'
     (model / "model-1.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
     with pytest.raises(BaseFilesError, match="is not a safetensors file"):
-        linear_shapes(model)
+        tensor_shapes(model)
 
 
 def test_layers_are_what_has_a_number():
