@@ -80,6 +80,14 @@ def init(
     directions: Annotated[
         int, typer.Option(metavar="N", help="Directions a node measures in a round, one byte each.")
     ] = 1,
+    sides: Annotated[
+        int,
+        typer.Option(
+            metavar="1|2",
+            help="2: two losses for a direction, at +epsilon and -epsilon. 1: one, compared with the mean over all "
+            "directions of the node.",
+        ),
+    ] = 2,
     step: Annotated[float, typer.Option(metavar="X", help="How far a round moves the weights.")] = 0.01,
     constant_step: Annotated[
         bool,
@@ -179,6 +187,7 @@ def init(
                         directions=directions,
                         batch_size=batch_size,
                         sequence_length=sequence_length,
+                        sides=sides,
                     ),
                     schedule=Schedule(
                         step=step,

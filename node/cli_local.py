@@ -79,9 +79,10 @@ def doctor(
         if manifest:
             kind, skip = agreed(manifest.base, quantize, skip_quantize)
             batch_size, sequence_length = manifest.probe.batch_size, manifest.probe.sequence_length
-            directions = manifest.probe.directions
+            num_forwards = manifest.probe.sides * manifest.probe.directions
         else:
             kind, skip = quantize or "none", tuple(skip_quantize or ())
+            num_forwards = 2 * directions
         if not kernels.is_compiled():
             err.print("compiling the kernels, once for this machine …", style="dim")
             kernels.compile_kernels()
@@ -98,7 +99,7 @@ def doctor(
                     timeout_s=connect_timeout,
                     batch_size=batch_size,
                     sequence_length=sequence_length,
-                    directions=directions,
+                    num_forwards=num_forwards,
                 )
             )
         if json:

@@ -291,7 +291,7 @@ def _quantised_error(kind: Kind) -> float:
         return float((layer(inputs).float() - exact).norm() / exact.norm())
 
 
-def forward(base: Base, batch_size: int, sequence_length: int, directions: int) -> Iterator[Finding]:
+def forward(base: Base, batch_size: int, sequence_length: int, num_forwards: int) -> Iterator[Finding]:
     """How far two equal forward passes are apart, and how long a round of this node would take."""
     from node.data import Batch
     from node.losses import mean_loss
@@ -315,11 +315,11 @@ def forward(base: Base, batch_size: int, sequence_length: int, directions: int) 
         found="none: equal passes give equal losses" if exact else f"{noise:.2g} nats between equal passes",
         cure="" if exact or noise < 1e-4 else "choose an epsilon whose change of the loss is well above this",
     )
-    shape = f"{batch_size} × {length} tokens, {directions} direction{'s' * (directions > 1)}"
+    shape = f"{num_forwards} of {batch_size} × {length} tokens"
     yield Finding(
         check="a round",
         state="ok",
-        found=f"about {2 * directions * seconds:.2g} s of forward passes ({shape})",
+        found=f"about {num_forwards * seconds:.2g} s of forward passes ({shape})",
     )
 
 
@@ -349,7 +349,7 @@ def examine(
     timeout_s: float,
     batch_size: int,
     sequence_length: int,
-    directions: int,
+    num_forwards: int,
 ) -> Iterator[Finding]:
     """All findings, cheap ones first; each as soon as it is there.
 
@@ -364,7 +364,7 @@ def examine(
         timeout_s: for the network.
         batch_size: sequences in a forward pass.
         sequence_length: tokens in a sequence.
-        directions: in a round.
+        num_forwards: forward passes in a round.
     """
     if ticket is not None:
         yield from network(ticket, timeout_s)
@@ -384,7 +384,7 @@ def examine(
     base, loading = load(model, kind, skip, threads)
     yield loading
     if base is not None:
-        yield from forward(base, batch_size, sequence_length, directions)
+        yield from forward(base, batch_size, sequence_length, num_forwards)
 
 
 def megabytes(number: float) -> str:

@@ -58,6 +58,7 @@ class LanguageTrainer:
             directions=manifest.probe.directions,
             batch_size=manifest.probe.batch_size,
             seed=private_seed,
+            sides=manifest.probe.sides,
         )
 
     def initial_weights(self) -> NDArray[np.int32]:

@@ -21,7 +21,7 @@ from node.losses import mean_loss
 from zo.codes import NO_VOTE, encode
 from zo.directions import Direction, RunKey
 from zo.replica import samples
-from zo.spsa import projected_gradient
+from zo.spsa import centred_gradients, projected_gradient
 
 ROUNDING_STREAM = 1  # keeps the generator that rounds codes apart from the one that draws batches
 
@@ -57,6 +57,7 @@ class Probe:
         directions: int,
         batch_size: int,
         seed: int,
+        sides: int = 2,
     ) -> None:
         """Fix what stays the same from round to round.
 
@@ -66,9 +67,10 @@ class Probe:
             key: the run's.
             epsilon: half the distance between the two views, in weight units.
             directions: how many the node probes in a round.
-            batch_size: windows in the batch of one direction.
+            batch_size: windows in a batch.
             seed: the node's own secret: decides batches and rounding, so that a round probed again after a
                 restart gives the same codes.
+            sides: 2: two losses and a batch for each direction; 1: one loss for each, all on one batch.
         """
         self.adapter = adapter
         self.windows = windows
@@ -77,14 +79,13 @@ class Probe:
         self.directions = directions
         self.batch_size = batch_size
         self.seed = seed
+        self.sides = sides
         self._forward_seconds = 0.0
 
     def probe(
         self, weights: NDArray[np.int32], round: int, node: int, exponent: int, agent: int = 0
     ) -> Probed:
         """The codes of one round: direction i of a round is the sample round × directions + i of the node.
-
-        g = (L(w + εz) − L(w − εz)) / 2ε on one batch per direction (Spall 1992, eq. 2.1, for a Rademacher z).
 
         Args:
             weights: of this round, int32 (adapter.size,); left as they are.
@@ -95,23 +96,43 @@ class Probe:
                 learn the same.
         """
         started = perf_counter()
-        seed = self.seed + (agent << 64)
         self._forward_seconds = 0.0
-        gradients = np.empty(self.directions, np.float64)
-        losses = np.empty(self.directions, np.float64)
-        for i, sample in enumerate(samples(round, self.directions)):
-            drawn = batch(self.windows, self.batch_size, seed, sample)
-            gradients[i], losses[i] = projected_gradient(
-                partial(self._loss, drawn), weights, self.key, Direction(node, sample, agent), self.epsilon
-            )
-        finite = losses[np.isfinite(gradients)]
-        rng = np.random.default_rng([seed, round, ROUNDING_STREAM])
+        gradients, loss = self.slopes(weights, round, node, agent)
+        rng = np.random.default_rng([self._seed_of(agent), round, ROUNDING_STREAM])
         return Probed(
             codes=encode(gradients, exponent, rng),
-            loss=float(finite.mean()) if finite.size else math.nan,
+            loss=loss,
             seconds=perf_counter() - started,
             forward_seconds=self._forward_seconds,
         )
+
+    def slopes(
+        self, weights: NDArray[np.int32], round: int, node: int, agent: int = 0
+    ) -> tuple[NDArray[np.float64], float]:
+        """The projected gradients of a round before they are encoded, (directions,), and the mean of finite losses.
+
+        Two-sided, g = (L(w + εz) − L(w − εz)) / 2ε on one batch per direction (Spall 1992, eq. 2.1, for a Rademacher
+        z); one-sided, `zo.spsa.centred_gradients` on the batch of the round's first sample.
+
+        Args as those of `probe`.
+        """
+        names = [Direction(node, sample, agent) for sample in samples(round, self.directions)]
+        if self.sides == 1:
+            loss = partial(self._loss, self._batch(names[0]))
+            return centred_gradients(loss, weights, self.key, names, self.epsilon)
+        gradients = np.empty(self.directions, np.float64)
+        losses = np.empty(self.directions, np.float64)
+        for i, name in enumerate(names):
+            loss = partial(self._loss, self._batch(name))
+            gradients[i], losses[i] = projected_gradient(loss, weights, self.key, name, self.epsilon)
+        finite = losses[np.isfinite(gradients)]
+        return gradients, float(finite.mean()) if finite.size else math.nan
+
+    def _batch(self, name: Direction) -> Batch:
+        return batch(self.windows, self.batch_size, self._seed_of(name.agent), name.sample)
+
+    def _seed_of(self, agent: int) -> int:
+        return self.seed + (agent << 64)
 
     def _loss(self, drawn: Batch, view: NDArray[np.float32]) -> float:
         self.adapter.load(view)

@@ -167,10 +167,18 @@ class Probing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     directions: Annotated[
         int, Meta(ge=1, le=4096, description="Directions each node measures in a round; one byte each.")
     ]
-    batch_size: Annotated[
-        int, Meta(ge=1, le=65536, description="Sequences in one private batch; one batch per direction.")
-    ]
+    batch_size: Annotated[int, Meta(ge=1, le=65536, description="Sequences in one private batch.")]
     sequence_length: Annotated[int, Meta(ge=2, le=1_048_576, description="Tokens in a sequence.")]
+    sides: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=2,
+            description="2: a slope is taken from the losses at weights + epsilon z and weights - epsilon z, each "
+            "direction on a batch of its own; 1: from the loss at weights + epsilon z, less the mean over the node's "
+            "directions of the round, which share one batch.",
+        ),
+    ] = 2
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -234,13 +242,18 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Check what the range of a single field cannot say.
 
         Raises:
-            ValueError: the run would need more samples than there are names for directions, or it leaves layers of an
-                unquantised base unquantised.
+            ValueError: the run would need more samples than there are names for directions, it leaves layers of an
+                unquantised base unquantised, or one direction is to be compared with the mean of itself.
         """
         if self.base.skip_quantize and self.base.quantize == "none":
             raise ValueError(
                 f"base.skip_quantize = {list(self.base.skip_quantize)!r} needs base.quantize to be int8, nf4 or fp4: "
                 "nothing is quantised otherwise"
+            )
+        if self.probe.sides == 1 and self.probe.directions == 1:
+            raise ValueError(
+                "probe.sides = 1 needs probe.directions to be at least 2, got 1: a slope is what a direction's loss "
+                "differs by from the mean of all"
             )
         num_samples = self.run.rounds * self.probe.directions
         if num_samples > _MAX_SAMPLES:

@@ -1,4 +1,6 @@
-"""SPSA: the slope of a loss along a direction from two evaluations. How a loss is computed is the caller's.
+"""SPSA: the slope of a loss along a direction from two evaluations, or along several from one each.
+
+How a loss is computed is the caller's.
 
 Spall 1992, "Multivariate stochastic approximation using a simultaneous perturbation gradient approximation",
 eq. 2.2; for language models MeZO (arXiv 2305.17333), definition 1. Unlike there, nothing is perturbed and
@@ -53,8 +55,7 @@ def projected_gradients(
     Raises:
         ValueError: epsilon is not a positive number.
     """
-    if not (isfinite(epsilon) and epsilon > 0):
-        raise ValueError(f"epsilon must be a positive number, got {epsilon}")
+    _check_epsilon(epsilon)
     views = np.empty(weights.size, np.float32), np.empty(weights.size, np.float32)
     losses = np.empty((len(directions), 2), np.float64)
     for row, direction in zip(losses, directions, strict=True):
@@ -64,3 +65,44 @@ def projected_gradients(
         gradients = (losses[:, 0] - losses[:, 1]) / (2 * epsilon)
     finite = losses[np.isfinite(losses)]
     return gradients, float(finite.mean()) if finite.size else float("nan")
+
+
+def centred_gradients(
+    loss: Callable[[NDArray[np.float32]], float],
+    weights: NDArray[np.int32],
+    key: RunKey,
+    directions: Sequence[Direction],
+    epsilon: float,
+) -> tuple[NDArray[np.float64], float]:
+    """The projected gradient along each direction from one loss each, (n,) float64, and the mean of the n losses.
+
+    g_i = (L_i − mean(L)) / ε · n / (n − 1), where L_i = loss(weights + εz_i), all on the same batch. The mean stands
+    for loss(weights), as in FZOO (arXiv 2506.09034, eq. 4), and takes out what all L_i share: the loss itself and the
+    curvature ε²/2 · tr H, which is equal for all Rademacher z but for the off-diagonal part of H. The factor makes
+    E[g_i z_i] the gradient although L_i is a part of its own baseline.
+
+    A loss that is not finite makes its gradient not finite and counts in no mean; if fewer than two are finite, no
+    gradient is.
+
+    Raises:
+        ValueError: epsilon is not a positive number, or there are fewer than two directions.
+    """
+    _check_epsilon(epsilon)
+    if len(directions) < 2:
+        raise ValueError(f"the mean of one loss says nothing: at least 2 directions, got {len(directions)}")
+    views = np.empty(weights.size, np.float32), np.empty(weights.size, np.float32)
+    losses = np.empty(len(directions), np.float64)
+    for i, direction in enumerate(directions):
+        kernels.perturbed(weights, key, direction, epsilon, out=views)
+        losses[i] = loss(views[0])
+    finite = losses[np.isfinite(losses)]
+    mean = float(finite.mean()) if finite.size else float("nan")
+    if finite.size < 2:
+        return np.full(len(directions), np.nan), mean
+    with np.errstate(invalid="ignore"):
+        return (losses - mean) / epsilon * (finite.size / (finite.size - 1)), mean
+
+
+def _check_epsilon(epsilon: float) -> None:
+    if not (isfinite(epsilon) and epsilon > 0):
+        raise ValueError(f"epsilon must be a positive number, got {epsilon}")

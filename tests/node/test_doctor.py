@@ -191,7 +191,7 @@ def test_noise_and_time_of_a_round(monkeypatch):
     assert loading.state == "ok"
     noise, duration = doctor.forward(base, 2, 16, 4)
     assert (noise.state, noise.found) == ("ok", "none: equal passes give equal losses")
-    assert "(2 × 16 tokens, 4 directions)" in duration.found
+    assert "(4 of 2 × 16 tokens)" in duration.found
     for losses, state in (([1.0, 1.0, 1.5], "warn"), ([np.nan] * 3, "fail")):
         monkeypatch.setattr("node.losses.mean_loss", Mock(side_effect=losses))
         assert next(iter(doctor.forward(base, 2, 16, 4))).state == state

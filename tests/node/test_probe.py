@@ -105,6 +105,20 @@ def test_a_code_is_the_encoded_slope_between_both_views_on_one_batch(adapter, wi
     assert 0 < result.forward_seconds <= result.seconds
 
 
+def test_one_sided_all_directions_of_a_round_meet_one_batch(adapter, windows, weights):
+    probed = make_probe(adapter, windows, sides=1).probe(weights, 5, NODE, EXPONENT, agent=1)
+    drawn = batch(windows, 4, 9 + 2**64, 15)
+    losses = []
+    for sample in (15, 16, 17):
+        adapter.load(reference.perturbed(weights, KEY, Direction(NODE, sample, 1), EPSILON)[0])
+        losses.append(mean_loss(adapter.model, drawn))
+    gradients = (np.array(losses) - np.mean(losses)) / EPSILON * 1.5
+    rng = np.random.default_rng([9 + 2**64, 5, probe.ROUNDING_STREAM])
+    assert np.array_equal(probed.codes, encode(gradients, EXPONENT, rng))
+    assert probed.codes.any()
+    assert probed.loss == float(np.mean(losses))
+
+
 def test_a_round_probed_again_gives_the_same_codes(adapter, windows, weights):
     first = make_probe(adapter, windows).probe(weights, 5, NODE, EXPONENT)
     after_others = make_probe(adapter, windows)

@@ -59,7 +59,7 @@ def test_any_manifest_survives_its_toml(make_manifest, name, epsilon, step, alph
 def test_every_field_of_the_toml_is_explained(make_manifest):
     lines = documented_toml(make_manifest(), "A run.").splitlines()
     fields = [index for index, line in enumerate(lines) if " = " in line and not line.startswith("#")]
-    assert len(fields) == 30
+    assert len(fields) == 31
     assert all(lines[index - 1].startswith("# ") for index in fields)
     tables = [index for index, line in enumerate(lines) if line.startswith("[")]
     assert all(lines[index - 1].startswith("# ") for index in tables)
@@ -122,6 +122,8 @@ OUT_OF_RANGE = [
     ("probe", "batch_size", 65537),
     ("probe", "sequence_length", 1),
     ("probe", "sequence_length", 1_048_577),
+    ("probe", "sides", 0),
+    ("probe", "sides", 3),
     ("schedule", "step", 0.0),
     ("schedule", "step", -0.1),
     ("schedule", "step", 4.5),
@@ -193,6 +195,15 @@ def test_rounds_times_directions_must_fit_the_names_of_directions(make_manifest)
         parse_manifest(text.replace("directions = 2", "directions = 4096"))
 
 
+def test_one_direction_cannot_be_compared_with_the_mean_of_itself(make_manifest):
+    assert make_manifest(sides=1, directions=2).probe.sides == 1
+    text = documented_toml(make_manifest(directions=2), "A run.").replace("directions = 2", "directions = 1")
+    with pytest.raises(
+        ManifestError, match=r"probe\.sides = 1 needs probe\.directions to be at least 2, got 1"
+    ):
+        parse_manifest(text.replace("sides = 2", "sides = 1"))
+
+
 def test_layers_cannot_be_left_out_of_a_quantisation_that_there_is_not(make_manifest):
     text = documented_toml(make_manifest(quantize="nf4", skip_quantize=("q_proj",)), "A run.")
     assert parse_manifest(text).base.skip_quantize == ("q_proj",)
@@ -239,9 +250,9 @@ GOLDEN_BYTES = (
     "81a46b696e64a474657874a76164617074657286a77461726765747392a6715f70726f6aa6765f70726f6aa472616e6b04"
     "a5616c706861cb4020000000000000a5747261696ea142a473697a65cd01f4ad6c61796f75745f646967657374d9203161"
     "316131613161316131613161316131613161316131613161316131613161a66167656e747382a5636f756e7401aa617373"
-    "69676e6d656e74a3616c6ca570726f626584a7657073696c6f6ecb3f847ae147ae147baa646972656374696f6e7302aa62"
-    "617463685f73697a6508af73657175656e63655f6c656e677468cc80a87363686564756c6584a473746570cb3f947ae147"
-    "ae147ba56465636179a66c696e656172a9736d6f6f7468696e6703ae66697273745f6578706f6e656e74fca67061726974"
-    "7982ac6469676573745f657665727904aa73686172655f6c6f7373c3"
+    "69676e6d656e74a3616c6ca570726f626585a7657073696c6f6ecb3f847ae147ae147baa646972656374696f6e7302aa62"
+    "617463685f73697a6508af73657175656e63655f6c656e677468cc80a5736964657302a87363686564756c6584a4737465"
+    "70cb3f947ae147ae147ba56465636179a66c696e656172a9736d6f6f7468696e6703ae66697273745f6578706f6e656e74"
+    "fca670617269747982ac6469676573745f657665727904aa73686172655f6c6f7373c3"
 )
-GOLDEN_RUN_ID = "12ec128699e0a69e4f8681483b248a58"
+GOLDEN_RUN_ID = "a302cdcb41f138ee2f68a266f593dbde"

@@ -6,7 +6,7 @@ import pytest
 from zo import reference
 from zo.codes import NO_VOTE, encode
 from zo.directions import Direction
-from zo.spsa import projected_gradient, projected_gradients
+from zo.spsa import centred_gradients, projected_gradient, projected_gradients
 from zo.weights import from_float, to_float
 
 KEY = (5, 6)
@@ -83,7 +83,63 @@ def test_no_finite_loss_has_no_mean():
     assert np.isnan(mean_loss)
 
 
+FOUR = [Direction(3, sample) for sample in range(4)]
+
+
+def test_one_sided_slopes_of_a_linear_loss_differ_by_its_slopes_and_add_up_to_nothing():
+    rng = np.random.default_rng(0)
+    slope = rng.normal(size=500)
+    weights = from_float(rng.normal(size=500))
+    losses = []
+
+    def loss(values):
+        losses.append(float(slope @ values))
+        return losses[-1]
+
+    gradients, mean_loss = centred_gradients(loss, weights, KEY, FOUR, 2.0**-7)
+    exact = np.array([slope @ reference.perturbation(KEY, each, 500) for each in FOUR])
+    assert gradients == pytest.approx((exact - exact.mean()) * 4 / 3, rel=1e-3)
+    assert gradients.sum() == pytest.approx(0, abs=1e-9)
+    assert mean_loss == pytest.approx(np.mean(losses))
+    assert len(losses) == 4
+
+
+def test_one_sided_slopes_are_unbiased_and_free_of_what_every_direction_shares():
+    """Their product with z averages to the gradient, although curvature adds more to each loss than the slope does."""
+    rng = np.random.default_rng(1)
+    slope, curvature = rng.normal(size=8), 100 * rng.random(8)
+    weights = from_float(np.zeros(8))
+    total, rounds = np.zeros(8), 4000
+    for number in range(rounds):
+        names = [Direction(0, 3 * number + i) for i in range(3)]
+        gradients, _ = centred_gradients(
+            lambda v: float(slope @ v + curvature @ v**2), weights, KEY, names, 0.25
+        )
+        for gradient, name in zip(gradients, names, strict=True):
+            total += gradient * reference.perturbation(KEY, name, 8)
+    assert total / (3 * rounds) == pytest.approx(slope, abs=0.15)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_sided_a_loss_that_is_not_finite_counts_in_no_mean(value):
+    weights = from_float(np.zeros(10))
+    losses = iter([1.0, value, 3.0, 2.0])
+    gradients, mean_loss = centred_gradients(lambda _: next(losses), weights, KEY, FOUR, 0.5)
+    assert encode(gradients, 0, np.random.default_rng(0)).tolist() == [-3, NO_VOTE, 3, 0]
+    assert mean_loss == 2.0
+    losses = iter([value, value, 3.0, value])
+    gradients, mean_loss = centred_gradients(lambda _: next(losses), weights, KEY, FOUR, 0.5)
+    assert not np.isfinite(gradients).any()
+    assert mean_loss == 3.0
+
+
+def test_one_direction_has_no_mean_to_be_compared_with():
+    with pytest.raises(ValueError, match="at least 2 directions, got 1"):
+        centred_gradients(lambda _: 0.0, from_float(np.zeros(3)), KEY, FOUR[:1], 0.5)
+
+
+@pytest.mark.parametrize("estimate", [projected_gradients, centred_gradients])
 @pytest.mark.parametrize("epsilon", [0.0, -1e-3, float("nan"), float("inf")])
-def test_epsilon_must_be_positive(epsilon):
+def test_epsilon_must_be_positive(estimate, epsilon):
     with pytest.raises(ValueError, match="epsilon must be a positive number"):
-        projected_gradient(lambda _: 0.0, from_float(np.zeros(3)), KEY, DIRECTION, epsilon)
+        estimate(lambda _: 0.0, from_float(np.zeros(3)), KEY, FOUR, epsilon)
