@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench soak clean help
+.PHONY: demo test lint bench soak attack clean help
 
 help:
 	@echo "make demo    four nodes fine-tune one model on this machine (about a minute)"
 	@echo "make test    format, types, layer contracts and all tests"
 	@echo "make lint    the first three alone"
 	@echo "make soak    kills, stops and joins at random for 5 minutes; HOURS=8 for the long form"
+	@echo "make attack  strangers and liars against a coordinator, floods in full size"
 	@echo "make bench   the committed benchmarks, again, into docs/results"
 
 demo: $(READY)
@@ -21,6 +22,9 @@ test: lint
 
 soak: $(READY)
 	$(BIN)/python -m benchmarks.soak $(if $(HOURS),--hours $(HOURS))
+
+attack: $(READY)
+	ZO_ATTACK_FULL=1 $(BIN)/python -m pytest -m attack
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -13,11 +13,12 @@ from coordinator.conductor import Conductor, history_slice
 from coordinator.config import ServiceConfig
 from coordinator.effects import Effect, Enrol, Note, Persist, PersistCheckpoint, Quarantine, Send, SendPiece
 from coordinator.ledger import Checkpoint, Enrolment, Ledger, LedgerError, StorageError
+from coordinator.limits import Limits
 from coordinator.membership import FLOW_WINDOW, Event, Member, Presence
 from coordinator.rundir import RunDirectory
 from coordinator.snapshots import MAX_REPLAY_WORK, is_due
 from coordinator.status import MemberStatus, Status, stored_status
-from transport.messages import HISTORY_BYTES, Offer, Piece, WireError, decode_from_node, encode
+from transport.messages import HISTORY_BYTES, Hello, Offer, Piece, WireError, decode_from_node, encode
 from transport.meter import Count
 from transport.sockets import CoordinatorSocket, Sent
 from zo.commit import Commit, decode_entry
@@ -33,7 +34,7 @@ SPEED_MEMORY_S: Final = 20.0
 SPEED_MEMORY_ROUNDS: Final = 8
 _FAREWELL_S: Final = 30.0
 """How long a finished service waits for its last nodes to fetch the end and say that they leave."""
-_NOTED_ONE_BY_ONE: Final = {"malformed": 16, "misfit": 16, "refused": 16}
+_NOTED_ONE_BY_ONE: Final = {"malformed": 16, "misfit": 16, "refused": 16, "flooded": 16}
 """How many events of a kind are noted in the ledger after a start: a peer must not be able to fill the disk. Kinds that
 are not named here are bounded by the number of rounds, or as below."""
 _NOTED_OF_A_NODE: Final = {"joined": 1024, "left": 1024, "lost": 1024, "replaced": 1024, "started-over": 1024}
@@ -125,6 +126,7 @@ class Service:
         self._last_loss = before.loss if before else None
         self._num_malformed = before.malformed_frames if before else 0
         self._gone: list[bytes] = []
+        self._limits = Limits()
         self._noted: Counter[tuple[str, int | None]] = Counter()
         # A snapshot that is no part of the ledger (one restored from a backup, say) must not be offered.
         newest, _ = directory.newest_snapshot(manifest, ledger)
@@ -197,17 +199,32 @@ class Service:
 
     def _handle(self, session: bytes, key: bytes, frame: bytes) -> None:
         member = self.conductor.session_member(session)
+        now = time.monotonic()
+        if not self._limits.may_speak(key, now):
+            self._cut(session, "sends more than it is asked for")
+            return
         try:
             message = decode_from_node(frame)
         except WireError as error:
             self._num_malformed += 1
             self._note("malformed", None if member is None else member.node, str(error)[:500])
             return
-        effects = self.conductor.on_message(session, key, message, time.monotonic())
+        if isinstance(message, Hello) and not self._limits.may_greet(key, now):
+            self._cut(session, "says hello without end")
+            return
+        effects = self.conductor.on_message(session, key, message, now)
         member = self.conductor.session_member(session) or member
         if member is not None:
             member.up.add(len(frame), curve=True)
         self._carry_out(effects)
+
+    def _cut(self, session: bytes, why: str) -> None:
+        """End a connection over which comes more than a node that keeps to the protocol would send."""
+        member = self.conductor.session_member(session)
+        name = "a node" if member is None else f"node {member.node} ({member.name})"
+        self._note("flooded", None if member is None else member.node, f"{name} {why}: its connection is cut")
+        self._end.cut(session)
+        self._carry_out(self.conductor.on_unsent(session, time.monotonic()))
 
     def _carry_out(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
@@ -219,11 +236,12 @@ class Service:
 
     def _do(self, effect: Effect) -> None:
         match effect:
-            case Send(session, _, frame):
+            case Send(session, kind, frame):
                 # Whoever is still known under this session pays for the frame; a refused stranger is not counted.
                 member = self.conductor.session_member(session)
                 if member is not None:
                     member.down.add(len(frame), curve=True)
+                    self._limits.was_sent(member.key, kind, len(frame))
                 if self._end.send(session, frame) is not Sent.OK:
                     self._gone.append(session)
             case SendPiece(session, content, offset):

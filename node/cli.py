@@ -34,6 +34,7 @@ from node.display import summary, view_line
 from node.quantization import agreed
 from node.service import NodeError, NodeService, View
 from node.state import StateDirectory, StateError, default_state, load_result
+from node.wire import shown
 from transport.exits import Exit
 from transport.ticket import parse_ticket
 from zo import kernels
@@ -92,6 +93,14 @@ def join(
         float,
         typer.Option(metavar="S", min=0.1, help="Seconds to try to reach the coordinator at first."),
     ] = 30.0,
+    show_wire: Annotated[
+        bool,
+        typer.Option(
+            "--show-wire",
+            help="Print every message that leaves, and its bytes, on standard output.",
+            show_default=False,
+        ),
+    ] = False,
 ) -> None:
     """Join a run and train until it ends or Ctrl-C; joining again goes on where this node left.
 
@@ -104,7 +113,7 @@ def join(
         name = name[:64]
         directory = StateDirectory((state or default_state(parsed.run_id, name)).expanduser())
         path = model or str(embedded.path())
-        with directory.lock(), _log(directory.log_path) as log, _live_line() as show:
+        with directory.lock(), _log(directory.log_path) as log, _live_line(is_renewed=not show_wire) as show:
             base_digest, tokenizer_digest = read_digest(path), read_tokenizer_digest(path)
             _compile_kernels()
             num_threads = threads or len(os.sched_getaffinity(0))
@@ -137,6 +146,7 @@ def join(
                 evaluate_every=eval_every if eval_data else 0,
                 show=show,
                 log=log,
+                on_sent=_print_sent if show_wire else lambda _: None,
             )
             try:
                 reason = service.run()
@@ -341,11 +351,15 @@ def _log(path: Path) -> Iterator[Callable[[dict[str, object]], None]]:
             file.close()
 
 
+def _print_sent(frame: bytes) -> None:
+    print(shown(frame), flush=True)
+
+
 @contextlib.contextmanager
-def _live_line() -> Iterator[Callable[[View], None]]:
-    """A line that renews itself in a terminal, or one line every ten seconds where there is none."""
+def _live_line(is_renewed: bool) -> Iterator[Callable[[View], None]]:
+    """A line that renews itself in a terminal, or one line every ten seconds where there is none or it is in use."""
     shown_at = -math.inf
-    if err.is_terminal:
+    if err.is_terminal and is_renewed:
         with Live(console=err, auto_refresh=False) as live:
 
             def show(view: View) -> None:

@@ -129,6 +129,7 @@ class NodeService:
         evaluate_every: int,
         show: Callable[[View], None],
         log: Callable[[dict[str, object]], None],
+        on_sent: Callable[[bytes], None] = lambda _: None,
     ) -> None:
         """Prepare; `run` does the work.
 
@@ -143,6 +144,7 @@ class NodeService:
             evaluate_every: measure the held-out loss every so many rounds; 0 for never.
             show: called when there is something new to see.
             log: called with one record for every round.
+            on_sent: called with every frame that leaves.
         """
         self._ticket = ticket
         self._state = state
@@ -160,7 +162,7 @@ class NodeService:
             saved,
             state.load_download(),
         )
-        self._socket = NodeSocket(ticket, state.keys())
+        self._socket = NodeSocket(ticket, state.keys(), on_sent)
         self._trainer: Trainer | None = None
         self._manifest: Manifest | None = None
         self._may_interrupt = False

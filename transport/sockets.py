@@ -9,6 +9,7 @@ import enum
 import errno
 import os
 import random
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
@@ -17,9 +18,11 @@ import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
+from transport.connections import Connections
+from transport.gate import ZAP_DOMAIN, Gate
 from transport.keys import KeyPair
 from transport.messages import MAX_COORDINATOR_FRAME_BYTES, MAX_NODE_FRAME_BYTES
-from transport.meter import CURVE_BOX_BYTES, NOTHING_COUNTED, SocketCount, read_socket_count
+from transport.meter import CURVE_BOX_BYTES, NOTHING_COUNTED, SocketCount, read_socket_count, zmtp_bytes
 from transport.ticket import Ticket
 
 HEARTBEAT_INTERVAL_MS: Final = 30_000
@@ -28,10 +31,11 @@ HEARTBEAT_TIMEOUT_MS: Final = 60_000
 _HEARTBEAT_TTL_MS: Final = 65_000
 _HANDSHAKE_MS: Final = 20_000
 _QUEUE_FRAMES: Final = 256
+_RECEIVE_QUEUE_FRAMES: Final = 64
+"""Of one node at the coordinator: half a megabyte. What it sends beyond that waits on its side of the connection."""
 _REDIAL_S: Final = 1.0
+_WEIGH_EVERY_S: Final = 1.0
 _LINGER_MS: Final = 500  # a last Leave, Finished or Refuse still gets out
-_ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
-_ZAP_DOMAIN: Final = b"zo"
 
 
 class SocketError(RuntimeError):
@@ -56,32 +60,6 @@ class Arrival(NamedTuple):
     frame: bytes
 
 
-class Gate:
-    """Answers libzmq's question, once per handshake, whether a client key may enter (ZAP, RFC 27).
-
-    It runs inside the coordinator's own loop: were it to die, no handshake would complete, so it fails closed.
-    """
-
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", admits: Callable[[bytes], bool]) -> None:
-        self.socket = context.socket(zmq.REP)
-        self.socket.linger = 0
-        self.socket.bind(_ZAP_ENDPOINT)
-        self._admits = admits
-
-    def answer(self) -> None:
-        """Answer all questions that wait."""
-        while self.socket.poll(0):
-            parts = self.socket.recv_multipart()
-            version, request = parts[0], parts[1] if len(parts) > 1 else b""
-            status, user = b"400", b""
-            if len(parts) == 7 and version == b"1.0" and parts[2] == _ZAP_DOMAIN and parts[5] == b"CURVE":
-                key = parts[6]
-                if len(key) == 32 and self._admits(key):
-                    status, user = b"200", key.hex().encode()
-            text = b"OK" if status == b"200" else b"no access"
-            self.socket.send_multipart([b"1.0", request, status, text, user, b""])
-
-
 class CoordinatorSocket:
     """The coordinator's end: many sessions, each bound to the key its handshake proved."""
 
@@ -104,15 +82,18 @@ class CoordinatorSocket:
         self._router = router = self._context.socket(zmq.ROUTER)
         router.set(zmq.ROUTER_MANDATORY, 1)  # a frame for a gone or stalled peer is an error, not silence
         router.set(zmq.SNDHWM, _QUEUE_FRAMES)
-        router.set(zmq.RCVHWM, _QUEUE_FRAMES)
+        router.set(zmq.RCVHWM, _RECEIVE_QUEUE_FRAMES)
         router.set(zmq.MAXMSGSIZE, MAX_NODE_FRAME_BYTES + CURVE_BOX_BYTES)  # libzmq counts the box
         router.set(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
         router.set(zmq.BACKLOG, 1024)
         router.set(zmq.IPV6, 1)
         router.set(zmq.CURVE_SERVER, 1)
         router.set(zmq.CURVE_SECRETKEY, z85.encode(keys.secret))
-        router.set(zmq.ZAP_DOMAIN, _ZAP_DOMAIN)
+        router.set(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
         router.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        self._connections = Connections()
+        self._weigh_at = 0.0
+        self._monitor = router.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         shown = f"[{host}]" if ":" in host else host
         try:
             router.bind(f"tcp://{shown}:{port or '*'}")
@@ -126,14 +107,21 @@ class CoordinatorSocket:
         endpoint = bytes(router.get(zmq.LAST_ENDPOINT))
         self.port = int(endpoint.rstrip(b"\0").rsplit(b":", 1)[1])
         self._poller = zmq.Poller()
-        self._poller.register(router, zmq.POLLIN)
-        self._poller.register(self._gate.socket, zmq.POLLIN)
+        for each in (router, self._gate.socket, self._monitor):
+            self._poller.register(each, zmq.POLLIN)
 
     def receive(self, timeout_s: float, limit: int = 1024) -> Iterator[Arrival]:
         """Up to `limit` frames: waits up to `timeout_s` for the first, then takes what is there."""
         ready = dict(self._poller.poll(max(0, int(timeout_s * 1000))))
         if self._gate.socket in ready:
             self._gate.answer()
+        if self._monitor in ready:
+            self._watch()
+        now = time.monotonic()
+        if now >= self._weigh_at:
+            self._weigh_at = now + _WEIGH_EVERY_S
+            for descriptor in self._connections.overfull(_received_bytes, now):
+                self._cut(descriptor)
         if self._router not in ready:
             return
         for _ in range(limit):
@@ -141,10 +129,19 @@ class CoordinatorSocket:
                 parts = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            if len(parts) != 2:  # no message of this protocol has several frames
-                continue
-            session, frame = parts
-            yield Arrival(session.bytes, bytes.fromhex(str(frame.get("User-Id"))), frame.bytes)
+            session, frame = parts[0].bytes, parts[1]
+            key = bytes.fromhex(str(frame.get("User-Id")))
+            num_bytes = zmtp_bytes(len(frame))
+            if not self._connections.took(session, num_bytes):
+                self._watch()  # what there is to know of its beginning lies there by now
+                descriptor = frame.get(zmq.SRCFD)
+                assert isinstance(descriptor, int)
+                self._cut(self._connections.spoke(descriptor, session, key))
+                self._connections.took(session, num_bytes)
+            if len(parts) > 2:  # no message of this protocol has several frames
+                self.cut(session)
+            else:
+                yield Arrival(session, key, frame.bytes)
 
     def send(self, session: bytes, frame: bytes) -> Sent:
         """Queue one frame for one session, without waiting."""
@@ -158,9 +155,40 @@ class CoordinatorSocket:
             raise
         return Sent.OK
 
+    def cut(self, session: bytes) -> None:
+        """End a session's connection, whatever its other end wants; what is queued for it may be lost."""
+        self._cut(self._connections.of_session(session))
+
     def close(self) -> None:
         """Close; queued frames have half a second to leave."""
+        self._router.disable_monitor()
+        self._monitor.close()
         self._context.destroy(linger=_LINGER_MS)
+
+    def _watch(self) -> None:
+        """Take note of connections that began or ended."""
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)
+            descriptor = event["value"]
+            if event["event"] == zmq.EVENT_DISCONNECTED:
+                self._connections.ended(descriptor)
+                continue
+            address = ""
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+                address = connection.getpeername()[0]
+            self._cut(self._connections.accepted(descriptor, address, time.monotonic()))
+
+    def _cut(self, descriptor: int | None) -> None:
+        """End a connection. libzmq sees it end as if the peer had gone, and closes its own descriptor."""
+        if descriptor is None:
+            return
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
+
+
+def _received_bytes(descriptor: int) -> int | None:
+    count = read_socket_count(descriptor)
+    return None if count is None else count.bytes_received
 
 
 class Link(enum.Enum):
@@ -179,7 +207,20 @@ class NodeSocket:
     for ever, or stops reading it. One flipped bit on the way must not end a node, so then it is connected anew here.
     """
 
-    def __init__(self, ticket: Ticket, keys: KeyPair) -> None:
+    def __init__(
+        self, ticket: Ticket, keys: KeyPair, on_sent: Callable[[bytes], None] = lambda _: None
+    ) -> None:
+        """Connect, in the background.
+
+        Args:
+            ticket: of the run.
+            keys: of this node.
+            on_sent: told of every frame that leaves. There is no other way out than `send`.
+
+        Raises:
+            SocketError: the ticket's address is none.
+        """
+        self._on_sent = on_sent
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._dealer = dealer = self._context.socket(zmq.DEALER)
         dealer.set(zmq.IMMEDIATE, 1)  # no queue while disconnected: what was not sent is decided anew
@@ -242,6 +283,7 @@ class NodeSocket:
             self._dealer.send(frame, zmq.NOBLOCK)
         except zmq.Again:
             return False
+        self._on_sent(frame)
         return True
 
     def socket_count(self) -> SocketCount | None:

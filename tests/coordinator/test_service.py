@@ -18,6 +18,7 @@ from transport.messages import (
     Follow,
     Hello,
     History,
+    Leave,
     Piece,
     Progress,
     Refuse,
@@ -43,11 +44,14 @@ class Wire:
     """The coordinator's end of the wire: takes everything, and remembers it."""
 
     def __init__(self):
-        self.sent = []
+        self.sent, self.cuts = [], []
 
     def send(self, session, frame):
         self.sent.append((session, decode_from_coordinator(frame)))
         return Sent.OK
+
+    def cut(self, session):
+        self.cuts.append(session)
 
 
 class Served:
@@ -418,3 +422,32 @@ def test_the_largest_commit_that_is_allowed_fits_a_frame(make_manifest, directio
 
 def test_a_trace_has_room_in_a_nodes_frame():
     assert len(encode(Trace(2**40, (bytes(16),) * 128))) < 8 * 1024
+
+
+# ---- limits -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("junk", [b"", b"junk", bytes(8192), encode(Leave()), encode(Fetch(bytes(16), 0))])
+def test_a_member_that_floods_is_cut_off_and_changes_nothing(served, junk):
+    served.hello(1)
+    served.play(2)
+    frames = list(served.ledger.frames())
+    for _ in range(1500):
+        served.say(1, junk)
+    assert served.wire.cuts[0] == b"session 1"
+    assert len(served.wire.cuts) > 400
+    (event, *more) = served.noted("flooded")
+    assert event.text.endswith("sends more than it is asked for: its connection is cut")
+    assert len(more) < 16
+    assert list(served.ledger.frames()) == frames
+    served.play(1)
+    assert served.service.conductor.round == 3
+
+
+@pytest.mark.attack
+def test_hello_without_end_is_cut_off(served):
+    answers = [len(served.hello(1)) for _ in range(200)]
+    assert answers[:100] == [1] * 100
+    assert 0 in answers[100:]
+    assert served.noted("flooded")[0].text == "node 1 (n1) says hello without end: its connection is cut"
