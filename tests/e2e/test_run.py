@@ -133,8 +133,10 @@ def test_a_coordinator_stops_in_good_order(swarm, number):
 
 def test_rounds_go_on_without_a_node_that_sleeps(swarm):
     swarm.init("--quorum", 2, rounds=60).serve()
-    for name in NAMES[:3]:
+    for name in ("ada", "cho"):
         swarm.join(name)
+    swarm.run_until(4)  # with a quorum of two both have reported: rounds wait for cho from now on
+    swarm.join("ben")
     swarm.poll_members(*NAMES[:3])
     sleeper = swarm.member("cho").node
     swarm.run_until(8)
