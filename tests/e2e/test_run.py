@@ -104,6 +104,7 @@ def test_a_node_leaves_in_good_order_at_once(swarm, number):
         swarm.join(name)
     swarm.poll_members("ada", "ben")
     swarm.run_until(6)
+    swarm.poll(lambda: any(r.get("round") == 5 for r in swarm.log("ben")), "the sixth commit at ben")
     started = time.monotonic()
     swarm.nodes["ben"].send(number)
     assert swarm.nodes["ben"].wait() == 0, swarm.nodes["ben"]
