@@ -36,6 +36,10 @@ class Adapter:
     """Names, shapes and offsets of the trained tensors."""
     model: torch.nn.Module
     """The base's model with the LoRA layers in it, in evaluation mode."""
+    views: torch.Tensor
+    """(num_views, size) float32, where the model computes; its trained tensors are views of the first row."""
+    host: NDArray[np.float32]
+    """(num_views, size): the same on the host, for kernels to write; `push` brings it over. On a CPU it is `views`."""
 
     def __init__(
         self,
@@ -76,7 +80,6 @@ class Adapter:
         self.model.eval()
         self.model.requires_grad_(False)
 
-        self._flat = torch.zeros(self.size, dtype=torch.float32)
         self._frozen: dict[str, NDArray[np.float32]] = {}
         for index, module_name in enumerate(adapted_modules(self.layout)):
             out_features, in_features = base.linear_shapes[module_name]
@@ -86,12 +89,29 @@ class Adapter:
                 self._frozen[f"{module_name}.lora_A"] = A
             _set(module.lora_A[NAME], torch.from_numpy(A.copy()))
             _set(module.lora_B[NAME], torch.zeros(out_features, rank))
+        self.hold(1)
+
+    def hold(self, num_views: int) -> None:
+        """Make room for so many views of the vector; the model goes on computing with the first of them.
+
+        Args:
+            num_views: at least 1; each takes 4 bytes per entry of the vector, on another device than a CPU twice.
+        """
+        views = torch.zeros(num_views, self.size, device=next(self.model.parameters()).device)
         for parameter in self.layout.parameters:
             module_name, _, factor = parameter.name.rpartition(".")
-            module = self.model.get_submodule(module_name)
-            view = self._flat[parameter.offset : parameter.offset + parameter.size].view(parameter.shape)
-            view.copy_(getattr(module, factor)[NAME].weight)
-            _set(getattr(module, factor)[NAME], view)
+            linear = getattr(self.model.get_submodule(module_name), factor)[NAME]
+            view = views[0, parameter.offset : parameter.offset + parameter.size].view(parameter.shape)
+            view.copy_(linear.weight)
+            _set(linear, view)
+        self.views = views
+        self._on_host = views.cpu()  # the same memory on a CPU
+        self.host = self._on_host.numpy()
+
+    def push(self) -> None:
+        """Bring what was written into `host` to where the model computes."""
+        if self.views.device.type != "cpu":
+            self.views.copy_(self._on_host)
 
     def load(self, view: NDArray[np.float32]) -> None:
         """Set every trained tensor: float32 (size,), in the order of the layout.
@@ -103,7 +123,8 @@ class Adapter:
             raise ValueError(
                 f"the adapter takes float32 of shape ({self.size},), got {view.dtype} of shape {view.shape}"
             )
-        self._flat.copy_(torch.from_numpy(view))
+        self.host[0] = view
+        self.views[0].copy_(self._on_host[0])
 
     def export(self, directory: str | Path, weights: NDArray[np.int32], base_name: str) -> None:
         """Write a plain PEFT adapter that `PeftModel.from_pretrained(base, directory)` loads.

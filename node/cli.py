@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -89,6 +90,16 @@ def join(
     quantize: QuantizeOption = None,
     skip_quantize: SkipOption = None,
     threads: ThreadsOption = None,
+    at_once: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            max=64,
+            help="Directions whose two views share a forward pass; 0: one view at a time, which takes least memory.",
+            show_default="the fastest",
+        ),
+    ] = None,
     connect_timeout: Annotated[
         float,
         typer.Option(metavar="S", min=0.1, help="Seconds to try to reach the coordinator at first."),
@@ -126,7 +137,7 @@ def join(
                 windows = read_data(data, base, manifest)
                 err.print(f"training data: {windows}", style="dim", highlight=False)
                 held_out = read_data(eval_data, base, manifest) if eval_data else None
-                return LanguageTrainer(
+                trainer = LanguageTrainer(
                     manifest,
                     base,
                     windows,
@@ -134,6 +145,12 @@ def join(
                     private_seed=directory.private_seed(),
                     threads=num_threads,
                 )
+                rehearsal = trainer.rehearse(at_once)
+                log({"rehearsal": asdict(rehearsal)})
+                err.print(f"probing: {rehearsal}", style="dim", highlight=False)
+                if rehearsal.warning:
+                    err.print(f"warning: {rehearsal.warning}", style="yellow", markup=False, highlight=False)
+                return trainer
 
             service = NodeService(
                 parsed,

@@ -30,6 +30,7 @@ class Row(msgspec.Struct, frozen=True):
 TEXT_LIKE: Final = '{"text": "..."}'
 COMPLETION_LIKE: Final = '{"prompt": "...", "completion": "..."}'
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
+_Entry = TypeVar("_Entry", bound=np.generic)
 
 
 class Batch(NamedTuple):
@@ -39,6 +40,18 @@ class Batch(NamedTuple):
     """(batch_size, length)."""
     scored: NDArray[np.bool_] | None = None
     """(batch_size, length): the tokens whose prediction is the loss; None: all but the first of each row."""
+
+
+def stacked(batches: Sequence[Batch]) -> Batch:
+    """Several batches as one, row after row; shorter rows are padded at their end, and nothing there is scored."""
+    width = max(batch.tokens.shape[1] for batch in batches)
+
+    def padded(rows: NDArray[_Entry]) -> NDArray[_Entry]:
+        return np.pad(rows, ((0, 0), (0, width - rows.shape[1])))
+
+    tokens = np.concatenate([padded(batch.tokens) for batch in batches])
+    scored = [padded(batch.scored) for batch in batches if batch.scored is not None]
+    return Batch(tokens, np.concatenate(scored) if scored else None)
 
 
 class Sequences(Protocol):

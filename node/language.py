@@ -14,6 +14,7 @@ from node.completions import read_completions
 from node.data import DataError, Sequences, read_windows
 from node.losses import evaluate
 from node.probe import Probe, Probed
+from node.rehearsal import Rehearsal, rehearse
 from zo import kernels
 from zo.directions import run_key
 from zo.initial import initial_weights
@@ -65,6 +66,10 @@ class LanguageTrainer:
         """The weights of round 0: (size,) int32."""
         key = run_key(self._manifest.run_id)
         return initial_weights(self._adapter.layout, key, self._manifest.adapter.train)
+
+    def rehearse(self, at_once: int | None = None) -> Rehearsal:
+        """Try noise and speed at the weights of round 0, and probe as was found from then on; see `rehearse`."""
+        return rehearse(self._probe, self.initial_weights(), at_once)
 
     def probe(
         self, weights: NDArray[np.int32], round: int, node: int, exponent: int, agent: int = 0

@@ -33,7 +33,13 @@ class RowLosses(NamedTuple):
     @property
     def mean(self) -> float:
         """Nats per scored token, over all rows."""
-        return float(self.sums.sum() / self.counts.sum())
+        return float(self.means(1)[0])
+
+    def means(self, num_parts: int) -> NDArray[np.float64]:
+        """The mean of each of so many equal parts of the batch, which follow each other: (num_parts,)."""
+        sums: NDArray[np.float64] = self.sums.reshape(num_parts, -1).sum(1)
+        counts: NDArray[np.int64] = self.counts.reshape(num_parts, -1).sum(1)
+        return sums / counts
 
 
 def row_losses(model: torch.nn.Module, batch: Batch) -> RowLosses:

@@ -7,21 +7,23 @@ own.
 
 from __future__ import annotations
 
-import math
-from functools import partial
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from node.adapter import Adapter
-from node.data import Batch, Sequences, batch
-from node.losses import mean_loss
+from node.data import Batch, Sequences, batch, stacked
+from node.losses import RowLosses, row_losses
+from node.stacked import side_by_side
+from zo import kernels
 from zo.codes import NO_VOTE, encode
 from zo.directions import Direction, RunKey
 from zo.replica import samples
-from zo.spsa import centred_gradients, projected_gradient
+from zo.spsa import finite_mean, one_sided, two_sided
 
 ROUNDING_STREAM = 1  # keeps the generator that rounds codes apart from the one that draws batches
 
@@ -32,7 +34,7 @@ class Probed(NamedTuple):
     codes: NDArray[np.int8]
     """(directions,) projected gradients in units of 2^exponent; NO_VOTE where a loss was not finite."""
     loss: float
-    """Mean cross-entropy of the finite pairs, nats per token; NaN if there is none."""
+    """Mean of the finite losses; NaN if there is none."""
     seconds: float
     """Wall time of the whole probe."""
     forward_seconds: float
@@ -47,6 +49,10 @@ class Probed(NamedTuple):
 class Probe:
     """A node's probe: its adapter, its windows, and what the run says about measuring."""
 
+    at_once: int
+    """Directions whose views share one forward pass; 0: every view has a pass of its own. It decides how fast a probe
+    is, and nothing else but the last digits of its losses."""
+
     def __init__(
         self,
         adapter: Adapter,
@@ -58,6 +64,8 @@ class Probe:
         batch_size: int,
         seed: int,
         sides: int = 2,
+        measure: Callable[[torch.nn.Module, Batch], RowLosses] = row_losses,
+        at_once: int = 0,
     ) -> None:
         """Fix what stays the same from round to round.
 
@@ -69,8 +77,10 @@ class Probe:
             directions: how many the node probes in a round.
             batch_size: windows in a batch.
             seed: the node's own secret: decides batches and rounding, so that a round probed again after a
-                restart gives the same codes.
+                restart gives the same codes, as long as `at_once` is the same.
             sides: 2: two losses and a batch for each direction; 1: one loss for each, all on one batch.
+            measure: the loss of every row of a batch under the model as it is.
+            at_once: see the attribute.
         """
         self.adapter = adapter
         self.windows = windows
@@ -80,6 +90,8 @@ class Probe:
         self.batch_size = batch_size
         self.seed = seed
         self.sides = sides
+        self.measure = measure
+        self.at_once = at_once
         self._forward_seconds = 0.0
 
     def probe(
@@ -112,31 +124,69 @@ class Probe:
         """The projected gradients of a round before they are encoded, (directions,), and the mean of finite losses.
 
         Two-sided, g = (L(w + εz) − L(w − εz)) / 2ε on one batch per direction (Spall 1992, eq. 2.1, for a Rademacher
-        z); one-sided, `zo.spsa.centred_gradients` on the batch of the round's first sample.
+        z); one-sided, `zo.spsa.one_sided` on the batch of the round's first sample.
 
         Args as those of `probe`.
         """
         names = [Direction(node, sample, agent) for sample in samples(round, self.directions)]
-        if self.sides == 1:
-            loss = partial(self._loss, self._batch(names[0]))
-            return centred_gradients(loss, weights, self.key, names, self.epsilon)
-        gradients = np.empty(self.directions, np.float64)
-        losses = np.empty(self.directions, np.float64)
-        for i, name in enumerate(names):
-            loss = partial(self._loss, self._batch(name))
-            gradients[i], losses[i] = projected_gradient(loss, weights, self.key, name, self.epsilon)
-        finite = losses[np.isfinite(gradients)]
-        return gradients, float(finite.mean()) if finite.size else math.nan
+        losses = self.losses(weights, names, self.sides)
+        slopes = one_sided(losses[:, 0], self.epsilon) if self.sides == 1 else two_sided(losses, self.epsilon)
+        return slopes, finite_mean(losses)
 
-    def _batch(self, name: Direction) -> Batch:
-        return batch(self.windows, self.batch_size, self._seed_of(name.agent), name.sample)
+    def losses(
+        self,
+        weights: NDArray[np.int32],
+        directions: Sequence[Direction],
+        sides: int,
+        epsilon: float | None = None,
+    ) -> NDArray[np.float64]:
+        """The losses at weights + εz and, if there are two sides, weights − εz of every direction: (n, sides).
+
+        Args:
+            weights: int32 (adapter.size,).
+            directions: the names of n directions z.
+            sides: 2: each direction has a batch of its own; 1: all have the first one's.
+            epsilon: another than the probe's.
+        """
+        epsilon = self.epsilon if epsilon is None else epsilon
+        per_pass = max(self.at_once, 1)
+        num_views = sides * per_pass + (
+            2 - sides
+        )  # the kernel always makes both views; a second one may go unused
+        if len(self.adapter.views) < num_views:
+            self.adapter.hold(num_views)
+        found = []
+        for start in range(0, len(directions), per_pass):
+            chunk = directions[start : start + per_pass]
+            batches = [self.draw(name if sides == 2 else directions[0]) for name in chunk]
+            for i, name in enumerate(chunk):
+                views = self.adapter.host[sides * i], self.adapter.host[sides * i + 1]
+                kernels.perturbed(weights, self.key, name, epsilon, out=views)
+            self.adapter.push()
+            begin = perf_counter()
+            found.append(self._together(batches, sides) if self.at_once else self._apart(batches[0], sides))
+            self._forward_seconds += perf_counter() - begin
+        return np.concatenate(found)
+
+    def _apart(self, drawn: Batch, sides: int) -> NDArray[np.float64]:
+        """The losses of the adapter's first `sides` views on one batch, each with a pass of its own: (1, sides)."""
+        found = np.empty((1, sides), np.float64)
+        for side in range(sides):
+            if side:
+                self.adapter.views[0].copy_(self.adapter.views[side])
+            found[0, side] = self.measure(self.adapter.model, drawn).mean
+        return found
+
+    def _together(self, batches: Sequence[Batch], sides: int) -> NDArray[np.float64]:
+        """The losses of `sides` views on each of n batches, from one forward pass: (n, sides)."""
+        num_views = sides * len(batches)
+        together = stacked([drawn for drawn in batches for _ in range(sides)])
+        with side_by_side(self.adapter, num_views):
+            return self.measure(self.adapter.model, together).means(num_views).reshape(-1, sides)
+
+    def draw(self, direction: Direction) -> Batch:
+        """The batch that a direction is measured on."""
+        return batch(self.windows, self.batch_size, self._seed_of(direction.agent), direction.sample)
 
     def _seed_of(self, agent: int) -> int:
         return self.seed + (agent << 64)
-
-    def _loss(self, drawn: Batch, view: NDArray[np.float32]) -> float:
-        self.adapter.load(view)
-        started = perf_counter()
-        loss = mean_loss(self.adapter.model, drawn)
-        self._forward_seconds += perf_counter() - started
-        return loss

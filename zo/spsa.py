@@ -17,29 +17,6 @@ from zo import kernels
 from zo.directions import Direction, RunKey
 
 
-def projected_gradient(
-    loss: Callable[[NDArray[np.float32]], float],
-    weights: NDArray[np.int32],
-    key: RunKey,
-    direction: Direction,
-    epsilon: float,
-) -> tuple[float, float]:
-    """The projected gradient (L₊ − L₋) / 2ε and the mean loss (L₊ + L₋) / 2, where L± = loss(weights ± εz).
-
-    Args:
-        loss: of (size,) float32 values. The array is reused: valid during the call only.
-        weights: (size,) int32.
-        key: of the run.
-        direction: the name of z.
-        epsilon: in value units, greater than 0.
-
-    Raises:
-        ValueError: epsilon is not a positive number.
-    """
-    gradients, mean_loss = projected_gradients(loss, weights, key, [direction], epsilon)
-    return float(gradients[0]), mean_loss
-
-
 def projected_gradients(
     loss: Callable[[NDArray[np.float32]], float],
     weights: NDArray[np.int32],
@@ -47,34 +24,45 @@ def projected_gradients(
     directions: Sequence[Direction],
     epsilon: float,
 ) -> tuple[NDArray[np.float64], float]:
-    """The projected gradient along each direction, (n,) float64, and the mean of all 2n losses.
+    """The two-sided projected gradient along each direction, (n,) float64, and the mean of all finite losses.
 
-    A loss that is not finite makes its gradient not finite, which `codes.encode` turns into NO_VOTE, and does
-    not count in the mean (NaN if none counts).
+    Args:
+        loss: of (size,) float32 values. The array is reused: valid during the call only.
+        weights: (size,) int32.
+        key: of the run.
+        directions: the names of n directions z.
+        epsilon: in value units, greater than 0.
 
     Raises:
         ValueError: epsilon is not a positive number.
     """
-    _check_epsilon(epsilon)
     views = np.empty(weights.size, np.float32), np.empty(weights.size, np.float32)
     losses = np.empty((len(directions), 2), np.float64)
     for row, direction in zip(losses, directions, strict=True):
         kernels.perturbed(weights, key, direction, epsilon, out=views)
         row[:] = loss(views[0]), loss(views[1])
+    return two_sided(losses, epsilon), finite_mean(losses)
+
+
+def two_sided(losses: NDArray[np.float64], epsilon: float) -> NDArray[np.float64]:
+    """The projected gradients (L₊ − L₋) / 2ε, (n,) float64.
+
+    A loss that is not finite makes its gradient not finite, which `codes.encode` turns into NO_VOTE.
+
+    Args:
+        losses: (n, 2): loss(weights + εz) and loss(weights − εz) of every direction.
+        epsilon: in value units, greater than 0.
+
+    Raises:
+        ValueError: epsilon is not a positive number.
+    """
+    _check_epsilon(epsilon)
     with np.errstate(invalid="ignore"):  # inf − inf is NaN, which is what it should be
-        gradients = (losses[:, 0] - losses[:, 1]) / (2 * epsilon)
-    finite = losses[np.isfinite(losses)]
-    return gradients, float(finite.mean()) if finite.size else float("nan")
+        return (losses[:, 0] - losses[:, 1]) / (2 * epsilon)
 
 
-def centred_gradients(
-    loss: Callable[[NDArray[np.float32]], float],
-    weights: NDArray[np.int32],
-    key: RunKey,
-    directions: Sequence[Direction],
-    epsilon: float,
-) -> tuple[NDArray[np.float64], float]:
-    """The projected gradient along each direction from one loss each, (n,) float64, and the mean of the n losses.
+def one_sided(losses: NDArray[np.float64], epsilon: float) -> NDArray[np.float64]:
+    """The projected gradients from one loss each, (n,) float64.
 
     g_i = (L_i − mean(L)) / ε · n / (n − 1), where L_i = loss(weights + εz_i), all on the same batch. The mean stands
     for loss(weights), as in FZOO (arXiv 2506.09034, eq. 4), and takes out what all L_i share: the loss itself and the
@@ -84,23 +72,26 @@ def centred_gradients(
     A loss that is not finite makes its gradient not finite and counts in no mean; if fewer than two are finite, no
     gradient is.
 
+    Args:
+        losses: (n,), at least two.
+        epsilon: in value units, greater than 0.
+
     Raises:
         ValueError: epsilon is not a positive number, or there are fewer than two directions.
     """
     _check_epsilon(epsilon)
-    if len(directions) < 2:
-        raise ValueError(f"the mean of one loss says nothing: at least 2 directions, got {len(directions)}")
-    views = np.empty(weights.size, np.float32), np.empty(weights.size, np.float32)
-    losses = np.empty(len(directions), np.float64)
-    for i, direction in enumerate(directions):
-        kernels.perturbed(weights, key, direction, epsilon, out=views)
-        losses[i] = loss(views[0])
+    if len(losses) < 2:
+        raise ValueError(f"the mean of one loss says nothing: at least 2 directions, got {len(losses)}")
+    num_finite = np.count_nonzero(np.isfinite(losses))
+    if num_finite < 2:
+        return np.full(len(losses), np.nan)
+    return (losses - finite_mean(losses)) / epsilon * (num_finite / (num_finite - 1))
+
+
+def finite_mean(losses: NDArray[np.float64]) -> float:
+    """The mean of those losses that are finite; NaN if none is."""
     finite = losses[np.isfinite(losses)]
-    mean = float(finite.mean()) if finite.size else float("nan")
-    if finite.size < 2:
-        return np.full(len(directions), np.nan), mean
-    with np.errstate(invalid="ignore"):
-        return (losses - mean) / epsilon * (finite.size / (finite.size - 1)), mean
+    return float(finite.mean()) if finite.size else float("nan")
 
 
 def _check_epsilon(epsilon: float) -> None:

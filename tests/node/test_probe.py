@@ -11,7 +11,7 @@ from node import embedded, probe
 from node.adapter import Adapter
 from node.base import load_base
 from node.data import Windows, batch
-from node.losses import mean_loss
+from node.losses import RowLosses, mean_loss
 from node.probe import Probe
 from zo import reference
 from zo.codes import NO_VOTE, encode
@@ -142,20 +142,55 @@ def test_the_exponent_scales_the_codes(adapter, windows, weights):
     assert np.abs(fine - 4 * coarse).max() <= 4
 
 
-def test_a_loss_that_is_not_finite_is_no_vote_and_is_counted(adapter, windows, weights, monkeypatch):
-    losses = iter([3.0, 2.5, math.nan, 2.0, 1.0, math.inf])
-    monkeypatch.setattr(probe, "mean_loss", lambda *_: next(losses))
-    result = make_probe(adapter, windows).probe(weights, 0, NODE, 0)
+def said(*losses):
+    """A measure that says these, one after the other, instead of asking the model."""
+    each = iter(losses)
+    return lambda *_: RowLosses(np.array([next(each)]), np.array([1]))
+
+
+def test_a_loss_that_is_not_finite_is_no_vote_and_is_counted(adapter, windows, weights):
+    measure = said(3.0, 2.5, math.nan, 2.0, 1.0, math.inf)
+    result = make_probe(adapter, windows, measure=measure).probe(weights, 0, NODE, 0)
     assert list(result.codes == NO_VOTE) == [False, True, True]
     assert result.num_no_votes == 2
-    assert result.loss == 2.75
+    assert result.loss == 2.125
 
 
-def test_a_round_without_any_finite_loss_is_all_no_votes(adapter, windows, weights, monkeypatch):
-    monkeypatch.setattr(probe, "mean_loss", lambda *_: math.nan)
-    result = make_probe(adapter, windows).probe(weights, 0, NODE, 0)
+def test_a_round_without_any_finite_loss_is_all_no_votes(adapter, windows, weights):
+    result = make_probe(adapter, windows, measure=said(*[math.nan] * 6)).probe(weights, 0, NODE, 0)
     assert list(result.codes) == [NO_VOTE] * 3
     assert math.isnan(result.loss)
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+@pytest.mark.parametrize("at_once", [1, 2, 3, 4])
+def test_views_side_by_side_have_the_losses_they_have_one_by_one(adapter, windows, weights, at_once, sides):
+    names = [Direction(NODE, sample) for sample in range(3)]
+
+    def losses(at_once):
+        return make_probe(adapter, windows, at_once=at_once).losses(weights, names, sides)
+
+    assert np.allclose(losses(at_once), losses(0), rtol=1e-6, atol=0)
+    one_by_one, together = (
+        make_probe(adapter, windows, at_once=each, sides=sides).probe(weights, 5, NODE, EXPONENT)
+        for each in (0, at_once)
+    )
+    assert (
+        np.abs(one_by_one.codes.astype(int) - together.codes).max() <= 1
+    )  # where the last digit turns the rounding
+    assert together.loss == pytest.approx(one_by_one.loss, rel=1e-6)
+
+
+def test_a_probe_holds_twelve_bytes_per_parameter(adapter, windows, weights):
+    """Of which the caller's weights are four; a view is written where the model reads it."""
+    make_probe(adapter, windows).probe(weights, 0, NODE, EXPONENT)
+    adapter.hold(1)
+    held = []
+    for at_once in (0, 1, 3):
+        make_probe(adapter, windows, at_once=at_once).probe(weights, 0, NODE, EXPONENT)
+        assert np.shares_memory(adapter.views.numpy(), adapter.host)
+        held.append(weights.nbytes + adapter.views.nbytes)
+    assert held == [12 * adapter.size, 12 * adapter.size, 28 * adapter.size]
 
 
 def test_a_model_that_overflows_gives_no_votes(adapter, windows, weights):

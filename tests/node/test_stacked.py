@@ -1,0 +1,120 @@
+"""Views side by side in one forward pass against PEFT's own forward, one view at a time."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+from node import embedded
+from node.adapter import Adapter
+from node.base import load_base
+from node.data import Batch, stacked
+from node.losses import row_losses
+from node.stacked import side_by_side
+
+TARGETS = ("q_proj", "v_proj", "layers.1.mlp.up_proj", "down_proj")
+
+
+def make_adapter(quantize="none", train="AB", num_views=4):
+    base = load_base(embedded.path(), threads=1, quantize=quantize)
+    adapter = Adapter(base, key=(17, 4), targets=TARGETS, rank=3, alpha=6, train=train)
+    adapter.hold(num_views)
+    return with_views(adapter)
+
+
+def with_views(adapter):
+    adapter.host[:] = np.random.default_rng(1).normal(scale=0.05, size=adapter.host.shape)
+    adapter.push()
+    return adapter
+
+
+@pytest.fixture(scope="module")
+def module_adapter():
+    return make_adapter()
+
+
+@pytest.fixture
+def adapter(module_adapter):
+    return with_views(module_adapter)
+
+
+def make_batch(seed, width):
+    rng = np.random.default_rng(seed)
+    scored = rng.random((2, width)) < 0.4
+    scored[:, 1] = True
+    return Batch(rng.integers(2, 500, (2, width)), scored)
+
+
+def one_by_one(adapter, batches):
+    """The rows' losses, view i on batch i, as PEFT computes them."""
+    losses = []
+    for view, drawn in zip(adapter.host.copy(), batches, strict=True):
+        before = adapter.host[0].copy()
+        adapter.load(view)
+        losses.append(row_losses(adapter.model, drawn))
+        adapter.load(before)
+    return np.concatenate([each.sums for each in losses])
+
+
+# LLM.int8() treats columns apart in which any row of the pass is large: a row depends a little on those beside it.
+@pytest.mark.parametrize(("quantize", "tolerance"), [("none", 2e-6), ("nf4", 2e-6), ("int8", 2e-3)])
+@pytest.mark.parametrize("train", ["B", "AB"])
+def test_every_part_meets_its_own_view(quantize, tolerance, train):
+    adapter = make_adapter(quantize, train)
+    batches = [make_batch(0, 20), make_batch(0, 20), make_batch(1, 13), make_batch(1, 13)]
+    with side_by_side(adapter, 4):
+        together = row_losses(adapter.model, stacked(batches))
+    apart = one_by_one(adapter, batches)
+    assert len(set(apart.round(3))) == 8, "the views differ"
+    assert together.sums == pytest.approx(apart, rel=tolerance)
+    assert list(together.counts) == [count for each in batches for count in each.scored[:, 1:].sum(1)]
+
+
+def test_text_is_generated_side_by_side(adapter):
+    prompt = torch.from_numpy(np.random.default_rng(2).integers(2, 500, (2, 9)))
+
+    def generated(prompts):
+        return adapter.model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=6,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=0,
+        )
+
+    with side_by_side(adapter, 2):
+        together = generated(prompt.repeat(2, 1))
+    first = generated(prompt)
+    adapter.views[0].copy_(adapter.views[1])
+    second = generated(prompt)
+    assert torch.equal(together, torch.cat([first, second]))
+    assert not torch.equal(first, second)
+
+
+def test_afterwards_the_model_is_as_before(adapter):
+    drawn = make_batch(3, 10)
+    before = row_losses(adapter.model, drawn).sums
+    with contextlib.suppress(KeyboardInterrupt), side_by_side(adapter, 2):
+        assert not np.array_equal(row_losses(adapter.model, drawn).sums, before)
+        raise KeyboardInterrupt
+    assert np.array_equal(row_losses(adapter.model, drawn).sums, before)
+
+
+@pytest.mark.parametrize("num_views", [0, 5])
+def test_no_more_views_than_the_adapter_holds(adapter, num_views):
+    with (
+        pytest.raises(ValueError, match=f"holds 4 views, asked for {num_views}"),
+        side_by_side(adapter, num_views),
+    ):
+        pass
+
+
+def test_batches_of_unequal_width_are_padded_with_what_is_not_scored():
+    narrow, wide = make_batch(0, 3), make_batch(1, 5)
+    both = stacked([narrow, wide])
+    assert both.tokens.tolist() == [[*row, 0, 0] for row in narrow.tokens.tolist()] + wide.tokens.tolist()
+    assert not both.scored[:2, 3:].any()
+    assert np.array_equal(both.scored[2:], wide.scored)
+    assert stacked([Batch(narrow.tokens)] * 2).scored is None
