@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 import typer
@@ -23,6 +23,7 @@ from coordinator.display import duration, replay_progress, status_line, status_v
 from coordinator.rundir import RunDirectory
 from coordinator.service import Service, restore
 from coordinator.status import Status, read_status
+from coordinator.trained import default_targets, head_of
 from transport import base_files
 from transport.messages import PROTOCOL_VERSION
 from transport.sockets import CoordinatorSocket
@@ -41,6 +42,7 @@ from zo.manifest import (
     Run,
     Schedule,
     Task,
+    TaskKind,
     validate,
 )
 from zo.quantization import Kind, check_shapes
@@ -108,16 +110,26 @@ def init(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Linear module to adapt; may be repeated.",
-            show_default="the projections of attention and MLP",
+            help="Linear module to adapt, or none to train the head alone; may be repeated.",
+            show_default="all in the base's layers",
         ),
     ] = None,
     task: Annotated[
-        Literal["text", "completion"],
+        TaskKind,
         typer.Option(
-            metavar="text|completion", help="What the data is: plain text, or rows of prompt and completion."
+            metavar="|".join(get_args(TaskKind)),
+            help="What the data is: plain text; rows of prompt and completion; rows of text and label, which a head "
+            "on the base predicts.",
         ),
     ] = "text",
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LABEL",
+            help="A label of the data; may be repeated, once for each.",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Sequences in a node's batch.")] = 8,
     sequence_length: Annotated[int, typer.Option(metavar="N", help="Tokens in a sequence.")] = 128,
     digest_every: Annotated[
@@ -151,8 +163,9 @@ def init(
     """
     with failures_explained():
         directory = RunDirectory(run)
-        shapes = base_files.linear_shapes(base_files.tensor_shapes(model))
-        targets = tuple(target or _default_targets(shapes))
+        tensors = base_files.tensor_shapes(model)
+        shapes = base_files.linear_shapes(tensors)
+        targets = () if target == ["none"] else tuple(target or default_targets(shapes))
         base = BaseModel(
             name=model.resolve().name,
             digest=base_files.digest(model),
@@ -162,7 +175,11 @@ def init(
             any_quantization=any_quantization,
         )
         try:
-            layout = lora_layout(shapes, targets, rank, train)
+            trained = Task(kind=task, labels=tuple(label or ()))
+            head = None
+            if trained.head_labels is not None:
+                head = head_of(base_files.configuration(model), tensors, len(trained.head_labels))
+            layout = lora_layout(shapes, targets, rank, train, head)
             manifest = validate(
                 Manifest(
                     protocol=PROTOCOL_VERSION,
@@ -173,7 +190,7 @@ def init(
                         staleness=staleness,
                     ),
                     base=base,
-                    task=Task(kind=task),
+                    task=trained,
                     adapter=Adapter(
                         targets=targets,
                         rank=rank,
@@ -198,6 +215,8 @@ def init(
                     parity=Parity(digest_every=digest_every, share_loss=share_loss),
                 )
             )
+        except base_files.BaseFilesError:
+            raise
         except ValueError as error:
             raise ManifestError(str(error)) from error
         config = validate_config(ServiceConfig(host=host, port=port, quorum=quorum))
@@ -212,19 +231,6 @@ def init(
         highlight=False,
     )
     out.print(f"Next: zo-coordinator serve {run}", highlight=False, soft_wrap=True)
-
-
-def _default_targets(shapes: dict[str, tuple[int, int]]) -> list[str]:
-    """The projections of the Llama family that this base has; all of its linear modules' names if it has none."""
-    known = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    last_parts = {name.rpartition(".")[2] for name in shapes}
-    found = [name for name in known if name in last_parts]
-    if not found:
-        raise ManifestError(
-            f"none of {', '.join(known)} is in this base; name modules with --target, "
-            f"among {', '.join(sorted(last_parts))}"
-        )
-    return found
 
 
 def _check_quantization(manifest: Manifest, shapes: dict[str, tuple[int, int]]) -> None:

@@ -1,4 +1,4 @@
-"""The adapter: low-rank matrices inside the base whose trained entries are views of one flat vector.
+"""The adapter: low-rank matrices inside the base, and its head, whose trained entries are views of one flat vector.
 
 Decides how the vector and the model's tensors correspond (LoRA, arXiv 2106.09685: W + alpha / rank · B A).
 Where the numbers come from is decided elsewhere: `load` takes a view, `export` the weights of a run.
@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.numpy import save_file
 
 from node.base import Base, BaseError
+from node.heads import HeadModule
 from zo.directions import RunKey
 from zo.initial import adapted_modules
-from zo.layout import Layout, initial_lora_A, lora_layout
+from zo.layout import HEAD, Layout, initial_lora_A, lora_layout
 from zo.weights import to_float
 
 NAME = "default"  # PEFT's own name for a model's only adapter
@@ -27,7 +29,7 @@ FILE = "adapter_model.safetensors"
 
 
 class Adapter:
-    """LoRA layers in a base, set as a whole from a flat float32 vector.
+    """LoRA layers in a base and its head, if it has one, set as a whole from a flat float32 vector.
 
     The base's model is changed in place: it computes base plus adapter from then on. One adapter per base.
     """
@@ -36,6 +38,8 @@ class Adapter:
     """Names, shapes and offsets of the trained tensors."""
     model: torch.nn.Module
     """The base's model with the LoRA layers in it, in evaluation mode."""
+    paths: dict[str, str]
+    """Where in the model each adapted module is, and the head as `zo.layout.HEAD`."""
     views: torch.Tensor
     """(num_views, size) float32, where the model computes; its trained tensors are views of the first row."""
     host: NDArray[np.float32]
@@ -56,7 +60,7 @@ class Adapter:
         Args:
             base: what to adapt.
             key: the run's; generates the A that is frozen with train="B".
-            targets: module names, whole or from a dot on: "q_proj", "layers.0.mlp.up_proj".
+            targets: module names, whole or from a dot on: "q_proj", "layers.0.mlp.up_proj"; none: the head alone.
             rank: columns of B, rows of A.
             alpha: B A is scaled by alpha / rank.
             train: whether the vector holds B alone or A and B.
@@ -66,30 +70,47 @@ class Adapter:
         """
         if any(hasattr(module, "lora_A") for module in base.model.modules()):
             raise ValueError(f"the base {base.path} has an adapter already; load it again for another")
-        self.layout = lora_layout(base.linear_shapes, targets, rank, train)
+        head = None if base.head is None else base.head.shape
+        self.layout = lora_layout(base.linear_shapes, targets, rank, train, head)
         self.size = self.layout.size
+        modules = adapted_modules(self.layout)
+        paths = [base.path_by_name[name] for name in modules]
         self.config = LoraConfig(
             r=rank,
             lora_alpha=alpha,
             lora_dropout=0.0,
-            target_modules=list(targets),
+            target_modules=_targets(base.model, targets, paths),
             bias="none",
             task_type="CAUSAL_LM",
         )
-        self.model = inject_adapter_in_model(self.config, base.model, adapter_name=NAME)
+        if modules:
+            inject_adapter_in_model(self.config, base.model, adapter_name=NAME)
+        self.model = base.model
         self.model.eval()
         self.model.requires_grad_(False)
 
+        self.paths = dict(zip(modules, paths, strict=True))
         self._frozen: dict[str, NDArray[np.float32]] = {}
-        for index, module_name in enumerate(adapted_modules(self.layout)):
-            out_features, in_features = base.linear_shapes[module_name]
-            module: Any = self.model.get_submodule(module_name)
+        for index, (name, path) in enumerate(self.paths.items()):
+            out_features, in_features = base.linear_shapes[name]
             A = initial_lora_A(key, index, (rank, in_features))
+            B = torch.zeros(out_features, rank)
+            for factor, values in (("lora_A", torch.from_numpy(A.copy())), ("lora_B", B)):
+                _set(self.model, f"{path}.{factor}.{NAME}.weight", values)
             if train == "B":
-                self._frozen[f"{module_name}.lora_A"] = A
-            _set(module.lora_A[NAME], torch.from_numpy(A.copy()))
-            _set(module.lora_B[NAME], torch.zeros(out_features, rank))
+                self._frozen[f"{path}.lora_A.weight"] = A
+        if base.head is not None:
+            self._take_head(base.head)
         self.hold(1)
+
+    def _take_head(self, head: HeadModule) -> None:
+        """See to it that the head is a part of the vector and of what is exported, with what goes beside it."""
+        self.paths[HEAD] = head.path
+        for path in head.saved:
+            for name, parameter in self.model.get_submodule(path).named_parameters():
+                self._frozen[f"{path}.{name}"] = parameter.cpu().numpy()
+        self.config.task_type = "SEQ_CLS"
+        self.config.modules_to_save = [path.rpartition(".")[2] for path in head.saved]
 
     def hold(self, num_views: int) -> None:
         """Make room for so many views of the vector; the model goes on computing with the first of them.
@@ -99,14 +120,18 @@ class Adapter:
         """
         views = torch.zeros(num_views, self.size, device=next(self.model.parameters()).device)
         for parameter in self.layout.parameters:
-            module_name, _, factor = parameter.name.rpartition(".")
-            linear = getattr(self.model.get_submodule(module_name), factor)[NAME]
+            path = self._path(parameter.name)
             view = views[0, parameter.offset : parameter.offset + parameter.size].view(parameter.shape)
-            view.copy_(linear.weight)
-            _set(linear, view)
+            view.copy_(self.model.get_parameter(path))
+            _set(self.model, path, view)
         self.views = views
         self._on_host = views.cpu()  # the same memory on a CPU
         self.host = self._on_host.numpy()
+
+    def _path(self, parameter: str) -> str:
+        """Where in the model a parameter of the layout is."""
+        name, _, last = parameter.rpartition(".")
+        return f"{self.paths[name]}.{last}" if name == HEAD else f"{self.paths[name]}.{last}.{NAME}.weight"
 
     def push(self) -> None:
         """Bring what was written into `host` to where the model computes."""
@@ -141,15 +166,22 @@ class Adapter:
             raise ValueError(f"the adapter has {self.size} weights, got shape {weights.shape}")
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = self._frozen | self.layout.split(to_float(weights))
+        trained = {
+            self._path(name).replace(f".{NAME}.weight", ".weight"): values
+            for name, values in self.layout.split(to_float(weights)).items()
+        }
         config = LoraConfig(**{**self.config.to_dict(), "base_model_name_or_path": base_name})
         config.inference_mode = True
-        config.target_modules = sorted(
-            config.target_modules
-        )  # a set: its order differs from process to process
+        if not isinstance(config.target_modules, str):
+            config.target_modules = sorted(
+                config.target_modules
+            )  # a set: its order differs between processes
         config.save_pretrained(folder)
         save_file(
-            {f"base_model.model.{name}.weight": np.ascontiguousarray(t) for name, t in tensors.items()},
+            {
+                f"base_model.model.{name}": np.ascontiguousarray(t)
+                for name, t in (self._frozen | trained).items()
+            },
             folder / FILE,
             metadata={"format": "pt"},
         )
@@ -169,8 +201,9 @@ class Adapter:
         """
         self.load(to_float(weights))
         for name in adapted_modules(self.layout):
-            parent, _, last = name.rpartition(".")
-            module: Any = self.model.get_submodule(name)
+            path = self.paths[name]
+            parent, _, last = path.rpartition(".")
+            module: Any = self.model.get_submodule(path)
             module.merge()
             setattr(self.model.get_submodule(parent), last, module.get_base_layer())
         model: Any = self.model
@@ -193,5 +226,16 @@ def with_adapter(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:
     return loaded
 
 
-def _set(linear: torch.nn.Module, values: torch.Tensor) -> None:
-    linear.weight = torch.nn.Parameter(values, requires_grad=False)
+def _targets(model: torch.nn.Module, targets: Sequence[str], paths: Sequence[str]) -> list[str] | str:
+    """How a PEFT configuration names the modules at `paths`: as the run does, if PEFT means the same by it."""
+    if not paths:
+        return str(DUMMY_TARGET_MODULES)  # what PEFT understands as none
+    ends = tuple(f".{target}" for target in targets)
+    meant = {path for path, _ in model.named_modules() if path in targets or path.endswith(ends)}
+    return list(targets if meant == set(paths) else paths)
+
+
+def _set(model: torch.nn.Module, path: str, values: torch.Tensor) -> None:
+    owner, _, name = path.rpartition(".")
+    device = model.get_parameter(path).device
+    setattr(model.get_submodule(owner), name, torch.nn.Parameter(values.to(device), requires_grad=False))

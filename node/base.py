@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ from zo.quantization import Kind
 # torch and transformers take seconds to import: a wrong path or digest is refused before that.
 if TYPE_CHECKING:
     import torch
+
+    from node.heads import HeadModule
 
 HUB_PATTERNS = ("*.json", "*.safetensors", *base_files.TOKENIZER_PATTERNS)
 
@@ -37,7 +39,7 @@ class Base:
     """
 
     model: torch.nn.Module
-    """A transformers causal language model; `Adapter` puts its LoRA layers into it."""
+    """A transformers causal language model, or classifier; `Adapter` puts its LoRA layers into it."""
     tokenizer: Any
     """The transformers tokenizer that belongs to the model."""
     quantization: Kind
@@ -49,7 +51,13 @@ class Base:
     tokenizer_digest: str
     """Hex BLAKE2b-128 of the files that define the tokenizer."""
     linear_shapes: Mapping[str, tuple[int, int]]
-    """(out_features, in_features) of every linear module, by its name in the model."""
+    """(out_features, in_features) of every linear module, by its name in the base's files."""
+    path_by_name: Mapping[str, str]
+    """Where in the model the module of each such name is; classes of models put different prefixes before names."""
+    head: HeadModule | None
+    """The head of a classifier."""
+    padding: int | None
+    """The token that fills up rows of a classifier."""
     max_sequence_length: int | None
     """The longest sequence the model was made for, in tokens; None if its configuration does not say."""
 
@@ -60,6 +68,7 @@ def load_base(
     threads: int | None = None,
     quantize: Kind = "none",
     skip_quantize: Sequence[str] = (),
+    labels: Sequence[str] | None = None,
 ) -> Base:
     """The base in a directory, or of a name that the Hugging Face hub (or its cache here) knows.
 
@@ -68,6 +77,7 @@ def load_base(
         threads: how many threads torch may use in this process; None leaves torch's choice.
         quantize: how to hold the linear layers; embeddings and the output layer are never quantised.
         skip_quantize: linear modules to leave as they are: whole names, or what follows a "." in them.
+        labels: load a classifier of these labels instead of a causal language model.
 
     Raises:
         BaseError: the base is missing, gated, incomplete or broken, or it cannot be quantised like that.
@@ -77,21 +87,25 @@ def load_base(
     tokenizer_digest = read_tokenizer_digest(folder)
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
+
+    from node import heads
 
     if threads is not None:
         torch.set_num_threads(threads)
     shows_progress = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # the terminal belongs to the one live line of the node
     try:
-        options = quantization.loading_options(folder, quantize, skip_quantize)
+        auto, config = _architecture(folder, labels)
+        options = quantization.loading_options(folder, auto, config, quantize, skip_quantize)
         # What a damaged file raises depends on the format and on the library's version: any failure to read
         # the files found above means the same to the caller.
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = auto.from_pretrained(
             folder,
+            config=config,
             dtype=torch.float32,
-            attn_implementation="sdpa",
+            ignore_mismatched_sizes=labels is not None,  # a head of another number of labels
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -107,10 +121,17 @@ def load_base(
     finally:
         if shows_progress:
             transformers_logging.enable_progress_bar()
-    if missing := sorted(loading["missing_keys"]):
-        # transformers fills missing tensors with random numbers and goes on: every node with its own.
+    # transformers fills missing tensors with random numbers and goes on: every node with its own.
+    missing = sorted({*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])})
+    head, lacking = None, missing
+    if labels is not None:
+        try:
+            head, lacking = heads.complete(model, len(labels), missing)
+        except ValueError as error:
+            raise BaseError(f"the base in {folder} cannot classify: {error}") from error
+    if lacking:
         raise BaseError(
-            f"the base in {folder} lacks {len(missing)} of its tensors, the first is {missing[0]}. "
+            f"the base in {folder} lacks {len(lacking)} of its tensors, the first is {lacking[0]}. "
             "Fetch it again: a part of the *.safetensors is missing."
         )
     try:
@@ -119,10 +140,25 @@ def load_base(
         raise BaseError(
             f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}. Fetch its files again."
         ) from error
+    padding = None
+    if head is not None:
+        try:
+            padding = heads.padding(model, tokenizer)
+        except ValueError as error:
+            raise BaseError(f"the base in {folder} cannot classify: {error}") from error
 
     model.config.use_cache = False  # no token is generated here: keys and values would be kept for nothing
     model.eval()
     model.requires_grad_(False)
+    in_files = base_files.tensor_shapes(folder)
+    whole = (
+        () if head is None else tuple(f"{path}." for path in head.saved)
+    )  # not adapted, but trained or completed
+    module_by_name = {
+        name_in_files(path, model.base_model_prefix, in_files): (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not f"{path}.".startswith(whole)
+    }
     return Base(
         model=model,
         tokenizer=tokenizer,
@@ -131,33 +167,71 @@ def load_base(
         digest=digest,
         tokenizer_digest=tokenizer_digest,
         linear_shapes={
-            name: (module.out_features, module.in_features)
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear)
+            name: (module.out_features, module.in_features) for name, (_, module) in module_by_name.items()
         },
-        max_sequence_length=getattr(model.config, "max_position_embeddings", None),
+        path_by_name={name: path for name, (path, _) in module_by_name.items()},
+        head=head,
+        padding=padding,
+        max_sequence_length=_longest_sequence(model),
     )
 
 
+def _architecture(folder: Path, labels: Sequence[str] | None) -> tuple[Any, Any]:
+    """The class of transformers that loads the base, and its configuration."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    names = {} if labels is None else dict(enumerate(labels))
+    wanted = {"id2label": names, "label2id": {name: i for i, name in names.items()}} if names else {}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **wanted)
+    return AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification, config
+
+
+def _longest_sequence(model: Any) -> int | None:
+    """Most tokens in a sequence: fewer than there are positions where those are counted from behind the padding."""
+    longest: int | None = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        skipped = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and skipped is not None:
+            return int(module.num_embeddings - skipped - 1)
+    return longest
+
+
+def name_in_files(path: str, prefix: str, tensors: Container[str]) -> str:
+    """What the base's files call the linear module that is at `path` in a model.
+
+    Args:
+        path: of the module.
+        prefix: what this class of models puts before the names of its backbone; the files may be of another class.
+        tensors: names of those in the files.
+    """
+    candidates = (path, path.removeprefix(prefix + "."), f"{prefix}.{path}")
+    return next((name for name in candidates if f"{name}.weight" in tensors), path)
+
+
 def _silence_known_warnings() -> None:
-    """Keep three messages of the libraries off the terminal: they are not for whoever runs a node.
+    """Keep four messages of the libraries off the terminal: they are not for whoever runs a node.
 
     One is about a call that PEFT makes and transformers has renamed, one about optional kernels for 4-bit arithmetic
-    that bitsandbytes looks for when it is imported, and one says at every layer and every pass that int8 computes in
-    float16. Every other warning is shown.
+    that bitsandbytes looks for when it is imported, one says at every layer and every pass that int8 computes in
+    float16, and one lists tensors that the files lack, which `load_base` sees to. Every other warning is shown.
     """
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     for name in (
         "bitsandbytes.backends.cpu.ops",
         "bitsandbytes.backends.utils",
         "bitsandbytes.autograd._functions",
+        "transformers.modeling_utils",
     ):
         logging.getLogger(name).addFilter(_is_worth_showing)
 
 
 def _is_worth_showing(record: logging.LogRecord) -> bool:
     message = record.getMessage()
-    return "gemm_4bit_forward" not in message and not message.startswith("MatMul8bitLt: inputs will be cast")
+    return (
+        "gemm_4bit_forward" not in message
+        and "LOAD REPORT" not in message
+        and not message.startswith("MatMul8bitLt: inputs will be cast")
+    )
 
 
 # Here, because bitsandbytes may be imported by PEFT before any base is loaded.

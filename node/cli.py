@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.live import Live
@@ -18,23 +18,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from node import embedded
 from node.base import BaseError, load_base, read_digest, read_tokenizer_digest
 from node.cli_app import (
+    ColumnOption,
+    LabelOption,
     ModelOption,
     OwnQuantizeOption,
     QuantizeOption,
     SkipOption,
+    TaskOption,
     ThreadsOption,
     app,
+    columns_by_field,
     epilog,
     err,
     fail,
     failures_explained,
     out,
 )
-from node.data import DataError
 from node.display import summary, view_line
 from node.quantization import agreed
+from node.records import DataError
 from node.service import NodeError, NodeService, View
 from node.state import StateDirectory, StateError, default_state, load_result
+from node.tasks import asked, keep_manifest
 from node.wire import shown
 from transport.exits import Exit
 from transport.ticket import parse_ticket
@@ -60,11 +65,12 @@ def join(
         list[Path],
         typer.Option(
             metavar="FILE",
-            help="Private training data: .txt, or .jsonl with a field 'text', or with 'prompt' and 'completion' if "
-            "that is the run's task; may be repeated.",
+            help="Private training data: .jsonl or .tsv with the fields of the run's task (text; prompt and "
+            "completion; text and label), or .txt; may be repeated.",
             show_default=False,
         ),
     ],
+    column: ColumnOption = None,
     model: ModelOption = None,
     name: Annotated[
         str, typer.Option(metavar="NAME", help="Name of this node; the coordinator sees it.")
@@ -119,6 +125,7 @@ def join(
     """
     with failures_explained():
         parsed = parse_ticket(ticket)
+        columns = columns_by_field(column)
         for file in [*data, *(eval_data or [])]:
             _check_file(file.expanduser())
         name = name[:64]
@@ -133,10 +140,17 @@ def join(
                 from node.language import LanguageTrainer, read_data
 
                 kind, skip = agreed(manifest.base, quantize, skip_quantize)
-                base = load_base(path, threads=num_threads, quantize=kind, skip_quantize=skip)
-                windows = read_data(data, base, manifest)
+                base = load_base(
+                    path,
+                    threads=num_threads,
+                    quantize=kind,
+                    skip_quantize=skip,
+                    labels=manifest.task.head_labels,
+                )
+                task, length = manifest.task, manifest.probe.sequence_length
+                windows = read_data(data, base, task, length, columns)
                 err.print(f"training data: {windows}", style="dim", highlight=False)
-                held_out = read_data(eval_data, base, manifest) if eval_data else None
+                held_out = read_data(eval_data, base, task, length, columns) if eval_data else None
                 trainer = LanguageTrainer(
                     manifest,
                     base,
@@ -215,17 +229,19 @@ def export(
             raise DataError(f"{output} exists already; choose another directory")
         from node.language import adapt
 
-        base = load_base(path, threads=1)
+        base = load_base(path, threads=1, labels=manifest.task.head_labels)
         adapter = adapt(base, manifest)
         try:
             if merge:
                 adapter.export_merged(output, replica.weights, base.tokenizer)
             else:
                 adapter.export(output, replica.weights, path)
+            keep_manifest(output, manifest)
         except OSError as error:
             raise StateError(f"cannot write {output}: {error}") from error
         out.print(f"round {replica.round}, digest {replica.digest().hex()}", highlight=False)
-        how = "AutoModelForCausalLM.from_pretrained(" if merge else "PeftModel.from_pretrained(base, "
+        kind = "CausalLM" if manifest.task.head_labels is None else "SequenceClassification"
+        how = f"AutoModelFor{kind}.from_pretrained(" if merge else "PeftModel.from_pretrained(base, "
         out.print(f"wrote {output}: {how}{str(output)!r})", highlight=False, soft_wrap=True)
 
 
@@ -243,58 +259,59 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="A PEFT adapter.", show_default="the base alone"),
     ] = None,
-    task: Annotated[
-        Literal["text", "completion"],
-        typer.Option(metavar="text|completion", help="What the data is, and what of it is predicted."),
-    ] = "text",
-    sequence_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens in a window.")] = 128,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Windows in one forward pass.")] = 8,
+    task: TaskOption = None,
+    label: LabelOption = None,
+    column: ColumnOption = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=2, help="Tokens in a row.", show_default="as the adapter's run; else 128"
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Rows in one forward pass.")] = 8,
     quantize: OwnQuantizeOption = "none",
     skip_quantize: SkipOption = None,
     threads: ThreadsOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead.", show_default=False)] = False,
 ) -> None:
-    """Measure the loss of the base, with or without an adapter, as plain transformers and PEFT compute it."""
-    with failures_explained():
-        from node.adapter import with_adapter
-        from node.completions import read_completions
-        from node.data import Sequences, read_windows
-        from node.losses import mean_loss_over
+    """Measure the loss of the base, with or without an adapter, as plain transformers and PEFT compute it.
 
-        base = load_base(
-            model or str(embedded.path()),
+    Where there are labels, the accuracy too: the share of the rows whose label the model thinks the likeliest.
+    """
+    with failures_explained():
+        path = model or str(embedded.path())
+        wanted, length = asked(path, adapter, task, label, sequence_length)
+        from node.language import open_model, read_data
+        from node.losses import measure
+
+        base, measured = open_model(
+            path,
+            adapter,
+            wanted,
             threads=threads or len(os.sched_getaffinity(0)),
             quantize=quantize,
             skip_quantize=skip_quantize or (),
         )
-        read = read_completions if task == "completion" else read_windows
-        windows: Sequences = read(data, base.tokenizer, sequence_length)
-        err.print(f"data: {windows}", style="dim", highlight=False)
-        measured = base.model
-        if adapter is not None:
-            measured = with_adapter(base.model, adapter)
+        rows = read_data(data, base, wanted, length, columns_by_field(column))
+        err.print(f"data: {rows}", style="dim", highlight=False)
         columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-            shown = bar.add_task("", total=windows.num_windows)
-            loss = mean_loss_over(
+            shown = bar.add_task("", total=rows.num_windows)
+            found = measure(
                 measured,
-                windows,
+                rows,
                 batch_size=batch_size,
                 progress=lambda done, _: bar.update(shown, completed=done),
             )
         if json:
-            print(
-                json_format.dumps(
-                    {"loss": loss, "windows": windows.num_windows, "tokens": windows.num_scored}
-                )
-            )
+            figures: dict[str, float | int] = {"loss": found.loss, "windows": rows.num_windows}
+            figures |= {"tokens": rows.num_scored} if found.accuracy is None else {"accuracy": found.accuracy}
+            print(json_format.dumps(figures))
         else:
-            of_what = "token over {} windows" if task == "text" else "completion's token over {} rows"
-            out.print(
-                f"loss {loss:.4f} nats per {of_what.format(windows.num_windows)}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            of_what = {"text": "token over {} windows", "completion": "completion's token over {} rows"}
+            what = of_what.get(wanted.kind, "label over {} rows").format(rows.num_windows)
+            accuracy = "" if found.accuracy is None else f", accuracy {100 * found.accuracy:.1f} %"
+            out.print(f"loss {found.loss:.4f} nats per {what}{accuracy}", highlight=False, soft_wrap=True)
 
 
 @app.command(short_help="A whole run on this machine.", epilog=epilog("zo-node demo --output demo-out"))

@@ -2,20 +2,21 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
 
 from node.base import BaseError
-from node.data import DataError
 from node.quantization import QuantizationError
+from node.records import EXAMPLES, DataError
 from node.service import NodeError
 from node.state import StateBusyError, StateError
 from transport.exits import HELP, Exit
 from transport.keys import KeyFileError
 from transport.sockets import SocketError
 from transport.ticket import TicketError
+from zo.manifest import TaskKind
 from zo.quantization import Kind
 
 app = typer.Typer(
@@ -69,10 +70,55 @@ SkipOption = Annotated[
         metavar="NAME", help="Linear module to leave unquantised; may be repeated.", show_default=False
     ),
 ]
+TaskOption = Annotated[
+    TaskKind | None,
+    typer.Option(
+        "--task",
+        metavar="|".join(get_args(TaskKind)),
+        help="What the data is, and what of it is predicted.",
+        show_default="as the adapter's run; else text",
+    ),
+]
+LabelOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--label",
+        metavar="LABEL",
+        help="A label of the data, in the order of the model's; may be repeated.",
+        show_default="as the adapter's run",
+    ),
+]
+ColumnOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="FIELD=NAME",
+        help="What a field of the data (text, label, prompt, completion) is called in the files, or the number of its "
+        "column in a .tsv file without a line of names; may be repeated.",
+        show_default="its own name",
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option(metavar="N", min=1, help="Threads to compute with.", show_default="all cores"),
 ]
+
+
+def columns_by_field(given: list[str] | None) -> dict[str, str]:
+    """What `--column` says.
+
+    Raises:
+        DataError: not FIELD=NAME, or a field that no task has.
+    """
+    columns = {}
+    for each in given or ():
+        field, _, name = each.partition("=")
+        if field not in EXAMPLES or not name:
+            raise DataError(
+                f"--column {each}: expected FIELD=NAME with one of {', '.join(EXAMPLES)} as FIELD"
+            )
+        columns[field] = name
+    return columns
 
 
 def epilog(example: str) -> str:

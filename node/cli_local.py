@@ -11,12 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from node import embedded
-from node.base import load_base
 from node.cli_app import (
+    LabelOption,
     ModelOption,
     OwnQuantizeOption,
     QuantizeOption,
     SkipOption,
+    TaskOption,
     ThreadsOption,
     app,
     epilog,
@@ -27,6 +28,7 @@ from node.cli_app import (
 from node.doctor import Finding, examine
 from node.quantization import agreed
 from node.state import StateDirectory, default_state
+from node.tasks import asked
 from transport.exits import Exit
 from transport.ticket import parse_ticket
 from zo import kernels
@@ -124,34 +126,46 @@ def _table(findings: list[Finding]) -> Table:
 
 
 @app.command(
-    short_help="Let the model complete a prompt.",
+    short_help="Complete or classify a text.",
     epilog=epilog("zo-node predict 'Return the' --adapter my-adapter"),
 )
 def predict(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to go on from.", show_default=False)],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="What to go on from, or to classify.", show_default=False)
+    ],
     model: ModelOption = None,
     adapter: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="A PEFT adapter.", show_default="the base alone"),
     ] = None,
+    task: TaskOption = None,
+    label: LabelOption = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens to add.")] = 64,
     quantize: OwnQuantizeOption = "none",
     skip_quantize: SkipOption = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Print what the model says after a prompt, the likeliest token each time.
+    """Print what the model says after a prompt, the likeliest token each time; or the likeliest label.
 
-    If the tokenizer has a chat template, the prompt is a user's turn.
+    If the tokenizer has a chat template, the prompt is a user's turn. The probability of a label goes to stderr.
     """
     with failures_explained():
-        base = load_base(
-            model or str(embedded.path()),
+        path = model or str(embedded.path())
+        wanted, length = asked(path, adapter, task, label, None)
+        from node.generation import classify, complete
+        from node.language import open_model
+
+        base, asked_model = open_model(
+            path,
+            adapter,
+            wanted,
             threads=threads or len(os.sched_getaffinity(0)),
             quantize=quantize,
             skip_quantize=skip_quantize or (),
         )
-        from node.adapter import with_adapter
-        from node.generation import complete
-
-        measured = base.model if adapter is None else with_adapter(base.model, adapter)
-        out.print(complete(base, measured, prompt, max_tokens), markup=False, highlight=False, soft_wrap=True)
+        if wanted.labels:
+            chosen, probability = classify(base, asked_model, wanted, length, prompt)
+            err.print(f"probability {probability:.3f}", style="dim", highlight=False)
+        else:
+            chosen = complete(base, asked_model, prompt, max_tokens)
+        out.print(chosen, markup=False, highlight=False, soft_wrap=True)

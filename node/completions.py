@@ -1,4 +1,4 @@
-"""Private data of prompts and completions: .jsonl rows in, rows of tokens out, of which the completion's are predicted.
+"""Private data of prompts and completions: rows of text in, rows of tokens out, the completion's are predicted.
 
 Decides how a row becomes tokens and what happens to one that is longer than the context: the front of its prompt is
 cut; if its completion alone is too long it is left out. Both are counted.
@@ -6,20 +6,20 @@ cut; if its completion alone is too long it is left out. Both are counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from node.data import COMPLETION_LIKE, Batch, DataError, count, json_rows, read_text
+from node.data import Batch, count
+from node.records import DataError, read_records
 
 
-class Pair(msgspec.Struct, frozen=True):
-    """One line of a .jsonl file; other fields are ignored."""
+class Pair(NamedTuple):
+    """A prompt and what follows it."""
 
     prompt: str
     completion: str
@@ -74,42 +74,38 @@ class Completions:
         return said
 
 
-def read_completions(paths: Sequence[str | Path], tokenizer: Any, sequence_length: int) -> Completions:
-    """The rows of some .jsonl files, in the order given.
+def read_completions(
+    paths: Sequence[str | Path],
+    tokenizer: Any,
+    sequence_length: int,
+    columns: Mapping[str, str] | None = None,
+) -> Completions:
+    """The rows of some files with prompts and completions, in the order given.
 
     Args:
-        paths: .jsonl files, UTF-8; every line is an object with the fields "prompt" and "completion".
+        paths: files as `node.records` reads them.
         tokenizer: a transformers tokenizer.
         sequence_length: most tokens in a row, at least 2.
+        columns: what the fields "prompt" and "completion" are called in the files.
 
     Raises:
-        DataError: a file is missing, empty, not UTF-8 or of another kind; a row is malformed or its completion is
-            empty (with its line); or no completion fits.
+        DataError: a file or a row of it cannot be read; a completion is empty; or no completion fits.
     """
-    if not paths:
-        raise DataError("no data file was named; name at least one .jsonl file")
-    files = [Path(path).expanduser() for path in paths]
     rows: list[tuple[list[int], list[int]]] = []
-    for file in files:
-        if file.suffix.lower() != ".jsonl":
+    for place, values in read_records(paths, Pair._fields, columns):
+        pair = Pair(*values)
+        if not pair.completion.strip():
+            raise DataError(f"{place}: the completion is empty; remove the row")
+        prompt = prompt_ids(tokenizer, pair.prompt)
+        if not prompt:
             raise DataError(
-                f"{file}: prompts and completions are expected: a .jsonl file, every line an object like "
-                f"{COMPLETION_LIKE}"
+                f"{place}: the prompt is empty, and the tokenizer has no token to begin with; give the row a prompt"
             )
-        for line_number, pair in json_rows(read_text(file), file, Pair, COMPLETION_LIKE):
-            if not pair.completion.strip():
-                raise DataError(f"{file}, line {line_number}: the completion is empty; remove the row")
-            prompt = prompt_ids(tokenizer, pair.prompt)
-            if not prompt:
-                raise DataError(
-                    f"{file}, line {line_number}: the prompt is empty, and the tokenizer has no token to begin with; "
-                    "give the row a prompt"
-                )
-            rows.append((prompt, completion_ids(tokenizer, pair)))
+        rows.append((prompt, completion_ids(tokenizer, pair)))
     try:
         return arrange(rows, sequence_length)
     except DataError as error:
-        raise DataError(f"{', '.join(map(str, files))}: {error}") from None
+        raise DataError(f"{', '.join(map(str, paths))}: {error}") from None
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:

@@ -1,40 +1,27 @@
-"""A node's private data: text files in, windows of tokens out. Nothing in here ever leaves the node.
+"""A node's private data: texts in, windows of tokens out. Nothing in here ever leaves the node.
 
-Decides which rows are read, how they are packed and which windows make the batch of a sample. What is left
-out is counted, never silent. Rows of prompt and completion are read in `node.completions`.
+Decides how texts are packed and which rows make the batch of a sample. What is left out is counted, never silent. Rows
+of prompt and completion are arranged in `node.completions`, rows with labels in `node.labelled`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from node.records import DataError, read_records
 
-class DataError(ValueError):
-    """The data cannot be used: the file, the line where there is one, and what would be right."""
-
-
-class Row(msgspec.Struct, frozen=True):
-    """One line of a .jsonl file; other fields are ignored."""
-
-    text: str
-
-
-TEXT_LIKE: Final = '{"text": "..."}'
-COMPLETION_LIKE: Final = '{"prompt": "...", "completion": "..."}'
-_Struct = TypeVar("_Struct", bound=msgspec.Struct)
 _Entry = TypeVar("_Entry", bound=np.generic)
 
 
 class Batch(NamedTuple):
-    """What one forward pass sees."""
+    """What one forward pass sees of rows whose tokens are predicted."""
 
     tokens: NDArray[np.int64]
     """(batch_size, length)."""
@@ -42,20 +29,46 @@ class Batch(NamedTuple):
     """(batch_size, length): the tokens whose prediction is the loss; None: all but the first of each row."""
 
 
-def stacked(batches: Sequence[Batch]) -> Batch:
-    """Several batches as one, row after row; shorter rows are padded at their end, and nothing there is scored."""
+class LabelledBatch(NamedTuple):
+    """What one forward pass sees of rows whose labels are predicted."""
+
+    tokens: NDArray[np.int64]
+    """(batch_size, length)."""
+    lengths: NDArray[np.int64]
+    """(batch_size,): where each row ends, and padding begins."""
+    labels: NDArray[np.int64]
+    """(batch_size,): which label is right."""
+    padding: int
+    """The token after the end of a row; some models find the end by it."""
+
+
+AnyBatch = Batch | LabelledBatch
+
+
+def stacked(batches: Sequence[AnyBatch]) -> AnyBatch:
+    """Several batches of one kind as one, row after row; rows are padded at their ends, and nothing there counts."""
     width = max(batch.tokens.shape[1] for batch in batches)
 
-    def padded(rows: NDArray[_Entry]) -> NDArray[_Entry]:
-        return np.pad(rows, ((0, 0), (0, width - rows.shape[1])))
+    def padded(rows: NDArray[_Entry], value: int = 0) -> NDArray[_Entry]:
+        return np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=value)
 
-    tokens = np.concatenate([padded(batch.tokens) for batch in batches])
-    scored = [padded(batch.scored) for batch in batches if batch.scored is not None]
-    return Batch(tokens, np.concatenate(scored) if scored else None)
+    labelled = [batch for batch in batches if isinstance(batch, LabelledBatch)]
+    if labelled:
+        return LabelledBatch(
+            np.concatenate([padded(batch.tokens, batch.padding) for batch in labelled]),
+            np.concatenate([batch.lengths for batch in labelled]),
+            np.concatenate([batch.labels for batch in labelled]),
+            labelled[0].padding,
+        )
+    plain = [batch for batch in batches if isinstance(batch, Batch)]
+    scored = [padded(batch.scored) for batch in plain if batch.scored is not None]
+    return Batch(
+        np.concatenate([padded(batch.tokens) for batch in plain]), np.concatenate(scored) if scored else None
+    )
 
 
 class Sequences(Protocol):
-    """Data as a probe and an evaluation see it: rows of tokens, of which some are predicted."""
+    """Data as a probe and an evaluation see it: rows of tokens, and what of them is predicted."""
 
     @property
     def num_windows(self) -> int:
@@ -63,9 +76,9 @@ class Sequences(Protocol):
 
     @property
     def num_scored(self) -> int:
-        """Tokens in all rows whose prediction is the loss."""
+        """Tokens, or labels, in all rows whose prediction is the loss."""
 
-    def take(self, rows: NDArray[np.int64]) -> Batch:
+    def take(self, rows: NDArray[np.int64]) -> AnyBatch:
         """The batch of the rows with these numbers."""
 
 
@@ -110,29 +123,34 @@ class Windows:
         )
 
 
-def read_windows(paths: Sequence[str | Path], tokenizer: Any, sequence_length: int) -> Windows:
-    """The windows of some files, in the order given.
+def read_windows(
+    paths: Sequence[str | Path],
+    tokenizer: Any,
+    sequence_length: int,
+    columns: Mapping[str, str] | None = None,
+) -> Windows:
+    """The windows of some files with texts, in the order given.
 
-    A .txt file is one text; every line of a .jsonl file is an object whose field "text" is one text. Texts
-    are tokenised without special tokens and joined, the tokenizer's end-of-text token between two of them.
+    Texts are tokenised without special tokens and joined, the tokenizer's end-of-text token between two of them.
 
     Args:
-        paths: .txt and .jsonl files, UTF-8.
+        paths: files as `node.records` reads them; a .txt file is one text.
         tokenizer: a transformers tokenizer.
         sequence_length: tokens in a window, at least 2.
+        columns: what the field "text" is called in the files.
 
     Raises:
-        DataError: a file is missing, empty, not UTF-8 or of another kind; a row is malformed (with its line);
-            or all the text together does not fill one window.
+        DataError: a file or a row of it cannot be read, or is empty; or all the text together does not fill one window.
     """
-    if not paths:
-        raise DataError("no data file was named; name at least one .txt or .jsonl file")
-    files = [Path(path).expanduser() for path in paths]
-    texts = [text for file in files for text in _texts(file)]
+    texts = []
+    for place, (text,) in read_records(paths, ("text",), columns):
+        if not text.strip():
+            raise DataError(f"{place}: the text is empty; remove the row")
+        texts.append(text)
     try:
         return pack(texts, tokenizer, sequence_length)
     except DataError as error:
-        raise DataError(f"{', '.join(map(str, files))}: {error}") from None
+        raise DataError(f"{', '.join(map(str, paths))}: {error}") from None
 
 
 def pack(texts: Sequence[str], tokenizer: Any, sequence_length: int) -> Windows:
@@ -170,7 +188,7 @@ def pack(texts: Sequence[str], tokenizer: Any, sequence_length: int) -> Windows:
     )
 
 
-def batch(windows: Sequences, batch_size: int, seed: int, sample: int) -> Batch:
+def batch(windows: Sequences, batch_size: int, seed: int, sample: int) -> AnyBatch:
     """The batch of a sample, always the same for the same arguments.
 
     Different windows, unless there are fewer than `batch_size`: then all of them, as often as it takes.
@@ -186,75 +204,6 @@ def batch(windows: Sequences, batch_size: int, seed: int, sample: int) -> Batch:
     whole = np.tile(np.arange(windows.num_windows), repeats)
     chosen = np.concatenate([whole, rng.choice(windows.num_windows, size=rest, replace=False)])
     return windows.take(chosen)
-
-
-def _texts(file: Path) -> Iterator[str]:
-    kind = file.suffix.lower()
-    if kind not in (".txt", ".jsonl"):
-        raise DataError(f"{file}: data files end in .txt or .jsonl")
-    text = read_text(file)
-    return iter([text]) if kind == ".txt" else _row_texts(text, file)
-
-
-def read_text(file: Path) -> str:
-    """What a file holds, without a byte order mark.
-
-    Raises:
-        DataError: it is missing, empty, unreadable or not UTF-8; the message names it.
-    """
-    try:
-        content = file.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{file}: no such file") from None
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
-    text = _decode(content, file)
-    if not text.strip():
-        raise DataError(f"{file}: the file is empty")
-    return text
-
-
-def _row_texts(text: str, file: Path) -> Iterator[str]:
-    for line_number, row in json_rows(text, file, Row, TEXT_LIKE):
-        if not row.text.strip():
-            raise DataError(f"{file}, line {line_number}: the text is empty; remove the row")
-        yield row.text
-
-
-def json_rows(text: str, file: Path, kind: type[_Struct], like: str) -> Iterator[tuple[int, _Struct]]:
-    """The rows of a .jsonl file with their line numbers, from 1; blank lines are passed over.
-
-    Args:
-        text: what the file holds.
-        file: for messages.
-        kind: what every line is.
-        like: an example of such a line, for messages.
-
-    Raises:
-        DataError: a line is something else.
-    """
-    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for the end of a line.
-    for line_number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = msgspec.json.decode(line, type=kind)
-        except msgspec.DecodeError as error:
-            raise DataError(
-                f"{file}, line {line_number}: {error}; every line is an object like {like}"
-            ) from None
-        yield line_number, row
-
-
-def _decode(content: bytes, file: Path) -> str:
-    try:
-        return content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
-    except UnicodeDecodeError as error:
-        line_number = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{file}, line {line_number}: byte 0x{content[error.start]:02x} at offset {error.start} is not "
-            "UTF-8; convert the file to UTF-8"
-        ) from None
 
 
 def count(number: int, noun: str) -> str:

@@ -1,14 +1,18 @@
-"""Text from a model: what it says after a prompt. The same tokens as in training go before (`node.completions`)."""
+"""What a model says of one text: how it goes on, or which label it has. The tokens are those of training."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
+from node import labelled
 from node.base import Base
 from node.completions import prompt_ids
-from node.data import DataError
+from node.losses import label_logits
+from node.records import DataError
+from zo.manifest import Task
 
 
 def complete(base: Base, model: torch.nn.Module, prompt: str, max_tokens: int) -> str:
@@ -44,3 +48,20 @@ def complete(base: Base, model: torch.nn.Module, prompt: str, max_tokens: int) -
         )
     text: str = base.tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)
     return text
+
+
+def classify(
+    base: Base, model: torch.nn.Module, task: Task, sequence_length: int, text: str
+) -> tuple[str, float]:
+    """The likeliest label of a text, and its probability.
+
+    Raises:
+        DataError: the text is empty.
+    """
+    if not text.strip():
+        raise DataError("the text is empty; give one to classify")
+    assert base.padding is not None  # it was loaded with labels
+    rows = labelled.arrange([text], [0], base.tokenizer, sequence_length, task.labels, base.padding)
+    probabilities = label_logits(model, rows.take(np.array([0]))).softmax(1)[0]
+    number = int(probabilities.argmax())
+    return task.labels[number], float(probabilities[number])

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from node.adapter import Adapter
-from node.base import Base, BaseError
+from node.adapter import Adapter, with_adapter
+from node.base import Base, BaseError, load_base
 from node.completions import read_completions
-from node.data import DataError, Sequences, read_windows
+from node.data import Sequences, read_windows
+from node.labelled import read_labelled
 from node.losses import evaluate
 from node.probe import Probe, Probed
+from node.records import DataError
 from node.rehearsal import Rehearsal, rehearse
 from zo import kernels
 from zo.directions import run_key
 from zo.initial import initial_weights
-from zo.manifest import Manifest
+from zo.manifest import Manifest, Task
+from zo.quantization import Kind
 
 
 class LanguageTrainer:
-    """Measures the loss of a causal language model on private text."""
+    """Measures the loss of a model on private data."""
 
     def __init__(
         self,
@@ -111,17 +115,59 @@ def adapt(base: Base, manifest: Manifest) -> Adapter:
     return adapter
 
 
-def read_data(paths: Sequence[Path], base: Base, manifest: Manifest) -> Sequences:
-    """The rows of some files, of the kind and the length that the manifest says.
+def open_model(
+    path: str,
+    adapter: Path | None,
+    task: Task,
+    *,
+    threads: int,
+    quantize: Kind = "none",
+    skip_quantize: Sequence[str] = (),
+) -> tuple[Base, torch.nn.Module]:
+    """A base, and the model for a task: the base itself, or with a PEFT adapter.
+
+    Raises:
+        BaseError: one of them is missing or broken, or they do not belong together, or there is no trained head.
+    """
+    base = load_base(
+        path, threads=threads, quantize=quantize, skip_quantize=skip_quantize, labels=task.head_labels
+    )
+    if adapter is not None:
+        return base, with_adapter(base.model, adapter)
+    if base.head is not None and not base.head.is_in_files:
+        raise BaseError(
+            f"the base {path} has no classification head of {len(task.labels)} labels; name an adapter that has one "
+            "with --adapter"
+        )
+    return base, base.model
+
+
+def read_data(
+    paths: Sequence[Path],
+    base: Base,
+    task: Task,
+    sequence_length: int,
+    columns: Mapping[str, str] | None = None,
+) -> Sequences:
+    """The rows of some files, of the kind and the length that a run asks for.
+
+    Args:
+        paths: files as `node.records` reads them.
+        base: whose tokens they become.
+        task: what the rows are.
+        sequence_length: most tokens in a row.
+        columns: what fields of a row are called in the files.
 
     Raises:
         DataError: the data cannot be used, or the base cannot take sequences of that length.
     """
-    length = manifest.probe.sequence_length
-    if base.max_sequence_length is not None and length > base.max_sequence_length:
+    if base.max_sequence_length is not None and sequence_length > base.max_sequence_length:
         raise DataError(
-            f"the manifest asks for sequences of {length} tokens, the base takes {base.max_sequence_length}"
+            f"sequences are to have {sequence_length} tokens, the base takes {base.max_sequence_length}"
         )
-    if manifest.task.kind == "completion":
-        return read_completions(paths, base.tokenizer, length)
-    return read_windows(paths, base.tokenizer, length)
+    if task.kind == "completion":
+        return read_completions(paths, base.tokenizer, sequence_length, columns)
+    if task.kind == "head":
+        assert base.padding is not None  # it was loaded with labels
+        return read_labelled(paths, base.tokenizer, sequence_length, task.labels, base.padding, columns)
+    return read_windows(paths, base.tokenizer, sequence_length, columns)

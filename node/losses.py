@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
 from node.adapter import Adapter
-from node.data import Batch, Sequences
+from node.data import AnyBatch, Batch, LabelledBatch, Sequences
 from zo.weights import to_float
 
 
 class RowLosses(NamedTuple):
-    """The loss of each row of a batch, as a sum over what is scored in it and how much that is.
+    """The loss of each row of a batch, as a sum over what is predicted in it and how much that is.
 
     The mean over any choice of rows is the sum of their sums over the sum of their counts.
     """
@@ -28,11 +28,13 @@ class RowLosses(NamedTuple):
     sums: NDArray[np.float64]
     """(num_rows,) nats."""
     counts: NDArray[np.int64]
-    """(num_rows,) tokens whose prediction is the loss."""
+    """(num_rows,) tokens, or labels, whose prediction is the loss."""
+    hits: NDArray[np.bool_] | None = None
+    """(num_rows,): whether the label was the likeliest; None if rows have none."""
 
     @property
     def mean(self) -> float:
-        """Nats per scored token, over all rows."""
+        """Nats per token or label, over all rows."""
         return float(self.means(1)[0])
 
     def means(self, num_parts: int) -> NDArray[np.float64]:
@@ -42,7 +44,40 @@ class RowLosses(NamedTuple):
         return sums / counts
 
 
-def row_losses(model: torch.nn.Module, batch: Batch) -> RowLosses:
+class Measured(NamedTuple):
+    """What was measured on all rows."""
+
+    loss: float
+    """Nats per token or label."""
+    accuracy: float | None
+    """Share of the rows whose label was the likeliest; None if rows have none."""
+
+
+def row_losses(model: torch.nn.Module, batch: AnyBatch) -> RowLosses:
+    """Cross-entropy of every row, of its tokens or of its label."""
+    if isinstance(batch, LabelledBatch):
+        logits = label_logits(model, batch)
+        labels = torch.from_numpy(batch.labels).to(logits.device)
+        each = cross_entropy(logits, labels, reduction="none").double().cpu().numpy()
+        hits = (logits.argmax(1) == labels).cpu().numpy()
+        return RowLosses(each, np.ones(len(each), np.int64), hits)
+    return _token_losses(model, batch)
+
+
+def label_logits(model: torch.nn.Module, batch: LabelledBatch) -> torch.Tensor:
+    """(num_rows, num_labels) float32: what the model's head says of each row; padding has no influence."""
+    device = next(model.parameters()).device
+    mask = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+    with torch.inference_mode():
+        found = model(
+            input_ids=torch.from_numpy(batch.tokens).to(device),
+            attention_mask=torch.from_numpy(mask.astype(np.int64)).to(device),
+        )
+        logits: torch.Tensor = found.logits.float()
+    return logits
+
+
+def _token_losses(model: torch.nn.Module, batch: Batch) -> RowLosses:
     """Next-token cross-entropy of every row.
 
     Every token is predicted from those before it in its row. The loss is on the tokens marked in `batch.scored`, never
@@ -69,9 +104,37 @@ def row_losses(model: torch.nn.Module, batch: Batch) -> RowLosses:
     return RowLosses(sums, counts)
 
 
-def mean_loss(model: torch.nn.Module, batch: Batch) -> float:
-    """Mean loss of a batch, nats per scored token; `row_losses` says of what."""
+def mean_loss(model: torch.nn.Module, batch: AnyBatch) -> float:
+    """Mean loss of a batch, nats per token or label."""
     return row_losses(model, batch).mean
+
+
+def measure(
+    model: torch.nn.Module,
+    rows: Sequences,
+    *,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Measured:
+    """Loss, and accuracy where there are labels, over all rows, of the model as it is.
+
+    Args:
+        model: base, with or without an adapter.
+        rows: held-out data.
+        batch_size: rows in one forward pass.
+        progress: called with (rows done, rows in all) after every forward pass.
+    """
+    total, num_hits, has_labels = 0.0, 0, False
+    for start in range(0, rows.num_windows, batch_size):
+        numbers = np.arange(start, min(start + batch_size, rows.num_windows))
+        losses = row_losses(model, rows.take(numbers))
+        total += float(losses.sums.sum())
+        if losses.hits is not None:
+            has_labels = True
+            num_hits += int(np.count_nonzero(losses.hits))
+        if progress is not None:
+            progress(start + len(numbers), rows.num_windows)
+    return Measured(total / rows.num_scored, num_hits / rows.num_windows if has_labels else None)
 
 
 def mean_loss_over(
@@ -81,21 +144,8 @@ def mean_loss_over(
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
-    """Mean loss over everything scored in all rows, in nats, of the model as it is.
-
-    Args:
-        model: base, with or without an adapter.
-        rows: held-out data.
-        batch_size: rows in one forward pass.
-        progress: called with (rows done, rows in all) after every forward pass.
-    """
-    total = 0.0
-    for start in range(0, rows.num_windows, batch_size):
-        numbers = np.arange(start, min(start + batch_size, rows.num_windows))
-        total += row_losses(model, rows.take(numbers)).sums.sum()
-        if progress is not None:
-            progress(start + len(numbers), rows.num_windows)
-    return float(total / rows.num_scored)
+    """Mean loss over everything predicted in all rows, in nats, of the model as it is. Arguments as `measure`."""
+    return measure(model, rows, batch_size=batch_size, progress=progress).loss
 
 
 def evaluate(

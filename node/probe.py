@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from node.adapter import Adapter
-from node.data import Batch, Sequences, batch, stacked
+from node.data import AnyBatch, Sequences, batch, stacked
 from node.losses import RowLosses, row_losses
 from node.stacked import side_by_side
 from zo import kernels
@@ -64,7 +64,7 @@ class Probe:
         batch_size: int,
         seed: int,
         sides: int = 2,
-        measure: Callable[[torch.nn.Module, Batch], RowLosses] = row_losses,
+        measure: Callable[[torch.nn.Module, AnyBatch], RowLosses] = row_losses,
         at_once: int = 0,
     ) -> None:
         """Fix what stays the same from round to round.
@@ -168,7 +168,7 @@ class Probe:
             self._forward_seconds += perf_counter() - begin
         return np.concatenate(found)
 
-    def _apart(self, drawn: Batch, sides: int) -> NDArray[np.float64]:
+    def _apart(self, drawn: AnyBatch, sides: int) -> NDArray[np.float64]:
         """The losses of the adapter's first `sides` views on one batch, each with a pass of its own: (1, sides)."""
         found = np.empty((1, sides), np.float64)
         for side in range(sides):
@@ -177,14 +177,14 @@ class Probe:
             found[0, side] = self.measure(self.adapter.model, drawn).mean
         return found
 
-    def _together(self, batches: Sequence[Batch], sides: int) -> NDArray[np.float64]:
+    def _together(self, batches: Sequence[AnyBatch], sides: int) -> NDArray[np.float64]:
         """The losses of `sides` views on each of n batches, from one forward pass: (n, sides)."""
         num_views = sides * len(batches)
         together = stacked([drawn for drawn in batches for _ in range(sides)])
         with side_by_side(self.adapter, num_views):
             return self.measure(self.adapter.model, together).means(num_views).reshape(-1, sides)
 
-    def draw(self, direction: Direction) -> Batch:
+    def draw(self, direction: Direction) -> AnyBatch:
         """The batch that a direction is measured on."""
         return batch(self.windows, self.batch_size, self._seed_of(direction.agent), direction.sample)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transport.base_files import layers_only
 from zo.manifest import BaseModel
 from zo.quantization import FOUR_BIT, Kind, check_shapes, skipped
 
@@ -42,10 +43,18 @@ def agreed(base: BaseModel, kind: Kind | None, skip: Sequence[str] | None) -> tu
     return wanted, left_out
 
 
-def loading_options(folder: Path, kind: Kind, skip: Sequence[str]) -> dict[str, Any]:
+def loading_options(folder: Path, auto: Any, config: Any, kind: Kind, skip: Sequence[str]) -> dict[str, Any]:
     """Arguments for transformers' `from_pretrained` that quantise the base in `folder`; none for "none".
 
-    The shapes are looked at in an empty model first, so that a large base is not read in vain.
+    The shapes are looked at in an empty model first, so that a large base is not read in vain. What stands in no
+    numbered layer (the output layer, a pooler, a head) is left as it is.
+
+    Args:
+        folder: for messages.
+        auto: transformers' class that will load the base.
+        config: of the base.
+        kind: how to quantise.
+        skip: linear modules to leave as they are.
 
     Raises:
         QuantizationError: a layer does not fit, a name in `skip` is unknown, the base is quantised already, or
@@ -54,28 +63,26 @@ def loading_options(folder: Path, kind: Kind, skip: Sequence[str]) -> dict[str, 
     if kind == "none":
         return {}
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if getattr(config, "quantization_config", None) is not None:
         raise QuantizationError(
             f"the files in {folder} are quantised already; use --quantize none, or the base they were made from"
         )
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    head = empty.get_output_embeddings()
-    layers, heads = {}, []
-    for name, module in empty.named_modules():
-        if module is head:
-            heads.append(name)
-        elif isinstance(module, torch.nn.Linear):
-            layers[name] = (module.out_features, module.in_features)
+        empty = auto.from_config(config, trust_remote_code=False)
+    linear = {
+        name: (module.out_features, module.in_features)
+        for name, module in empty.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    layers = layers_only(linear)
     try:
         check_shapes(kind, layers, skip)
     except ValueError as error:
         raise QuantizationError(str(error)) from error
     _check_library()
-    left_out = [*heads, *sorted(skipped(layers, skip))]
+    left_out = sorted({*(linear.keys() - layers.keys()), *skipped(layers, skip)})
     if kind in FOUR_BIT:
         asked = BitsAndBytesConfig(
             load_in_4bit=True,

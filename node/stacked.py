@@ -1,8 +1,8 @@
 """Several views of the adapter in one forward pass: the batch is stacked, and each part of it meets a view of its own.
 
-Decides how a LoRA layer computes with one pair of factors per part; the base's layer runs once on the whole stack, so
-that a pass bound by reading the base's weights costs no more for several views than for one. When that is worth it is
-measured elsewhere (`node.rehearsal`); the plain forward with one view is PEFT's.
+Decides how a LoRA layer computes with one pair of factors per part, and a head with one weight per part; the base's
+layer runs once on the whole stack, so that a pass bound by reading the base's weights costs no more for several views
+than for one. When that is worth it is measured elsewhere (`node.rehearsal`); the plain forward with one view is PEFT's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from node.adapter import NAME, Adapter
-from zo.initial import adapted_modules
+from zo.layout import HEAD, HEAD_BIAS, HEAD_WEIGHT
 
 
 @contextmanager
@@ -42,15 +42,35 @@ def side_by_side(adapter: Adapter, num_views: int) -> Iterator[None]:
     }
     replaced: list[Any] = []
     try:
-        for name in adapted_modules(adapter.layout):
-            layer: Any = adapter.model.get_submodule(name)
+        for name, path in adapter.paths.items():
+            layer: Any = adapter.model.get_submodule(path)
+            replaced.append(layer)
+            if name == HEAD:
+                layer.forward = _linear(stacks[HEAD_WEIGHT], stacks.get(HEAD_BIAS))
+                continue
             A = stacks.get(f"{name}.lora_A", layer.lora_A[NAME].weight)
             layer.forward = _low_rank(layer.base_layer, A, stacks[f"{name}.lora_B"], layer.scaling[NAME])
-            replaced.append(layer)
         yield
     finally:
         for layer in replaced:
-            del layer.forward  # the class's is PEFT's again
+            vars(layer).pop("forward", None)  # the class's is PEFT's again
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The forward of a head: W_i x + b_i for part i of the rows of x.
+
+    Args:
+        weight: (num_views, num_labels, in_features).
+        bias: (num_views, num_labels), or None.
+    """
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        result = torch.matmul(x.to(weight.dtype).reshape(len(weight), -1, x.shape[-1]), weight.mT)
+        if bias is not None:
+            result = result + bias[:, None]
+        return result.view(*x.shape[:-1], -1)
+
+    return forward
 
 
 def _low_rank(

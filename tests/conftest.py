@@ -1,6 +1,9 @@
 """What all tests share: property tests that draw the same examples every time, and a run that needs no model."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -52,3 +55,35 @@ def make_manifest() -> MakeManifest:
         return validate(manifest)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def save_model() -> Callable[[Any, Path], Path]:
+    """Saves a small model of any architecture, with the tokenizer of the embedded one."""
+    from node import embedded
+
+    def save(model: Any, directory: Path) -> Path:
+        model.save_pretrained(directory)
+        for file in embedded.path().glob("tokenizer*"):
+            shutil.copyfile(file, directory / file.name)
+        return directory
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def encoder(save_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a small BERT without a head and with random weights."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=1024,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    return save_model(BertModel(config), tmp_path_factory.mktemp("encoder"))

@@ -129,6 +129,12 @@ def configuration(folder: Path) -> dict[str, Any]:
     return read
 
 
+def is_causal(configuration: Mapping[str, Any]) -> bool:
+    """Whether the configuration is of a causal language model, as far as the name of its class tells."""
+    architectures = configuration.get("architectures") or [""]
+    return str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel"))
+
+
 def _digest(files: list[Path]) -> str:
     try:
         return base_digest((file.name, _chunks(file)) for file in sorted(files, key=lambda file: file.name))

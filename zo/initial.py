@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zo.directions import RunKey
-from zo.layout import Layout, initial_lora_A
+from zo.directions import UINT32_MAX, RunKey
+from zo.layout import HEAD_BIAS, HEAD_WEIGHT, Layout, initial_lora_A
 from zo.weights import from_float, zeros
+
+_HEAD_INDEX: Final = UINT32_MAX
+"""In the place of a module's `layout_index`: the head is no module that LoRA adapts."""
 
 
 def adapted_modules(layout: Layout) -> tuple[str, ...]:
-    """The sorted names of the linear modules that a LoRA layout trains.
+    """The sorted names of the linear modules that a LoRA layout adapts; the head is none of them.
 
     The place of a module in this order is the `layout_index` of its initial A.
     """
-    return tuple(sorted({parameter.name.rpartition(".")[0] for parameter in layout.parameters}))
+    names = {parameter.name for parameter in layout.parameters} - {HEAD_WEIGHT, HEAD_BIAS}
+    return tuple(sorted({name.rpartition(".")[0] for name in names}))
 
 
 def initial_weights(layout: Layout, key: RunKey, train: Literal["B", "AB"]) -> NDArray[np.int32]:
     """The weights before the first commit: int32 (layout.size,).
 
     Every B is zero, so that the model starts as its base. A, where it is trained, is the generated A that a
-    run with train="B" keeps frozen, rounded to the grid of the weights.
+    run with train="B" keeps frozen, rounded to the grid of the weights. A head starts as such an A does: a small linear
+    layer, with a bias of zero.
 
     Raises:
         ValueError: `train` is neither "B" nor "AB", or the layout holds other parameters than it says.
@@ -35,10 +40,11 @@ def initial_weights(layout: Layout, key: RunKey, train: Literal["B", "AB"]) -> N
     index_by_module = {module: index for index, module in enumerate(adapted_modules(layout))}
     for parameter in layout.parameters:
         module, _, factor = parameter.name.rpartition(".")
-        if factor == "lora_A" and train == "AB":
-            rank, in_features = parameter.shape
-            A = initial_lora_A(key, index_by_module[module], (rank, in_features))
-            weights[parameter.offset : parameter.offset + A.size] = from_float(A.ravel())
-        elif factor != "lora_B":
+        if parameter.name == HEAD_WEIGHT or (factor == "lora_A" and train == "AB"):
+            rows, in_features = parameter.shape
+            index = _HEAD_INDEX if parameter.name == HEAD_WEIGHT else index_by_module[module]
+            values = from_float(initial_lora_A(key, index, (rows, in_features)))
+            weights[parameter.offset : parameter.offset + values.size] = values.ravel()
+        elif factor != "lora_B" and parameter.name != HEAD_BIAS:
             raise ValueError(f'a layout with train="{train}" has no parameter {parameter.name}')
     return weights

@@ -7,7 +7,7 @@ import difflib
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod, sqrt
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -18,8 +18,25 @@ from zo.directions import INITIAL, Direction, RunKey
 
 DIGEST_BYTES: Final = 16
 MAX_SIZE: Final = reference.MAX_BLOCKS * reference.BITS_PER_BLOCK
+HEAD: Final = "head"
+HEAD_WEIGHT: Final = f"{HEAD}.weight"
+HEAD_BIAS: Final = f"{HEAD}.bias"
 _LAYOUT_PERSON: Final = b"zo-layout"
 _BASE_PERSON: Final = b"zo-base"
+
+
+class Head(NamedTuple):
+    """The shape of a classification head, the last linear layer of a classifier: one logit for each label."""
+
+    num_labels: int
+    in_features: int
+    has_bias: bool
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape by name of its parameters in a layout."""
+        weight = {HEAD_WEIGHT: (self.num_labels, self.in_features)}
+        return weight | ({HEAD_BIAS: (self.num_labels,)} if self.has_bias else {})
 
 
 class Parameter(msgspec.Struct, frozen=True, array_like=True):
@@ -100,15 +117,20 @@ def targeted(module_names: Iterable[str], targets: Sequence[str]) -> list[str]:
 
 
 def lora_layout(
-    linear_shapes: Mapping[str, tuple[int, int]], targets: Sequence[str], rank: int, train: Literal["B", "AB"]
+    linear_shapes: Mapping[str, tuple[int, int]],
+    targets: Sequence[str],
+    rank: int,
+    train: Literal["B", "AB"],
+    head: Head | None = None,
 ) -> Layout:
-    """The layout of the LoRA factors (arXiv 2106.09685) that are trained on the targeted modules.
+    """The layout of the LoRA factors (arXiv 2106.09685) that are trained on the targeted modules, and of a head.
 
     Args:
         linear_shapes: module name to (out_features, in_features).
-        targets: full names of modules, or what follows a "." in them.
+        targets: full names of modules, or what follows a "." in them; none only beside a head.
         rank: of the factors, at least 1.
         train: "B" for `MODULE.lora_B` (out, rank) alone, "AB" also for `MODULE.lora_A` (rank, in).
+        head: trained as a whole, as `HEAD_WEIGHT` and, if it has one, `HEAD_BIAS`.
 
     Raises:
         ValueError: an unknown target, a rank below 1, or another value of `train`.
@@ -117,8 +139,8 @@ def lora_layout(
         raise ValueError(f"rank must be at least 1, got {rank}")
     if train not in ("B", "AB"):
         raise ValueError(f'train must be "B" or "AB", got {train!r}')
-    shapes: dict[str, tuple[int, ...]] = {}
-    for module in targeted(linear_shapes, targets):
+    shapes = {} if head is None else head.shapes
+    for module in targeted(linear_shapes, targets) if targets or head is None else ():
         out_features, in_features = linear_shapes[module]
         shapes[f"{module}.lora_B"] = (out_features, rank)
         if train == "AB":
@@ -127,7 +149,7 @@ def lora_layout(
 
 
 def initial_lora_A(run_key: RunKey, layout_index: int, shape: tuple[int, int]) -> NDArray[np.float32]:  # noqa: N802
-    """The frozen LoRA A of a module: (rank, in_features) float32, uniform in ±1/√in, equal on every machine.
+    """The first LoRA A of a module: (rank, in_features) float32, uniform in ±1/√in, equal on every machine.
 
     Entry i is ((word_i >> 8) × 2^−23 − 1) × float32(1/√in): 24 random bits, exact in float32, then one
     rounding. The range is that of torch's `kaiming_uniform_(a=√5)`, with which LoRA's authors start A.

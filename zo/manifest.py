@@ -16,6 +16,7 @@ from zo.toml import explain
 RUN_ID_BYTES: Final = 16
 MAX_AGENTS: Final = 128
 _MAX_SAMPLES: Final = 2**32
+TaskKind = Literal["text", "completion", "head"]
 Hex16 = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$")]
 
 
@@ -92,23 +93,46 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """What the nodes' private data is, and what the loss is taken on."""
 
     kind: Annotated[
-        Literal["text", "completion"],
+        TaskKind,
         Meta(
             description="text: plain text, every token is predicted; completion: rows of prompt and completion, only "
-            "the completion is predicted."
+            "the completion is predicted; head: rows of text and label, predicted by a linear head on the base."
         ),
     ] = "text"
+    labels: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...],
+        Meta(max_length=1024, description="Labels as they stand in the data, in the order of their logits."),
+    ] = ()
+
+    @property
+    def head_labels(self) -> tuple[str, ...] | None:
+        """The labels of a base with a head; None if it has none."""
+        return self.labels if self.kind == "head" else None
+
+    def __post_init__(self) -> None:
+        """Check that there are labels where the kind asks for them.
+
+        Raises:
+            ValueError: there are not, or there are where it does not.
+        """
+        if self.kind != "head":
+            if self.labels:
+                raise ValueError(f"labels = {list(self.labels)!r} needs kind = 'head', got {self.kind!r}")
+        elif len(self.labels) < 2:
+            raise ValueError(f"a task with labels must name at least two, got {list(self.labels)!r}")
+        elif twice := sorted({label for label in self.labels if self.labels.count(label) > 1}):
+            raise ValueError(f"labels names {', '.join(map(repr, twice))} more than once")
 
 
 class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The LoRA adapter that is trained (Hu et al. 2021, arXiv 2106.09685)."""
+    """The LoRA adapter that is trained (Hu et al. 2021, arXiv 2106.09685), with the head if the task has one."""
 
     targets: Annotated[
         tuple[str, ...],
         Meta(
-            min_length=1,
             max_length=64,
-            description="Linear modules that get an adapter: last parts of their names.",
+            description="Linear modules that get an adapter: last parts of their names. Empty: the head is trained "
+            "alone.",
         ),
     ]
     rank: Annotated[int, Meta(ge=1, le=256, description="LoRA rank r.")]
@@ -243,8 +267,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
         Raises:
             ValueError: the run would need more samples than there are names for directions, it leaves layers of an
-                unquantised base unquantised, or one direction is to be compared with the mean of itself.
+                unquantised base unquantised, it trains nothing, or one direction is to be compared with the mean of
+                itself.
         """
+        if not self.adapter.targets and self.task.kind != "head":
+            raise ValueError(
+                "adapter.targets must name at least one module, got none: nothing would be trained"
+            )
         if self.base.skip_quantize and self.base.quantize == "none":
             raise ValueError(
                 f"base.skip_quantize = {list(self.base.skip_quantize)!r} needs base.quantize to be int8, nf4 or fp4: "

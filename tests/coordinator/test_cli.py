@@ -84,6 +84,10 @@ def test_init_says_what_it_made_and_what_comes_next(base, tmp_path):
         ),
         (["--quantize", "nf4", "--skip-quantize", "q_prj"], ("q_prj", "did you mean q_proj")),
         (["--skip-quantize", "q_proj"], ("base.skip_quantize = ['q_proj'] needs base.quantize",)),
+        (["--task", "head"], ("a task with labels must name at least two, got []",)),
+        (["--task", "head", "--label", "a", "--label", "a"], ("labels names 'a' more than once",)),
+        (["--label", "a", "--label", "b"], ("labels = ['a', 'b'] needs kind = 'head'",)),
+        (["--target", "none"], ("targets must name at least one module, got none",)),
     ],
 )
 def test_a_value_out_of_range_is_named_and_nothing_is_made(base, tmp_path, options, words):
@@ -112,6 +116,24 @@ def test_a_run_that_leaves_quantisation_to_its_nodes_only_warns_of_shapes(base, 
         result.stderr.split()
     )
     assert RunDirectory(tmp_path / "run").manifest().base.any_quantization
+
+
+def test_a_head_is_trained_beside_the_adapter_or_alone(base, tmp_path):
+    (base / "config.json").write_text('{"hidden_size": 8, "architectures": ["BertModel"]}')
+    task = ("--task", "head", "--label", "bad", "--label", "good")
+    for name, options, size in (("both", (), 2 * 4 * 8 + 2 * 8 + 2), ("alone", ("--target", "none"), 18)):
+        made = run("init", tmp_path / name, "--model", base, *task, *options)
+        assert made.exit_code == 0, made.output
+        directory = RunDirectory(tmp_path / name)
+        manifest = directory.manifest()
+        assert (manifest.task.kind, manifest.task.labels) == ("head", ("bad", "good"))
+        assert manifest.adapter.size == size
+        assert directory.initial(manifest).weights.any()
+
+
+def test_a_head_needs_to_know_how_wide_the_base_is(base, tmp_path):
+    task = ("--task", "head", "--label", "bad", "--label", "good")
+    fails(run("init", tmp_path / "run", "--model", base, *task), Exit.BASE, "how wide the base is", "n_embd")
 
 
 def test_a_base_that_is_none(tmp_path):

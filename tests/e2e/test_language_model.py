@@ -76,7 +76,7 @@ def test_prompts_and_completions_on_a_base_in_four_bits(swarm, says, tmp_path):
         "all nodes of this run hold the base quantised as nf4",
     )
     (tmp_path / "data.txt").write_text("Return the absolute value of the number. " * 20)
-    says(join(swarm, "dia", tmp_path / "data.txt"), 3, "prompts and completions are expected")
+    says(join(swarm, "dia", tmp_path / "data.txt"), 3, "rows of prompt and completion are expected")
     join(swarm, "ada", rows)
     join(swarm, "ben", rows)
     swarm.assert_finished("ada", "ben")
@@ -92,7 +92,7 @@ def test_prompts_and_completions_on_a_base_in_four_bits(swarm, says, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("rows.jsonl", '{"text": "fine"}\n\n{"txt": "not fine"}\n', "rows.jsonl, line 3: "),
+        ("rows.jsonl", '{"text": "fine"}\n\n{"txt": "not fine"}\n', "rows.jsonl, line 3: no field .text."),
         ("rows.jsonl", '{"text": "fine"}\nnot JSON\n', "rows.jsonl, line 2: "),
         ("short.txt", "Hi", "do not fill one window of 16; give this node more text"),
     ],
@@ -112,3 +112,29 @@ def test_another_base_than_the_runs_is_refused_before_it_is_loaded(language_swar
     model = ("--model", tmp_path / "model")
     says(join(language_swarm, "ada", tmp_path / "data.txt", *model), 5, "the run's base 'embedded' has")
     assert language_swarm.status().members == []
+
+
+def test_an_encoder_learns_labels_through_a_head(swarm, encoder, says, tmp_path):
+    swarm.base = encoder
+    labels = ("--task", "head", "--label", "0", "--label", "1", "--target", "query")
+    swarm.init(*PROBE, *labels)
+    swarm.serve()
+    rows, other = tmp_path / "rows.tsv", tmp_path / "other.tsv"
+    rows.write_text("Return the value\t1\nIf the list is empty\t0\n")
+    other.write_text("text\tlabel\nReturn\t2\n")
+    columns = ("--column", "text=1", "--column", "label=2", "--model", encoder)
+    wrong = join(swarm, "cho", other, "--model", encoder)
+    says(wrong, 3, "line 2: the label '2' is none of this run's, which are '0', '1'")
+    join(swarm, "ada", rows, "--eval", rows, "--eval-every", 2, *columns)
+    join(swarm, "ben", rows, *columns)
+    proof = swarm.assert_finished("ada", "ben")
+    assert "training data: 2 rows (1 0, 1 1), " in swarm.nodes["ada"].err
+    adapter = tmp_path / "adapter"
+    exported = swarm.command("node.cli", "export", swarm.state("ada"), "-o", adapter, "--model", encoder)
+    assert exported.wait() == 0, exported
+    assert proof.digest in exported.out
+    measured = swarm.command(
+        "node.cli", "evaluate", "--data", rows, "--adapter", adapter, "--json", *columns, "--threads", 1
+    )
+    assert measured.wait() == 0, measured
+    assert json.loads(measured.out)["accuracy"] in (0.0, 0.5, 1.0)

@@ -14,9 +14,11 @@ from torch.nn.functional import cross_entropy
 from node import embedded
 from node.base import load_base
 from node.completions import Pair, arrange, completion_ids, prompt_ids, read_completions
-from node.data import Batch, DataError, read_windows
+from node.data import Batch, read_windows
 from node.language import read_data
 from node.losses import mean_loss, mean_loss_over
+from node.records import DataError
+from zo.manifest import Task
 
 
 class Letters:
@@ -138,8 +140,14 @@ def test_every_completion_is_kept_whole_or_left_out(pairs, sequence_length):
     ("rows", "words"),
     [
         ([pair("a", "b"), pair("a", " ")], r"rows\.jsonl, line 2: the completion is empty; remove the row"),
-        ([{"text": "ab"}], r"line 1: Object missing required field `prompt`; every line is an object like"),
-        ([pair("a", "b"), "", {"prompt": "a"}], r"line 3: Object missing required field `completion`"),
+        (
+            [{"text": "ab"}],
+            r"line 1: no field 'prompt'; the fields there are 'text'\. Name the right one with --column prompt=NAME",
+        ),
+        (
+            [pair("a", "b"), "", {"prompt": "a"}],
+            r"line 3: no field 'completion'; the fields there are 'prompt'",
+        ),
         (["{"], r"line 1: .*every line is an object like \{\"prompt\""),
         ([pair("a", "bcdef")], r"no completion of 1 row fits into 4 tokens with a token of its prompt"),
     ],
@@ -150,11 +158,9 @@ def test_rows_that_cannot_be_used_are_named(write, rows, words):
 
 
 def test_data_of_another_kind_is_refused_with_what_is_expected(write):
-    with pytest.raises(DataError, match=r"prompts and completions are expected: a \.jsonl file"):
+    with pytest.raises(DataError, match=r"rows of prompt and completion are expected, as \.jsonl or \.tsv$"):
         read_completions([write("text", name="a.txt")], Letters(), 4)
-    with pytest.raises(
-        DataError, match=r"missing required field `text`; every line is an object like \{\"text\""
-    ):
+    with pytest.raises(DataError, match=r"no field 'text'; the fields there are 'prompt', 'completion'"):
         read_windows([write(pair("a", "b"))], Letters(), 4)
     with pytest.raises(DataError, match="no data file was named"):
         read_completions([], Letters(), 4)
@@ -204,12 +210,16 @@ def test_padding_does_not_change_a_loss(base, write):
     assert mean_loss(base.model, Batch(tokens, scored)) == mean_loss(base.model, Batch(other, scored))
 
 
-def test_the_manifest_says_which_kind_of_data_is_read(base, write, make_manifest):
+def test_the_task_says_which_kind_of_data_is_read(base, write):
     file = write(*PAIRS)
-    manifest = make_manifest(kind="completion", sequence_length=32)
-    assert read_data([file], base, manifest).num_windows == 3
-    with pytest.raises(DataError, match="every line is an object like"):
-        read_data([file], base, make_manifest(kind="text", sequence_length=32))
+    assert read_data([file], base, Task(kind="completion"), 32).num_windows == 3
+    with pytest.raises(DataError, match="no field 'text'"):
+        read_data([file], base, Task(kind="text"), 32)
+
+
+def test_rows_longer_than_the_base_can_take_are_refused(base, write):
+    with pytest.raises(DataError, match="sequences are to have 257 tokens, the base takes 256"):
+        read_data([write(*PAIRS)], base, Task(kind="completion"), 257)
 
 
 @pytest.mark.assets

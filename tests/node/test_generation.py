@@ -7,8 +7,8 @@ from typer.testing import CliRunner
 from node import cli, embedded
 from node.base import load_base
 from node.completions import prompt_ids
-from node.data import DataError
 from node.generation import complete
+from node.records import DataError
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,12 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from node import embedded
 from node.adapter import Adapter
 from node.base import load_base
-from node.data import Batch, stacked
+from node.data import Batch, LabelledBatch, stacked
 from node.losses import row_losses
 from node.stacked import side_by_side
 
@@ -118,3 +119,31 @@ def test_batches_of_unequal_width_are_padded_with_what_is_not_scored():
     assert not both.scored[:2, 3:].any()
     assert np.array_equal(both.scored[2:], wide.scored)
     assert stacked([Batch(narrow.tokens)] * 2).scored is None
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "LlamaForCausalLM"])
+def test_heads_side_by_side_are_those_one_by_one(kind, save_model, tmp_path):
+    sizes = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model_class = getattr(transformers, kind)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**sizes, intermediate_size=64, max_position_embeddings=64))
+    base = load_base(save_model(model, tmp_path / "base"), threads=1, labels=("a", "b", "c"))
+    target = "layers.1.mlp.up_proj" if "Llama" in kind else "query"
+    adapter = Adapter(base, key=(17, 4), targets=(target,), rank=3, alpha=6, train="B")
+    adapter.hold(4)
+    with_views(adapter)
+    rng = np.random.default_rng(0)
+    batches = []
+    for width in (5, 9, 7, 9):
+        lengths = np.array([width, width - 2])
+        tokens = rng.integers(3, 1000, (2, width))
+        tokens[1, width - 2 :] = base.padding
+        batches.append(LabelledBatch(tokens, lengths, rng.integers(0, 3, 2), base.padding))
+    expected = one_by_one(adapter, batches)
+    with side_by_side(adapter, 4):
+        found = row_losses(adapter.model, stacked(batches))
+    assert np.allclose(found.sums, expected, rtol=1e-4)
+    assert found.hits is not None
+    assert np.ptp(expected) > 0.02
+    after = one_by_one(adapter, batches[:1] * 4)
+    assert np.array_equal(after[:2], expected[:2]), "PEFT's forward is back"

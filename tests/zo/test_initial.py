@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from zo.initial import adapted_modules, initial_weights
-from zo.layout import initial_lora_A, layout, lora_layout
+from zo.layout import Head, initial_lora_A, layout, lora_layout
 from zo.weights import digest, from_float
 
 KEY = (1, 2)
@@ -35,6 +35,15 @@ def test_a_trained_factor_starts_as_the_frozen_one():
 def test_the_start_is_pinned():  # changing this breaks every run with train = "AB"
     weights = initial_weights(lora_layout(SHAPES, ["a", "b"], 2, "AB"), KEY, "AB")
     assert digest(0, weights).hex() == "12c91744731c4975c6572e5f0bfc976b"
+
+
+def test_a_head_is_no_adapted_module_and_its_start_is_pinned():  # changing this breaks every run with a head
+    made = lora_layout(SHAPES, ["a", "b"], 2, "AB", Head(3, 6, has_bias=True))
+    assert adapted_modules(made) == ("a", "a.b", "z.a")
+    assert digest(0, initial_weights(made, KEY, "AB")).hex() == "3ebe6c6e8c09fb1c1031ed12d7f30b5b"
+    alone = lora_layout(SHAPES, [], 2, "B", Head(3, 6, has_bias=True))
+    assert adapted_modules(alone) == ()
+    assert np.array_equal(np.flatnonzero(initial_weights(alone, KEY, "B") == 0), np.arange(3)), "the bias"
 
 
 def test_a_layout_that_is_not_what_train_says():

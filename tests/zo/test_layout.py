@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from zo import reference
 from zo.directions import INITIAL, Direction
-from zo.layout import base_digest, initial_lora_A, layout, lora_layout
+from zo.layout import Head, base_digest, initial_lora_A, layout, lora_layout
 
 LINEAR = {
     "model.layers.0.self_attn.q_proj": (64, 64),
@@ -102,6 +102,20 @@ def test_training_both_factors():
         ("model.layers.0.mlp.up_proj.lora_A", (2, 64)),
         ("model.layers.0.mlp.up_proj.lora_B", (192, 2)),
     ]
+
+
+def test_a_head_is_laid_out_beside_the_factors_or_alone():
+    head = Head(3, 8, has_bias=True)
+    made = lora_layout(LINEAR, ["q_proj"], rank=4, train="B", head=head)
+    without = lora_layout(LINEAR, ["q_proj"], rank=4, train="B")
+    assert made.size == without.size + 3 * 8 + 3
+    assert {p.name: p.shape for p in lora_layout(LINEAR, [], 4, "B", head).parameters} == {
+        "head.bias": (3,),
+        "head.weight": (3, 8),
+    }
+    assert lora_layout(LINEAR, [], 4, "B", Head(3, 8, has_bias=False)).size == 24
+    with pytest.raises(ValueError, match="did you mean q_proj"):
+        lora_layout(LINEAR, ["q_prj"], 4, "B", head)
 
 
 def test_a_target_is_whole_names_only_and_may_repeat():

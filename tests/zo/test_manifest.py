@@ -59,7 +59,7 @@ def test_any_manifest_survives_its_toml(make_manifest, name, epsilon, step, alph
 def test_every_field_of_the_toml_is_explained(make_manifest):
     lines = documented_toml(make_manifest(), "A run.").splitlines()
     fields = [index for index, line in enumerate(lines) if " = " in line and not line.startswith("#")]
-    assert len(fields) == 31
+    assert len(fields) == 32
     assert all(lines[index - 1].startswith("# ") for index in fields)
     tables = [index for index, line in enumerate(lines) if line.startswith("[")]
     assert all(lines[index - 1].startswith("# ") for index in tables)
@@ -98,7 +98,7 @@ OUT_OF_RANGE = [
     ("base", "skip_quantize", ("x",) * 65),
     ("base", "any_quantization", 1),
     ("task", "kind", "chat"),
-    ("adapter", "targets", ()),
+    ("task", "labels", tuple(map(str, range(1025)))),
     ("adapter", "targets", ("x",) * 65),
     ("adapter", "rank", 0),
     ("adapter", "rank", 257),
@@ -140,7 +140,8 @@ OUT_OF_RANGE = [
 
 @pytest.mark.parametrize(("section", "field", "value"), OUT_OF_RANGE)
 def test_a_value_out_of_range_is_named_with_its_field(make_manifest, section, field, value):
-    manifest = make_manifest(quantize="nf4")  # only then may layers be skipped
+    labelled = {"kind": "head", "labels": ("0", "1")} if field == "labels" else {}
+    manifest = make_manifest(quantize="nf4", **labelled)  # only then may layers be skipped
     wrong = msgspec.structs.replace(getattr(manifest, section), **{field: value})
     manifest = msgspec.structs.replace(manifest, **{section: wrong})
     shown = list(value) if isinstance(value, tuple) else value
@@ -211,6 +212,32 @@ def test_layers_cannot_be_left_out_of_a_quantisation_that_there_is_not(make_mani
         parse_manifest(text.replace('"nf4"', '"none"'))
 
 
+@pytest.mark.parametrize(
+    ("kind", "labels", "words"),
+    [
+        ("head", (), r"a task with labels must name at least two, got \[\]"),
+        ("head", ("0",), r"a task with labels must name at least two, got \['0'\]"),
+        ("head", ("b", "a", "b"), "labels names 'b' more than once"),
+        ("head", ("a", ""), r"task\.labels\[1\] = '': expected `str` of length >= 1"),
+        ("text", ("a", "b"), r"labels = \['a', 'b'\] needs kind = 'head', got 'text'"),
+    ],
+)
+def test_labels_fit_the_task(make_manifest, kind, labels, words):
+    with pytest.raises(ValueError, match=words):
+        make_manifest(kind=kind, labels=labels)
+    text = documented_toml(make_manifest(), "A run.")
+    wrong = text.replace('kind = "text"', f'kind = "{kind}"')
+    wrong = wrong.replace("labels = []", f"labels = {list(labels)!r}".replace("'", '"'))
+    with pytest.raises(ManifestError, match=words):
+        parse_manifest(wrong)
+
+
+def test_only_a_head_may_be_trained_alone(make_manifest):
+    assert make_manifest(targets=(), kind="head", labels=("0", "1")).adapter.targets == ()
+    with pytest.raises(ValueError, match=r"adapter\.targets must name at least one module, got none"):
+        make_manifest(targets=())
+
+
 @pytest.mark.parametrize("data", [b"", b"\xff", b"\xc1", b"\x93\x01\x02\x03", b"\x80", b"\x81" * 2000])
 def test_what_is_no_manifest_is_a_manifest_error(data):
     with pytest.raises(ManifestError, match="not a run manifest"):
@@ -242,17 +269,17 @@ def test_manifests_differ_in_their_ids_by_any_field(make_manifest):
 
 
 GOLDEN_BYTES = (
-    "89a870726f746f636f6c01a372756e84a46e616d65a474657374a6726f756e647314a97374616c656e65737300a56e6f6e"
-    "6365d9203031323334353637383961626364656630313233343536373839616263646566a46261736586a46e616d65a46e"
-    "6f6e65a6646967657374d9206230623062306230623062306230623062306230623062306230623062306230b0746f6b65"
-    "6e697a65725f646967657374d9203730373037303730373037303730373037303730373037303730373037303730a87175"
-    "616e74697a65a46e6f6e65ad736b69705f7175616e74697a6590b0616e795f7175616e74697a6174696f6ec2a47461736b"
-    "81a46b696e64a474657874a76164617074657286a77461726765747392a6715f70726f6aa6765f70726f6aa472616e6b04"
-    "a5616c706861cb4020000000000000a5747261696ea142a473697a65cd01f4ad6c61796f75745f646967657374d9203161"
-    "316131613161316131613161316131613161316131613161316131613161a66167656e747382a5636f756e7401aa617373"
-    "69676e6d656e74a3616c6ca570726f626585a7657073696c6f6ecb3f847ae147ae147baa646972656374696f6e7302aa62"
-    "617463685f73697a6508af73657175656e63655f6c656e677468cc80a5736964657302a87363686564756c6584a4737465"
-    "70cb3f947ae147ae147ba56465636179a66c696e656172a9736d6f6f7468696e6703ae66697273745f6578706f6e656e74"
-    "fca670617269747982ac6469676573745f657665727904aa73686172655f6c6f7373c3"
+    "89a870726f746f636f6c01a372756e84a46e616d65a474657374a6726f756e647314a97374616c656e65737300a56e6f6e63"
+    "65d9203031323334353637383961626364656630313233343536373839616263646566a46261736586a46e616d65a46e6f6e"
+    "65a6646967657374d9206230623062306230623062306230623062306230623062306230623062306230b0746f6b656e697a"
+    "65725f646967657374d9203730373037303730373037303730373037303730373037303730373037303730a87175616e7469"
+    "7a65a46e6f6e65ad736b69705f7175616e74697a6590b0616e795f7175616e74697a6174696f6ec2a47461736b82a46b696e"
+    "64a474657874a66c6162656c7390a76164617074657286a77461726765747392a6715f70726f6aa6765f70726f6aa472616e"
+    "6b04a5616c706861cb4020000000000000a5747261696ea142a473697a65cd01f4ad6c61796f75745f646967657374d92031"
+    "61316131613161316131613161316131613161316131613161316131613161a66167656e747382a5636f756e7401aa617373"
+    "69676e6d656e74a3616c6ca570726f626585a7657073696c6f6ecb3f847ae147ae147baa646972656374696f6e7302aa6261"
+    "7463685f73697a6508af73657175656e63655f6c656e677468cc80a5736964657302a87363686564756c6584a473746570cb"
+    "3f947ae147ae147ba56465636179a66c696e656172a9736d6f6f7468696e6703ae66697273745f6578706f6e656e74fca670"
+    "617269747982ac6469676573745f657665727904aa73686172655f6c6f7373c3"
 )
-GOLDEN_RUN_ID = "a302cdcb41f138ee2f68a266f593dbde"
+GOLDEN_RUN_ID = "cd9c2c87ced7c6950bb1889d87459769"

@@ -1,0 +1,88 @@
+"""What is asked of a model where no coordinator says it: from the command line, or from what an export carries with it.
+
+An exported adapter has its run's manifest beside it, so that whoever evaluates it need not repeat what that says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import msgspec
+
+from node.base import resolve
+from node.records import DataError
+from zo.manifest import Manifest, ManifestError, Task, TaskKind, parse_manifest
+from zo.toml import documented_toml
+
+MANIFEST_FILE: Final = "manifest.toml"
+SEQUENCE_LENGTH: Final = 128
+
+
+class Asked(NamedTuple):
+    """A task, and how long its rows may be."""
+
+    task: Task
+    sequence_length: int
+
+
+def keep_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the run's manifest beside what was exported from it. Raises OSError."""
+    text = documented_toml(manifest, "The manifest of the run that this was exported from.")
+    (folder / MANIFEST_FILE).write_text(text, "utf-8")
+
+
+def asked(
+    model: str,
+    adapter: Path | None,
+    kind: TaskKind | None,
+    labels: Sequence[str] | None,
+    sequence_length: int | None,
+) -> Asked:
+    """The task: as given here; what is not, as in the run of the adapter or of the model, if it tells; else plain text.
+
+    Args:
+        model: directory or hub name of the base.
+        adapter: directory of a PEFT adapter.
+        kind: of the task.
+        labels: of the rows.
+        sequence_length: most tokens in a row.
+
+    Raises:
+        DataError: what is given does not make a task.
+        BaseError: there is no such model.
+    """
+    known = _exported_from(adapter or resolve(model))
+    length = sequence_length or (known.probe.sequence_length if known else SEQUENCE_LENGTH)
+    task = known.task if known else Task()
+    changes: dict[str, object] = {}
+    if kind is not None and kind != task.kind:
+        task = Task()
+        changes["kind"] = kind
+    if labels:
+        changes["labels"] = tuple(labels)
+    elif kind == "head" and not task.labels:
+        changes["labels"] = _labels_in(resolve(model))
+    try:
+        return Asked(msgspec.structs.replace(task, **changes), length)
+    except ValueError as error:
+        raise DataError(f"{error}. Name them with --label, once for each") from error
+
+
+def _exported_from(folder: Path) -> Manifest | None:
+    try:
+        return parse_manifest((folder / MANIFEST_FILE).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, ManifestError):
+        return None
+
+
+def _labels_in(folder: Path) -> tuple[str, ...]:
+    """The labels of a model that was saved as a classifier."""
+    try:
+        configuration = json.loads((folder / "config.json").read_text("utf-8"))
+        names = configuration.get("id2label") or {}
+        return tuple(str(names[key]) for key in sorted(names, key=int))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return ()

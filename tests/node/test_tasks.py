@@ -1,0 +1,142 @@
+"""What the commands ask of a model: what they are told, else what an export carries with it."""
+
+import json
+
+import msgspec
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from node import cli, embedded
+from node.adapter import Adapter
+from node.base import load_base
+from node.records import DataError
+from node.tasks import asked, keep_manifest
+from transport.exits import Exit
+from zo.layout import HEAD_BIAS
+from zo.manifest import Task
+
+LABELS = ("bad", "good")
+HEAD = Task(kind="head", labels=LABELS)
+
+
+@pytest.fixture(scope="module")
+def exported(encoder, make_manifest, tmp_path_factory):
+    """An adapter with a head that calls everything good, with its run's manifest beside it."""
+    folder = tmp_path_factory.mktemp("adapter")
+    base = load_base(encoder, threads=1, labels=LABELS)
+    adapter = Adapter(base, key=(1, 2), targets=("query",), rank=2, alpha=4, train="B")
+    weights = np.zeros(adapter.size, np.int32)
+    bias = next(parameter for parameter in adapter.layout.parameters if parameter.name == HEAD_BIAS)
+    weights[bias.offset + 1] = 2**28
+    adapter.export(folder, weights, str(encoder))
+    keep_manifest(folder, make_manifest(kind="head", labels=LABELS, sequence_length=12))
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "rows.tsv"
+    file.write_text("good\tReturn the value\nbad\tNone\ngood\tSort the list, if there is one, in place\n")
+    return file
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in (*arguments, "--threads", 1)])
+
+
+BY_NUMBER = ("--column", "label=1", "--column", "text=2")
+
+
+def test_plain_text_unless_told_otherwise(encoder, exported, tmp_path):
+    model = str(encoder)
+    assert asked(model, None, None, None, None) == (Task(), 128)
+    assert asked(model, tmp_path, None, None, 32) == (Task(), 32)
+    assert asked(model, None, "head", LABELS, None) == (HEAD, 128)
+
+
+def test_an_export_says_what_its_run_was_about(encoder, exported):
+    model = str(encoder)
+    assert asked(model, exported, None, None, None) == (HEAD, 12)
+    assert asked(str(exported), None, None, None, 40) == (HEAD, 40)
+    assert asked(model, exported, "text", None, None) == (Task(), 12)
+    assert asked(model, exported, None, ["0", "1"], None).task.labels == ("0", "1")
+
+
+def test_a_classifier_says_its_labels(save_model, tmp_path):
+    import transformers
+
+    config = transformers.BertConfig(
+        num_hidden_layers=0, hidden_size=12, vocab_size=8, id2label={0: "a", 1: "b"}
+    )
+    folder = save_model(transformers.BertForSequenceClassification(config), tmp_path / "base")
+    assert asked(str(folder), None, "head", None, None).task.labels == ("a", "b")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"id2label": 5}', '{"id2label": {"x": "y"}}', "{}"])
+def test_labels_that_nobody_says_are_asked_for(encoder, tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(DataError, match=r"must name at least two, got \[\]\. Name them with --label"):
+        asked(str(tmp_path), None, "head", None, None)
+
+
+def test_evaluate_measures_loss_and_accuracy(encoder, exported, rows):
+    options = ("--model", encoder, "--adapter", exported, "--data", rows, *BY_NUMBER)
+    shown = run("evaluate", *options)
+    assert shown.exit_code == 0, shown.output
+    assert "nats per label over 3 rows, accuracy 66.7 %" in shown.stdout
+    said = " ".join(shown.stderr.split())
+    assert "data: 3 rows (1 bad, 2 good)" in said
+    assert "to fit 12" in said
+    figures = json.loads(run("evaluate", *options, "--json").stdout)
+    assert figures.keys() == {"loss", "windows", "accuracy"}
+    assert (figures["windows"], figures["accuracy"]) == (3, 2 / 3)
+
+
+def test_predict_prints_the_label_alone(encoder, exported):
+    shown = run("predict", "Return the value", "--model", encoder, "--adapter", exported)
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout == "good\n"
+    assert shown.stderr.startswith("probability 0.7")
+
+
+def fails(result, code, *words):
+    assert result.exit_code == code, result.output
+    (line,) = result.stderr.strip().splitlines()
+    for word in words:
+        assert word in line
+
+
+def test_a_base_without_a_head_needs_an_adapter_that_has_one(encoder, rows):
+    options = ("--model", encoder, "--task", "head", "--label", "bad", "--label", "good", "--data", rows)
+    fails(
+        run("evaluate", *options, *BY_NUMBER),
+        Exit.BASE,
+        "no classification head of 2 labels; name an adapter",
+    )
+
+
+def test_bad_options_are_said(encoder, exported, rows):
+    options = ("--model", encoder, "--adapter", exported, "--data", rows)
+    fails(
+        run("evaluate", *options),
+        Exit.INPUT,
+        "no column 'text'; the first line names 'good', 'Return the value'",
+    )
+    for column in ("text", "text=", "words=1"):
+        fails(
+            run("evaluate", *options, "--column", column),
+            Exit.INPUT,
+            f"--column {column}: expected FIELD=NAME",
+        )
+    fails(run("evaluate", *options, *BY_NUMBER, "--label", "x"), Exit.INPUT, "at least two, got ['x']")
+    fails(run("evaluate", *options, *BY_NUMBER, "--sequence-length", 65), Exit.INPUT, "the base takes 64")
+    fails(run("predict", " ", *options[:4]), Exit.INPUT, "the text is empty")
+
+
+def test_the_embedded_model_is_asked_for_plain_text():
+    assert asked(str(embedded.path()), None, None, None, None) == (Task(), 128)
+    assert (
+        msgspec.structs.replace(Task(), kind="completion")
+        == asked(str(embedded.path()), None, "completion", None, None).task
+    )
