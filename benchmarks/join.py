@@ -133,8 +133,8 @@ def measure(commits: int, quick: bool, console: Console, directory: Path) -> dic
         away = StateDirectory(directory / "away")
         away.path.mkdir()
         away.save_manifest(manifest)
-        away.save(run.state_at(commits - min(ROUNDS_AWAY, commits // 2), manifest, ledger), manifest)
-    snapshots = run.snapshots.stored()
+        away.agent(0).save(run.state_at(commits - min(ROUNDS_AWAY, commits // 2), manifest, ledger), manifest)
+    snapshots = run.snapshots().stored()
     rows = []
     with _serving(run, directory / "serve.err") as (ticket, starts):
 

@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             log=lambda record: None,
         )
         service.run()
-        saved = state.load(options.ticket.run_id)
+        saved = state.agent(0).load(options.ticket.run_id)
     assert saved is not None
     figures |= {"round": saved[1].round, "digest": saved[1].digest().hex()}
     assert "torch" not in sys.modules

@@ -74,18 +74,18 @@ def fill(directory: RunDirectory, commits: int, nodes: int, progress: Callable[[
     last_num_bytes = last_bytes = last_codes = 0
     with closing(sqlite3.connect(directory.ledger_path, isolation_level=None)) as db:
         db.executemany(
-            "INSERT INTO members (node, key, name, enrolled_at) VALUES (?, ?, ?, 0)",
+            "INSERT INTO members (agent, node, key, name, enrolled_at) VALUES (0, ?, ?, ?, 0)",
             [(node, new_key_pair().public, f"node-{node}") for node in range(nodes)],
         )
         for first in range(0, commits, _TRANSACTION):
             db.execute("BEGIN")
             for number in range(first, min(first + _TRANSACTION, commits), every):
                 rows, checkpoint = filling.advance(every)
-                db.executemany("INSERT INTO commits VALUES (?, ?, ?, ?, 0)", rows)
-                db.execute("INSERT INTO checkpoints VALUES (?, ?, ?, ?)", checkpoint)
+                db.executemany("INSERT INTO commits VALUES (0, ?, ?, ?, ?, 0)", rows)
+                db.execute("INSERT INTO checkpoints VALUES (0, ?, ?, ?, ?)", checkpoint)
                 tail = filling.num_bytes - last_bytes, filling.num_codes - last_codes
                 if is_due(last_num_bytes, *tail, manifest.adapter.size):
-                    stored = directory.snapshots.save(
+                    stored = directory.snapshots().save(
                         number + every, encode_snapshot(filling.replica(), manifest)
                     )
                     last_num_bytes, last_bytes, last_codes = (

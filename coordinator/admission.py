@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from coordinator.membership import Member
+from coordinator.roster import Roster
 from transport.messages import PROTOCOL_VERSION, Hello, Refuse
 from zo.manifest import Manifest
 
@@ -10,8 +10,8 @@ from zo.manifest import Manifest
 def refusal(
     hello: Hello,
     manifest: Manifest,
-    member: Member | None,
-    num_members: int,
+    node: int | None,
+    roster: Roster,
     capacity: int,
     round: int,
     head_after: Callable[[int], bytes],
@@ -21,17 +21,17 @@ def refusal(
     Args:
         hello: what it says of itself.
         manifest: of the run.
-        member: who it is, if it was admitted before.
-        num_members: everyone ever admitted.
+        node: its number, if it was admitted before.
+        roster: everyone ever admitted.
         capacity: most nodes that may ever join.
         round: commits in the ledger.
         head_after: the chain's head after so many commits.
     """
     base = manifest.base
-    if member is not None and member.is_quarantined:
+    if roster.is_quarantined(node):
         return Refuse(
             "quarantined",
-            f"node {member.node} differed from the ledger again after starting over: check its memory and its disk. "
+            f"node {node} differed from the ledger again after starting over: check its memory and its disk. "
             "`zo-coordinator release` lets it in again",
         )
     if hello.protocol != PROTOCOL_VERSION:
@@ -60,6 +60,6 @@ def refusal(
             f"this node's state at round {hello.round} is not part of this ledger (now at round {round}). "
             "Was the run directory restored from an old backup? Delete the node's state to start over",
         )
-    if member is None and num_members >= capacity:
-        return Refuse("full", f"the run has {num_members} nodes, its capacity is {capacity}")
+    if node is None and len(roster) >= capacity:
+        return Refuse("full", f"the run has {len(roster)} nodes, its capacity is {capacity}")
     return None

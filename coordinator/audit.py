@@ -17,9 +17,10 @@ class AuditError(RuntimeError):
 
 
 class Audit(msgspec.Struct, frozen=True, kw_only=True):
-    """What a replay proved."""
+    """What a replay of one agent's chain proved."""
 
     run: str
+    agent: int
     rounds: int
     """Commits replayed."""
     digests_proven: int
@@ -33,12 +34,12 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True):
 def audit(
     manifest: Manifest, initial: Replica, ledger: Ledger, progress: Callable[[int, int], None]
 ) -> Audit:
-    """Replay the whole ledger: the chain, every step by the manifest's rule, every recorded digest and scale.
+    """Replay an agent's whole ledger: the chain, every step by the manifest's rule, every recorded digest and scale.
 
     Args:
         manifest: of the run.
-        initial: the weights of round 0; moved on by the replay.
-        ledger: of the run.
+        initial: the agent's weights of round 0; moved on by the replay.
+        ledger: the agent's.
         progress: called with (commits replayed, commits in all).
 
     Raises:
@@ -87,6 +88,7 @@ def audit(
         raise AuditError(f"a digest is recorded for round {min(recorded)}, but the ledger ends at {total}")
     return Audit(
         run=manifest.run_id.hex(),
+        agent=ledger.agent,
         rounds=total,
         digests_proven=proven,
         digest=initial.digest().hex(),

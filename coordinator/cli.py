@@ -8,20 +8,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 import typer
 from rich.live import Live
+from rich.progress import Progress, TaskID
 
-from coordinator.audit import audit
+from coordinator.archive import Restored, restore
+from coordinator.audit import Audit, audit
 from coordinator.cli_app import JsonOption, RunArgument, app, epilog, err, failures_explained, out
 from coordinator.config import ServiceConfig, check_capacity
 from coordinator.config import validate as validate_config
 from coordinator.display import duration, replay_progress, status_line, status_view
 from coordinator.rundir import RunDirectory
-from coordinator.service import Service, restore
+from coordinator.service import Service
 from coordinator.status import Status, read_status
 from coordinator.trained import default_targets, head_of
 from transport import base_files
@@ -34,6 +37,7 @@ from zo.initial import initial_weights
 from zo.layout import lora_layout
 from zo.manifest import (
     Adapter,
+    Agents,
     BaseModel,
     Manifest,
     ManifestError,
@@ -130,6 +134,16 @@ def init(
             show_default=False,
         ),
     ] = None,
+    agents: Annotated[
+        int, typer.Option(metavar="N", help="Adapters to train side by side on the one base.")
+    ] = 1,
+    assignment: Annotated[
+        Literal["all", "by-node"],
+        typer.Option(
+            metavar="all|by-node",
+            help="Nodes train every agent, or those that each names with `join --agents`.",
+        ),
+    ] = "all",
     batch_size: Annotated[int, typer.Option(metavar="N", help="Sequences in a node's batch.")] = 8,
     sequence_length: Annotated[int, typer.Option(metavar="N", help="Tokens in a sequence.")] = 128,
     digest_every: Annotated[
@@ -199,6 +213,7 @@ def init(
                         size=layout.size,
                         layout_digest=layout.digest().hex(),
                     ),
+                    agents=Agents(count=agents, assignment=assignment),
                     probe=Probing(
                         epsilon=epsilon,
                         directions=directions,
@@ -227,7 +242,7 @@ def init(
     out.print(f"Made {run}: run {manifest.run_id.hex()}", highlight=False, soft_wrap=True)
     out.print(
         f"{layout.size:,} trained parameters on {manifest.base.name}; {rounds} rounds of {directions} "
-        f"direction{'s' * (directions > 1)} a node",
+        f"direction{'s' * (directions > 1)} a node{f', for each of {agents} agents' if agents > 1 else ''}",
         highlight=False,
     )
     out.print(f"Next: zo-coordinator serve {run}", highlight=False, soft_wrap=True)
@@ -289,16 +304,13 @@ def serve(
             if not kernels.is_compiled():
                 err.print("compiling the kernels, once for this machine …", style="dim")
                 kernels.compile_kernels()
+            restored = []
             with replay_progress(err) as bar:
-                task = bar.add_task("replaying", total=None)
-                replica, scale, origin = restore(
-                    directory,
-                    manifest,
-                    ledger,
-                    lambda done, total: bar.update(task, completed=done, total=total),
-                )
-            if replica.round:
-                err.print(f"continuing at round {replica.round}, from {origin}", style="dim", highlight=False)
+                for agent in range(manifest.agents.count):
+                    task = bar.add_task("replaying", total=None)
+                    show = partial(_show_replay, bar, task)
+                    restored.append(restore(directory, manifest, ledger.track(agent), show))
+            _tell_origins(restored)
             end = CoordinatorSocket(config.host, config.port, keys)
             try:
                 ticket = Ticket(
@@ -306,10 +318,24 @@ def serve(
                 )
                 out.print(str(ticket), style="bold", highlight=False, soft_wrap=True)
                 sys.stdout.flush()
-                service = Service(directory, manifest, config, ledger, replica, scale, end)
+                service = Service(directory, manifest, config, ledger, restored, end)
                 _serve(service, stopping, stay)
             finally:
                 end.close()
+
+
+def _show_replay(bar: Progress, task: TaskID, done: int, total: int) -> None:
+    bar.update(task, completed=done, total=total)
+
+
+def _tell_origins(restored: list[Restored]) -> None:
+    """Say where each agent goes on that has come anywhere."""
+    for agent, (replica, _, origin) in enumerate(restored):
+        if replica.round:
+            whose = f"agent {agent}: " if len(restored) > 1 else ""
+            err.print(
+                f"{whose}continuing at round {replica.round}, from {origin}", style="dim", highlight=False
+            )
 
 
 def _serve(service: Service, stopping: threading.Event, stay: bool) -> None:
@@ -331,7 +357,13 @@ def _serve(service: Service, stopping: threading.Event, stay: bool) -> None:
     service.close()
     status = service.status
     done = "finished" if status.round >= status.rounds else "stopped"
-    err.print(f"{done} at round {status.round}/{status.rounds}, digest {status.digest}", highlight=False)
+    for each in status.agents:
+        err.print(
+            f"agent {each.agent}: {done} at round {each.round}/{status.rounds}, digest {each.digest}",
+            highlight=False,
+        )
+    if not status.agents:
+        err.print(f"{done} at round {status.round}/{status.rounds}, digest {status.digest}", highlight=False)
 
 
 @app.command(short_help="Show where a run stands.", epilog=epilog("zo-coordinator status my-run --watch"))
@@ -379,28 +411,32 @@ def verify(
     run: RunArgument,
     json: JsonOption = False,
 ) -> None:
-    """Replay the whole ledger and prove the chain, every step and every recorded digest."""
+    """Replay the whole ledger and prove the chain, every step and every recorded digest, of every agent.
+
+    With several agents, --json prints one object a line for each.
+    """
     with failures_explained():
         directory = RunDirectory(run)
         manifest = directory.manifest()
-        started = time.monotonic()
         with directory.ledger(manifest, read_only=True) as ledger, replay_progress(err) as bar:
-            task = bar.add_task("verifying", total=None)
-            proof = audit(
-                manifest,
-                directory.initial(manifest),
-                ledger,
-                lambda done, total: bar.update(task, completed=done, total=total),
-            )
-        if json:
-            print(msgspec.json.encode(proof).decode())
-            return
-        out.print(
-            f"verified: {proof.rounds} commits in one chain, every step by the rule, {proof.digests_proven} digests "
-            f"reproduced ({duration(time.monotonic() - started)})",
-            highlight=False,
-        )
-        out.print(f"digest {proof.digest}\nhead   {proof.head}", highlight=False)
+            for agent in range(manifest.agents.count):
+                started = time.monotonic()
+                show = partial(_show_replay, bar, bar.add_task("verifying", total=None))
+                proof = audit(manifest, directory.initial(manifest, agent), ledger.track(agent), show)
+                _show_proof(proof, manifest, time.monotonic() - started, json)
+
+
+def _show_proof(proof: Audit, manifest: Manifest, seconds: float, json: bool) -> None:
+    if json:
+        print(msgspec.json.encode(proof).decode())
+        return
+    whose = f"agent {proof.agent} " if manifest.agents.count > 1 else ""
+    out.print(
+        f"{whose}verified: {proof.rounds} commits in one chain, every step by the rule, {proof.digests_proven} digests "
+        f"reproduced ({duration(seconds)})",
+        highlight=False,
+    )
+    out.print(f"digest {proof.digest}\nhead   {proof.head}", highlight=False)
 
 
 # After the commands above, so that `--help` lists these below them.

@@ -18,7 +18,7 @@ from transport.base_files import BaseFilesError
 from transport.exits import HELP, Exit
 from transport.keys import KeyFileError
 from transport.sockets import SocketError
-from zo.manifest import ManifestError
+from zo.manifest import Manifest, ManifestError
 from zo.snapshot import SnapshotError
 from zo.weights import WeightsOverflow
 
@@ -35,6 +35,10 @@ out = Console()
 err = Console(stderr=True)
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.", show_default=False)]
+AgentOption = Annotated[
+    int | None,
+    typer.Option("--agent", metavar="N", min=0, help="Of this agent.", show_default=False),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.", show_default=False)]
 
 _EXIT_BY_ERROR: dict[type[Exception], Exit] = {
@@ -53,6 +57,33 @@ _EXIT_BY_ERROR: dict[type[Exception], Exit] = {
     WeightsOverflow: Exit.OVERFLOW,
     SimulationError: Exit.MISMATCH,
 }
+
+
+def one_agent(manifest: Manifest, agent: int | None) -> int:
+    """The agent that is meant where only one can be.
+
+    Raises:
+        HistoryError: the run has several and none was named, or it has no such agent.
+    """
+    last = manifest.agents.count - 1
+    if agent is None and last:
+        raise HistoryError(
+            f"the run has the agents 0 to {last}, each with rounds of its own: name one with --agent"
+        )
+    return agents_meant(manifest, agent)[0]
+
+
+def agents_meant(manifest: Manifest, agent: int | None) -> list[int]:
+    """The agents that are meant where it can be all of them: the one that was named, or every one.
+
+    Raises:
+        HistoryError: the run has no such agent.
+    """
+    last = manifest.agents.count - 1
+    if agent is not None and agent > last:
+        has = f"has the agents 0 to {last}" if last else "has one agent, 0"
+        raise HistoryError(f"the run {has}, got --agent {agent}")
+    return list(range(last + 1)) if agent is None else [agent]
 
 
 def epilog(example: str) -> str:

@@ -10,7 +10,18 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.cli_app import JsonOption, RunArgument, app, epilog, err, failures_explained, out
+from coordinator.cli_app import (
+    AgentOption,
+    JsonOption,
+    RunArgument,
+    agents_meant,
+    app,
+    epilog,
+    err,
+    failures_explained,
+    one_agent,
+    out,
+)
 from coordinator.display import plain, replay_progress, simulation_view
 from coordinator.history import (
     Difference,
@@ -21,11 +32,14 @@ from coordinator.history import (
     export_state,
     records,
     take_back,
+    took_part,
 )
+from coordinator.ledger import Ledger
 from coordinator.rundir import RunDirectory
 from coordinator.simulation import Scenario, virtual
 from coordinator.simulation import simulate as run_simulation
 from transport.exits import Exit
+from zo.manifest import Manifest
 
 
 @app.command(
@@ -35,13 +49,15 @@ def log(
     run: RunArgument,
     first: Annotated[int | None, typer.Option("--from", metavar="ROUND", help="First round to show.")] = None,
     last: Annotated[int, typer.Option(metavar="N", help="Without --from: show the last N rounds.")] = 20,
+    agent: AgentOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show the ledger: what each round did, and what happened beside it."""
+    """Show the ledger: what each round did, and what happened beside it. With several agents, name one."""
     with failures_explained():
         directory = RunDirectory(run)
         manifest = directory.manifest()
-        with directory.ledger(manifest, read_only=True) as ledger:
+        with directory.ledger(manifest, read_only=True) as file:
+            ledger = file.track(one_agent(manifest, agent))
             total = ledger.num_commits()
             start = max(0, total - last) if first is None else first
             if not 0 <= start <= total:
@@ -69,28 +85,43 @@ def _style(record: LogRecord) -> str:
 def diff(
     run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run directory.", show_default=False)],
     run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another.", show_default=False)],
+    agent: AgentOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Compare two runs: their manifests, and from which round on their ledgers differ. Exit code 12 if they do."""
+    """Compare two runs: their manifests, and from which round on their ledgers differ. Exit code 12 if they do.
+
+    With several agents all of them are compared, unless one is named; --json then prints one object a line for each.
+    """
     with failures_explained():
         a, b = RunDirectory(run_a), RunDirectory(run_b)
         manifests = a.manifest(), b.manifest()
         with a.ledger(manifests[0], read_only=True) as one, b.ledger(manifests[1], read_only=True) as other:
-            difference = compare(manifests, (one, other))
+            differences = [
+                compare(manifests, (one.track(each), other.track(each)))
+                for each in agents_meant(manifests[0], agent)
+            ]
         if json:
-            sys.stdout.write(msgspec.json.encode(difference).decode() + "\n")
+            for difference in differences:
+                sys.stdout.write(msgspec.json.encode(difference).decode() + "\n")
         else:
-            _show(difference)
-        if not difference.are_equal:
+            _show_fields(differences[0])
+            for difference in differences if differences[0].same_run else differences[:1]:
+                if len(differences) > 1 and difference.same_run:
+                    out.print(f"agent {difference.agent}, ", end="", highlight=False)
+                _show(difference)
+        if not all(difference.are_equal for difference in differences):
             raise typer.Exit(Exit.MISMATCH)
 
 
-def _show(difference: Difference) -> None:
+def _show_fields(difference: Difference) -> None:
     if difference.fields:
         table = Table("field", "A", "B", box=None, pad_edge=False)
         for name, (a, b) in difference.fields.items():
             table.add_row(name, str(a), str(b))
         out.print(table, highlight=False)
+
+
+def _show(difference: Difference) -> None:
     a, b = difference.rounds
     if not difference.same_run:
         out.print("two runs of their own: no round in common", highlight=False)
@@ -117,15 +148,21 @@ def export(
     round: Annotated[
         int | None, typer.Option(metavar="R", help="After so many rounds.", show_default="the newest")
     ] = None,
+    agent: AgentOption = None,
 ) -> None:
-    """Write the weights after a round, for `zo-node export` to turn into a PEFT adapter."""
+    """Write the weights after a round, for `zo-node export` to turn into a PEFT adapter.
+
+    With several agents those of all, unless one is named.
+    """
     with failures_explained():
         directory = RunDirectory(run)
         manifest = directory.manifest()
         with directory.ledger(manifest, read_only=True) as ledger:
-            at = ledger.num_commits() if round is None else round
-            replica = export_state(directory, manifest, ledger, at, output)
-        out.print(f"round {replica.round}, digest {replica.digest().hex()}", highlight=False)
+            tracks = [ledger.track(each) for each in agents_meant(manifest, agent)]
+            replicas = export_state(directory, manifest, tracks, round, output)
+        for replica in replicas:
+            whose = f"agent {replica.agent}, " if manifest.agents.count > 1 else ""
+            out.print(f"{whose}round {replica.round}, digest {replica.digest().hex()}", highlight=False)
         out.print(f"Next: zo-node export {output} -o ADAPTER --model MODEL", highlight=False, soft_wrap=True)
 
 
@@ -137,13 +174,18 @@ def rollback(
     to: Annotated[
         int, typer.Option(metavar="R", help="Weights as they were after R rounds.", show_default=False)
     ],
+    agent: AgentOption = None,
 ) -> None:
     """Take back everything since a round, exactly, as an entry of its own; the history stays.
 
-    The run must not be served meanwhile. Nodes follow when it is served again. Rounds are not given back.
+    The run must not be served meanwhile. Nodes follow when it is served again. Rounds are not given back. With several
+    agents, name one: each has rounds of its own.
     """
     with failures_explained():
-        _take_back(run, to, [])
+        directory = RunDirectory(run)
+        manifest = directory.manifest()
+        with directory.lock(), directory.ledger(manifest) as ledger:
+            _take_back(directory, manifest, ledger.track(one_agent(manifest, agent)), to, [])
 
 
 @app.command(short_help="Take back what some nodes did.", epilog=epilog("zo-coordinator retract my-run 3"))
@@ -151,25 +193,33 @@ def retract(
     run: RunArgument,
     nodes: Annotated[list[int], typer.Argument(metavar="NODE...", help="Node numbers, from `status`.")],
     since: Annotated[int, typer.Option("--from", metavar="ROUND", help="Only from this round on.")] = 0,
+    agent: AgentOption = None,
 ) -> None:
     """Take back what some nodes' codes did, exactly, as an entry of its own; the history stays.
 
     It undoes their direct moves. It does not undo that others measured their slopes at weights which these moves had
-    shaped, nor that they entered the steps' normalisation: only a rollback does.
+    shaped, nor that they entered the steps' normalisation: only a rollback does. With several agents, it is taken back
+    from all that they trained, unless one is named.
     """
     with failures_explained():
-        _take_back(run, since, nodes)
+        directory = RunDirectory(run)
+        manifest = directory.manifest()
+        with directory.lock(), directory.ledger(manifest) as ledger:
+            tracks = [ledger.track(each) for each in agents_meant(manifest, agent)]
+            trained = [track for track in tracks if took_part(track, nodes, since)]
+            for track in trained or tracks[:1]:  # which says that there is nothing to take back
+                _take_back(directory, manifest, track, since, nodes)
 
 
-def _take_back(run: Path, first: int, nodes: list[int]) -> None:
-    directory = RunDirectory(run)
-    manifest = directory.manifest()
-    with directory.lock(), directory.ledger(manifest) as ledger:
-        entry, replica = take_back(directory, manifest, ledger, first, nodes)
-        whose = f" of node {', '.join(map(str, entry.nodes))}" if entry.nodes else ""
-        text = f"took back rounds {entry.first} to {entry.last - 1}{whose}"
-        ledger.note(entry.round, "retracted" if entry.nodes else "rolled-back", None, text)
-    out.print(f"round {entry.round}: {text}", highlight=False)
+def _take_back(
+    directory: RunDirectory, manifest: Manifest, ledger: Ledger, first: int, nodes: list[int]
+) -> None:
+    entry, replica = take_back(directory, manifest, ledger, first, nodes)
+    whose = f" of node {', '.join(map(str, entry.nodes))}" if entry.nodes else ""
+    text = f"took back rounds {entry.first} to {entry.last - 1}{whose}"
+    ledger.note(entry.round, "retracted" if entry.nodes else "rolled-back", None, text)
+    which = f"agent {ledger.agent}, " if manifest.agents.count > 1 else ""
+    out.print(f"{which}round {entry.round}: {text}", highlight=False)
     out.print(f"digest {replica.digest().hex()}", highlight=False)
 
 
@@ -185,7 +235,7 @@ def release(
         directory = RunDirectory(run)
         manifest = directory.manifest()
         with directory.lock(), directory.ledger(manifest) as ledger:
-            known = {each.node: each for each in ledger.members()}
+            known = {each.node: each for each in ledger.nodes()}
             if node not in known or not known[node].is_quarantined:
                 raise HistoryError(f"node {node} is not in quarantine")
             ledger.set_quarantined(node, False)
@@ -209,7 +259,7 @@ def backup(
         back_up(directory, destination)
         copy = RunDirectory(destination)
         with copy.ledger(manifest, read_only=True) as ledger:
-            rounds = ledger.num_commits()
+            rounds = sum(ledger.track(agent).num_commits() for agent in range(manifest.agents.count))
         err.print(f"copied {rounds} rounds to {destination}", highlight=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""The conductor: messages and the time in, effects out. All of the coordinator's decisions, none of its I/O.
+"""The conductor: messages and the time in, effects out. All of the coordinator's decisions on one track of a run.
 
 The service carries out the effects in their order. `Persist` comes before every `Send` that shows its commit (law 4); a
 service that cannot persist must stop, and then nobody has seen anything.
@@ -26,6 +26,7 @@ from coordinator.effects import (
     send,
 )
 from coordinator.membership import Event, Member, Presence
+from coordinator.roster import Roster
 from coordinator.rounds import Outcome, Round, Verdict, decide, receive
 from transport.messages import (
     HISTORY_BYTES,
@@ -71,10 +72,10 @@ class _Waiting:
 
 
 class Conductor:
-    """One run's decisions.
+    """One track's decisions: those on one agent's chain. `Conductors` has one for each agent.
 
     Attributes:
-        members: by node number, everyone ever admitted.
+        members: by node number, everyone ever admitted to this track.
         replica: the coordinator's own copy of the weights.
     """
 
@@ -85,6 +86,7 @@ class Conductor:
         replica: Replica,
         scale: Scale,
         members: Iterable[Member],
+        roster: Roster,
         head_after: Callable[[int], bytes],
         digest_at: Callable[[int], bytes | None],
         read_history: Callable[[int, int], list[bytes]],
@@ -99,7 +101,8 @@ class Conductor:
             config: of this service.
             replica: at the end of the ledger.
             scale: what the step rule left there.
-            members: everyone ever admitted, all gone.
+            members: everyone ever admitted to this track, all gone.
+            roster: everyone ever admitted to the run; shared by its tracks.
             head_after: the chain's head after so many commits, all of them durable.
             digest_at: the digest of the weights after so many commits, if it was recorded.
             read_history: (first, last) -> encoded commits first..last-1, as many of them as fit one message.
@@ -120,9 +123,8 @@ class Conductor:
         self._read_history = read_history
         self._offer_for = offer_for
         self._digests_between = digests_between
-        self._node_by_key = {member.key: member.node for member in self.members.values()}
+        self._roster = roster
         self._node_by_session: dict[bytes, int] = {}
-        self._next_node = max(self.members, default=-1) + 1
         self._opened_at: dict[int, float] = {}
         self._waiting: _Waiting | None = None
         self._silence_at = now
@@ -172,17 +174,26 @@ class Conductor:
 
     # ---- events ---------------------------------------------------------------------------------------------------
 
-    def on_message(self, session: bytes, key: bytes, message: FromNode, now: float) -> list[Effect]:
-        """A message of a session whose handshake proved `key`."""
+    def on_message(
+        self, session: bytes, key: bytes, message: FromNode, now: float, *, has_manifest: bool = False
+    ) -> list[Effect]:
+        """A message of a session whose handshake proved `key`.
+
+        Args:
+            session: of the connection.
+            key: who it is.
+            message: what it says.
+            now: in seconds.
+            has_manifest: whether it was sent the manifest in this session already, by another track.
+        """
         if isinstance(message, Hello):
-            effects = list(self._hello(session, key, message))
-            if (greeted := self.session_member(session)) is not None:
-                greeted.heard_at = now
+            effects = list(self._hello(session, key, message, has_manifest))
+            self.heard(session, now)
             return [*effects, *self._pass_on(now)]
         member = self.session_member(session)
         if member is None or member.key != key:
             return [] if isinstance(message, Leave) else [send(session, Identify())]
-        member.heard_at = now
+        self.heard(session, now)
         self._note(member, Event.HEARD)
         match message:
             case Report():
@@ -221,6 +232,22 @@ class Conductor:
             return []
         return [*self._lose(member, Event.LOST, "lost its connection"), *self._pass_on(now)]
 
+    def heard(self, session: bytes, now: float) -> None:
+        """Something came from a session, if to another track: nobody who speaks there is gone here."""
+        member = self.session_member(session)
+        if member is not None:
+            member.heard_at = now
+
+    def on_moved(self, key: bytes, session: bytes, now: float) -> list[Effect]:
+        """The node with this key has a new session, for another track so far: an older one is closed here as well."""
+        node = self._roster.node_of(key)
+        member = None if node is None else self.members.get(node)
+        if member is None or member.session in (None, session):
+            return []
+        effects = list(self._replace(member, session))
+        self._note(member, Event.LOST)
+        return [*effects, *self._pass_on(now)]
+
     def settle(self) -> list[Effect]:
         """Bring the coordinator's own replica up to the last commit.
 
@@ -249,13 +276,13 @@ class Conductor:
 
     # ---- sessions -------------------------------------------------------------------------------------------------
 
-    def _hello(self, session: bytes, key: bytes, hello: Hello) -> Iterator[Effect]:
-        node = self._node_by_key.get(key)
+    def _hello(self, session: bytes, key: bytes, hello: Hello, has_manifest: bool) -> Iterator[Effect]:
+        node = self._roster.node_of(key)
         refused = refusal(
             hello,
             self.manifest,
-            None if node is None else self.members[node],
-            len(self.members),
+            node,
+            self._roster,
             self.config.capacity,
             self.round,
             self._head_after,
@@ -264,18 +291,12 @@ class Conductor:
             yield Note("refused", node, f"{hello.name or 'a node'}: {refused.reason}")
             yield send(session, refused)
             return
-        if node is None:
-            node = self._next_node
-            self._next_node += 1
+        node = self._roster.admit(key)
+        if node not in self.members:
             self.members[node] = Member(node=node, key=key, name=hello.name)
-            self._node_by_key[key] = node
             yield Enrol(node, key, hello.name)
         member = self.members[node]
-        if member.session is not None and member.session != session:
-            del self._node_by_session[member.session]
-            yield Note("replaced", node, f"node {node} opened a new session; the old one is closed")
-            reason = f"another process joined with the key of node {node}; the newest session stays"
-            yield send(member.session, Refuse("replaced", reason))
+        yield from self._replace(member, session)
         member.name = hello.name
         member.session = session
         member.acknowledged = member.cursor = hello.round
@@ -294,9 +315,18 @@ class Conductor:
             yield Note("started-over", node, f"node {node} ({member.name}) starts over")
         offer = self._offer_for(hello.round) if hello.round < self.round else None
         member.is_choosing = offer is not None
-        manifest = b"" if hello.round else self.manifest.encode()
+        manifest = b"" if hello.round or has_manifest else self.manifest.encode()
         yield send(session, Welcome(PROTOCOL_VERSION, node, manifest, self.round, self.exponent, offer))
         yield from self._feed(member)
+
+    def _replace(self, member: Member, session: bytes) -> Iterator[Effect]:
+        """Close a session of the member that is older than this one, if there is one."""
+        if member.session is None or member.session == session:
+            return
+        del self._node_by_session[member.session]
+        yield Note("replaced", member.node, f"node {member.node} opened a new session; the old one is closed")
+        reason = f"another process joined with the key of node {member.node}; the newest session stays"
+        yield send(member.session, Refuse("replaced", reason))
 
     def _follow(self, member: Member, follow: Follow) -> list[Effect]:
         """A node that was made an offer has chosen."""
@@ -376,7 +406,7 @@ class Conductor:
                     )
                     effects.append(Note("diverged", member.node, text))
                     if member.num_divergences >= _DIVERGENCES_ALLOWED:
-                        member.is_quarantined = True
+                        self._roster.quarantine(member.node)
                         effects.append(Quarantine(member.node))
                 if member.session is not None:
                     effects.append(send(member.session, Resync(progress.round, expected)))

@@ -31,7 +31,8 @@ def pace(rounds_per_s: float) -> str:
 
 def status_line(status: Status, reason: str) -> Text:
     """The one line that `serve` keeps up to date."""
-    parts = [f"round {status.round}/{status.rounds}", f"{status.live} live"]
+    several = [f"{len(status.agents)} agents"] if status.agents else []
+    parts = [*several, f"round {status.round}/{status.rounds}", f"{status.live} live"]
     if status.loss is not None:
         parts.append(f"loss {status.loss:.3f}")
     parts.append(f"up {si_bytes(status.payload_bytes_up)} down {si_bytes(status.payload_bytes_down)}")
@@ -46,7 +47,7 @@ def status_line(status: Status, reason: str) -> Text:
 
 
 def status_view(status: Status) -> RenderableType:
-    """What `status` shows: the run, then one row for each node."""
+    """What `status` shows: the run, its agents if there are several, then one row for each node."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("node", "name", "presence", "round", "digest", "loss", "up", "down"):
         table.add_column(
@@ -63,7 +64,7 @@ def status_view(status: Status) -> RenderableType:
         serving = f"nothing heard of its coordinator for {duration(age)}"
     head = Text(f"{status.name}  run {status.run}  ({serving})\n", style="bold")
     head.append(f"round {status.round}/{status.rounds}", style="not bold")
-    if status.digest:
+    if status.digest and not status.agents:
         head.append(f"  digest {status.digest} at round {status.digest_round}", style="not bold")
     if status.loss is not None:
         head.append(f"  loss {status.loss:.3f}", style="not bold")
@@ -75,7 +76,19 @@ def status_view(status: Status) -> RenderableType:
         line = plain(alert)
         line.stylize("yellow")
         alerts.append(line)
-    return Group(head, table if status.members else Text("nobody has joined yet"), *alerts)
+    agents: list[RenderableType] = [_agent_table(status), Text("")] if status.agents else []
+    return Group(head, *agents, table if status.members else Text("nobody has joined yet"), *alerts)
+
+
+def _agent_table(status: Status) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("agent", "round", "live", "loss", "digest"):
+        table.add_column(title, justify="left" if title == "digest" else "right")
+    for each in status.agents:
+        loss = "" if each.loss is None else f"{each.loss:.3f}"
+        digest = f"{each.digest} @{each.digest_round}" if each.digest else ""
+        table.add_row(str(each.agent), f"{each.round}/{status.rounds}", str(each.live), loss, digest)
+    return table
 
 
 def plain(text: str) -> Text:

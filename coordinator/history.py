@@ -16,7 +16,7 @@ import numpy as np
 
 from coordinator.ledger import Checkpoint, Ledger, StorageError
 from coordinator.rundir import RunDirectory, RunDirectoryError
-from transport.durable import write_atomically
+from transport.durable import agent_folder, write_atomically
 from zo.codes import NO_VOTE
 from zo.commit import Commit, Entry, Revert
 from zo.manifest import Manifest
@@ -51,7 +51,7 @@ class LogRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def records(ledger: Ledger, first: int, last: int) -> Iterator[LogRecord]:
-    """Entries first..last-1 of a ledger with the events that happened before each, in order.
+    """Entries first..last-1 of an agent's ledger with the events that happened before each, in order.
 
     Raises:
         LedgerError: an entry is missing or damaged.
@@ -94,9 +94,10 @@ def _entry_record(entry: Entry, digest: str | None) -> LogRecord:
 
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True):
-    """How two runs relate."""
+    """How two runs relate, by the chains of one agent."""
 
     same_run: bool
+    agent: int
     fields: dict[str, tuple[Any, Any]]
     """Fields of the manifest that differ, by dotted name: (in A, in B)."""
     rounds: tuple[int, int]
@@ -110,7 +111,7 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def compare(manifests: tuple[Manifest, Manifest], ledgers: tuple[Ledger, Ledger]) -> Difference:
-    """How two runs differ: in their manifests, and from which round on in their ledgers.
+    """How two runs differ: in their manifests, and from which round on in their ledgers of one agent.
 
     The chain makes the common part one bisection: two heads are equal only if everything before is.
     """
@@ -125,7 +126,9 @@ def compare(manifests: tuple[Manifest, Manifest], ledgers: tuple[Ledger, Ledger]
             low = middle
         else:
             high = middle - 1
-    return Difference(same_run=same_run, fields=fields, rounds=rounds, common_rounds=low)
+    return Difference(
+        same_run=same_run, agent=ledgers[0].agent, fields=fields, rounds=rounds, common_rounds=low
+    )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -139,12 +142,12 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def take_back(
     directory: RunDirectory, manifest: Manifest, ledger: Ledger, first: int, nodes: Sequence[int]
 ) -> tuple[Revert, Replica]:
-    """Append the entry that takes back everything from round `first` on, of all or of some nodes.
+    """Append the entry that takes back everything from round `first` on, of all or of some nodes, of one agent.
 
     Args:
         directory: of the run, locked by the caller.
         manifest: of the run.
-        ledger: of the run.
+        ledger: the agent's.
         first: the first round to take back.
         nodes: whose part; empty for everyone's.
 
@@ -161,11 +164,11 @@ def take_back(
         raise HistoryError(
             f"the ledger has {total} rounds: from round {first} on there is nothing to take back"
         )
-    unknown = set(nodes) - {each.node for each in ledger.members()}
+    unknown = set(nodes) - {each.node for each in ledger.nodes()}
     if unknown:
         raise HistoryError(f"no node {min(unknown)} has ever joined; `zo-coordinator status` lists them")
     replica = directory.state_at(total, manifest, ledger)
-    if nodes and not any(_took_part(entry, nodes) for entry in ledger.entries(first, total)):
+    if nodes and not took_part(ledger, nodes, first):
         raise HistoryError(f"node {', '.join(map(str, nodes))} took part in no round from {first} on")
     entry = replica.revert(first, total, tuple(sorted(set(nodes))), ledger.entries)
     replica.apply(entry, history=ledger.entries)
@@ -177,36 +180,54 @@ def take_back(
         if isinstance(each, Commit):
             _, scale = rule.advance(scale, each.round, np.frombuffer(each.codes, np.int8))
     ledger.checkpoint(Checkpoint(replica.round, replica.digest(), scale))
-    directory.snapshots.save(replica.round, encode_snapshot(replica, manifest))
+    directory.snapshots(ledger.agent).save(replica.round, encode_snapshot(replica, manifest))
     return entry, replica
 
 
-def _took_part(entry: Entry, nodes: Sequence[int]) -> bool:
-    return isinstance(entry, Commit) and not set(nodes).isdisjoint(entry.participants)
+def took_part(ledger: Ledger, nodes: Sequence[int], first: int) -> bool:
+    """Whether any of these nodes has codes in an agent's rounds from `first` on. Raises LedgerError."""
+    return any(
+        isinstance(entry, Commit) and not set(nodes).isdisjoint(entry.participants)
+        for entry in ledger.entries(min(first, ledger.num_commits()))
+    )
 
 
 def export_state(
-    directory: RunDirectory, manifest: Manifest, ledger: Ledger, round: int, output: Path
-) -> Replica:
+    directory: RunDirectory, manifest: Manifest, ledgers: Sequence[Ledger], round: int | None, output: Path
+) -> list[Replica]:
     """Write manifest and weights after `round` commits to a directory that `zo-node export` takes.
+
+    Args:
+        directory: of the run.
+        manifest: of the run.
+        ledgers: those of the agents to write.
+        round: after so many commits of each; None for all that each has.
+        output: a directory to make.
 
     Raises:
         HistoryError: no such round, or the directory holds something already.
         StorageError: it cannot be written.
     """
-    total = ledger.num_commits()
-    if not 0 <= round <= total:
-        raise HistoryError(f"the ledger has {total} rounds, got --round {round}")
+    for ledger in ledgers:
+        total = ledger.num_commits()
+        if round is not None and not 0 <= round <= total:
+            whose = f" of agent {ledger.agent}" if manifest.agents.count > 1 else ""
+            raise HistoryError(f"the ledger{whose} has {total} rounds, got --round {round}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise HistoryError(f"{output} exists already; choose another directory")
-    replica = directory.state_at(round, manifest, ledger)
+    replicas = [
+        directory.state_at(ledger.num_commits() if round is None else round, manifest, ledger)
+        for ledger in ledgers
+    ]
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        for replica in replicas:
+            path = agent_folder(output, replica.agent) / "snapshot.zo"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, encode_snapshot(replica, manifest))
         shutil.copyfile(directory.manifest_path, output / "manifest.toml")
-        write_atomically(output / "snapshot.zo", encode_snapshot(replica, manifest))
     except OSError as error:
         raise StorageError(f"cannot write {output}: {error}") from error
-    return replica
+    return replicas
 
 
 def back_up(directory: RunDirectory, destination: Path) -> None:
@@ -222,9 +243,13 @@ def back_up(directory: RunDirectory, destination: Path) -> None:
     try:
         destination.mkdir(parents=True, exist_ok=True)
         # Snapshots first: one that is newer than the copied ledger would be passed over, but never the other way round.
-        for stored in directory.snapshots.stored():
-            with contextlib.suppress(FileNotFoundError):  # the service makes room for newer ones meanwhile
-                copy.snapshots.save(stored.round, directory.snapshots.read(stored))
+        for agent in range(directory.manifest().agents.count):
+            snapshots = directory.snapshots(agent)
+            for stored in snapshots.stored():
+                with contextlib.suppress(
+                    FileNotFoundError
+                ):  # the service makes room for newer ones meanwhile
+                    copy.snapshots(agent).save(stored.round, snapshots.read(stored))
         source = sqlite3.connect(f"{directory.ledger_path.resolve().as_uri()}?mode=ro", uri=True)
         target = sqlite3.connect(copy.ledger_path)
         try:

@@ -1,10 +1,12 @@
 """The ledger: commits, digests, members and events of one run, durable in SQLite before anybody sees them.
 
 WAL with synchronous=FULL: when `append` returns, the commit survives a power cut. Readers (`status`, `verify`) never
-block the writer. It stores bytes and chains them; it decides nothing.
+block the writer. It stores bytes and chains them; it decides nothing. A `Ledger` shows one agent's rows, agent 0's
+unless it is asked for another's (`track`); all are in one file.
 """
 
 import contextlib
+import copy
 import sqlite3
 import time
 from collections.abc import Generator, Iterator
@@ -13,25 +15,29 @@ from typing import Any, Final, NamedTuple, Self
 
 import msgspec
 
-from zo.commit import Commit, Entry, Revert, chain_digest, decode_entry
+from coordinator.roster import Enrolment
+from zo.commit import Commit, Entry, Revert, chain_digest, decode_entry, genesis
 from zo.steps import Scale
 
-FORMAT: Final = "zo-ledger-1"
+FORMAT: Final = "zo-ledger-2"
 _NO_ROUND: Final = 2**62
+_CHECKPOINT: Final = "round, digest, mean_square, exponent"
+_EVENT: Final = "at, agent, round, kind, node, text"
 _SCHEMA: Final = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE commits (
-    round INTEGER PRIMARY KEY, frame BLOB NOT NULL, bytes_before INTEGER NOT NULL, codes_before INTEGER NOT NULL,
-    is_revert INTEGER NOT NULL);
-CREATE INDEX reverts ON commits (round) WHERE is_revert;
+    agent INTEGER NOT NULL, round INTEGER NOT NULL, frame BLOB NOT NULL, bytes_before INTEGER NOT NULL,
+    codes_before INTEGER NOT NULL, is_revert INTEGER NOT NULL, PRIMARY KEY (agent, round));
+CREATE INDEX reverts ON commits (agent, round) WHERE is_revert;
 CREATE TABLE checkpoints (
-    round INTEGER PRIMARY KEY, digest BLOB NOT NULL, mean_square INTEGER NOT NULL, exponent INTEGER NOT NULL);
+    agent INTEGER NOT NULL, round INTEGER NOT NULL, digest BLOB NOT NULL, mean_square INTEGER NOT NULL,
+    exponent INTEGER NOT NULL, PRIMARY KEY (agent, round));
 CREATE TABLE members (
-    node INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, name TEXT NOT NULL, enrolled_at REAL NOT NULL,
-    is_quarantined INTEGER NOT NULL DEFAULT 0);
+    agent INTEGER NOT NULL, node INTEGER NOT NULL, key BLOB NOT NULL, name TEXT NOT NULL, enrolled_at REAL NOT NULL,
+    is_quarantined INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (agent, node), UNIQUE (agent, key));
 CREATE TABLE events (
-    id INTEGER PRIMARY KEY, at REAL NOT NULL, round INTEGER NOT NULL, kind TEXT NOT NULL, node INTEGER,
-    text TEXT NOT NULL);
+    id INTEGER PRIMARY KEY, at REAL NOT NULL, agent INTEGER NOT NULL, round INTEGER NOT NULL, kind TEXT NOT NULL,
+    node INTEGER, text TEXT NOT NULL);
 CREATE INDEX divergences ON events (id) WHERE kind IN ('diverged', 'released', 'started-over');
 CREATE TABLE status (id INTEGER PRIMARY KEY CHECK (id = 1), json BLOB NOT NULL);
 """
@@ -53,15 +59,6 @@ class Checkpoint(NamedTuple):
     scale: Scale
 
 
-class Enrolment(NamedTuple):
-    """A node that was admitted."""
-
-    node: int
-    key: bytes
-    name: str
-    is_quarantined: bool = False
-
-
 class Divergences(NamedTuple):
     """What is remembered of a node whose digest differed."""
 
@@ -76,6 +73,7 @@ class LedgerEvent(msgspec.Struct, frozen=True):
 
     at: float
     """Seconds since the epoch."""
+    agent: int
     round: int
     kind: str
     node: int | None
@@ -83,7 +81,12 @@ class LedgerEvent(msgspec.Struct, frozen=True):
 
 
 class Ledger:
-    """One run's ledger file."""
+    """One agent's rows of a run's ledger file.
+
+    Attributes:
+        path: of the file.
+        agent: whose rows are read and written.
+    """
 
     def __init__(self, path: Path, run_id: bytes, *, create: bool = False, read_only: bool = False) -> None:
         """Open.
@@ -128,7 +131,9 @@ class Ledger:
         if meta.get("format") != FORMAT.encode():
             self.close()
             found = bytes(meta.get("format", b"none")).decode(errors="replace")
-            raise LedgerError(f"{path} has format {found!r}, this version reads {FORMAT!r}")
+            raise LedgerError(
+                f"{path} has format {found!r}, this version reads {FORMAT!r}; use the version that made it"
+            )
         if meta.get("run_id") != run_id:
             self.close()
             raise LedgerError(
@@ -136,8 +141,16 @@ class Ledger:
                 "The manifest of a run must not be edited: restore it, or `init` a new run"
             )
         self.path = path
+        self.agent = 0
         self._run_id = run_id
         self._totals = self._count_totals()
+
+    def track(self, agent: int) -> "Ledger":
+        """The same file, for another agent's rows; it is closed once for all."""
+        other = copy.copy(self)
+        other.agent = agent
+        other._totals = other._count_totals()
+        return other
 
     def __enter__(self) -> Self:
         return self
@@ -164,16 +177,16 @@ class Ledger:
         frame = entry.encode() if frame is None else frame
         num_bytes, codes = self._totals
         is_revert = isinstance(entry, Revert)
-        self._write(
-            "INSERT INTO commits VALUES (?, ?, ?, ?, ?)", entry.round, frame, num_bytes, codes, is_revert
-        )
+        row = (self.agent, entry.round, frame, num_bytes, codes, is_revert)
+        self._write("INSERT INTO commits VALUES (?, ?, ?, ?, ?, ?)", *row)
         self._totals = num_bytes + len(frame), codes + num_codes(entry)
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         """Record the digest at a round. Raises StorageError."""
         round, digest, scale = checkpoint
         self._write(
-            "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?)",
+            self.agent,
             round,
             digest,
             scale.mean_square,
@@ -181,25 +194,27 @@ class Ledger:
         )
 
     def enrol(self, enrolment: Enrolment) -> None:
-        """Record a new node. Raises StorageError."""
-        node, key, name, _ = enrolment
+        """Record a node that is new to this track. Raises StorageError."""
         self._write(
-            "INSERT INTO members (node, key, name, enrolled_at) VALUES (?, ?, ?, ?)",
-            node,
-            key,
-            name,
+            "INSERT INTO members (agent, node, key, name, enrolled_at, is_quarantined) VALUES (?, ?, ?, ?, ?, ?)",
+            self.agent,
+            enrolment.node,
+            enrolment.key,
+            enrolment.name,
             time.time(),
+            enrolment.is_quarantined,
         )
 
     def set_quarantined(self, node: int, is_quarantined: bool) -> None:
-        """Shut a node out, or let it in again. Raises StorageError."""
+        """Shut a node out of all tracks, or let it in again. Raises StorageError."""
         self._write("UPDATE members SET is_quarantined = ? WHERE node = ?", is_quarantined, node)
 
     def note(self, round: int, kind: str, node: int | None, text: str) -> None:
         """Record an event. Raises StorageError."""
         self._write(
-            "INSERT INTO events (at, round, kind, node, text) VALUES (?, ?, ?, ?, ?)",
+            "INSERT INTO events (at, agent, round, kind, node, text) VALUES (?, ?, ?, ?, ?, ?)",
             time.time(),
+            self.agent,
             round,
             kind,
             node,
@@ -214,7 +229,9 @@ class Ledger:
 
     def num_commits(self) -> int:
         """How many commits there are."""
-        return int(self._one("SELECT COALESCE(MAX(round) + 1, 0) FROM commits")[0])
+        return int(
+            self._one("SELECT COALESCE(MAX(round) + 1, 0) FROM commits WHERE agent = ?", self.agent)[0]
+        )
 
     def frames(self, first: int = 0, last: int | None = None) -> Iterator[bytes]:
         """The encoded commits first..last-1, in order.
@@ -224,7 +241,10 @@ class Ledger:
         """
         end = self.num_commits() if last is None else last
         rows = self._read(
-            "SELECT round, frame FROM commits WHERE round >= ? AND round < ? ORDER BY round", first, end
+            "SELECT round, frame FROM commits WHERE agent = ? AND round >= ? AND round < ? ORDER BY round",
+            self.agent,
+            first,
+            end,
         )
         due = first
         with contextlib.closing(rows):  # a reader that stops half way does not keep the statement open
@@ -250,25 +270,29 @@ class Ledger:
 
     def cost_since(self, first: int) -> tuple[int, int]:
         """Bytes and codes of all entries from `first` on: what a replay of them would move and compute."""
-        row = next(
-            iter(self._read("SELECT bytes_before, codes_before FROM commits WHERE round = ?", first)), None
+        rows = self._read(
+            "SELECT bytes_before, codes_before FROM commits WHERE agent = ? AND round = ?", self.agent, first
         )
+        row = next(iter(rows), None)
         num_bytes, codes = self._totals
         return (num_bytes - row[0], codes - row[1]) if row else (0, 0)
 
     def last_revert(self) -> int | None:
         """The round of the newest entry that takes back others, if there is one."""
-        row = self._one("SELECT MAX(round) FROM commits WHERE is_revert")
+        row = self._one("SELECT MAX(round) FROM commits WHERE agent = ? AND is_revert", self.agent)
         return None if row[0] is None else int(row[0])
 
     def head_after(self, num_commits: int) -> bytes:
-        """The chain's head after so many commits: the last one's digest, or the run id."""
-        return chain_digest(next(self.frames(num_commits - 1, num_commits))) if num_commits else self._run_id
+        """The chain's head after so many commits: the last one's digest, or the agent's genesis."""
+        if num_commits == 0:
+            return genesis(self._run_id, self.agent)
+        return chain_digest(next(self.frames(num_commits - 1, num_commits)))
 
     def checkpoints(self, first: int = 0, last: int | None = None) -> Iterator[Checkpoint]:
         """The digests recorded for rounds from first to last, by round; all of them without bounds."""
         rows = self._read(
-            "SELECT * FROM checkpoints WHERE round >= ? AND round <= ? ORDER BY round",
+            f"SELECT {_CHECKPOINT} FROM checkpoints WHERE agent = ? AND round >= ? AND round <= ? ORDER BY round",
+            self.agent,
             first,
             _NO_ROUND if last is None else last,
         )
@@ -277,23 +301,37 @@ class Ledger:
 
     def last_checkpoint(self) -> Checkpoint | None:
         """The newest recorded digest."""
-        row = next(iter(self._read("SELECT * FROM checkpoints ORDER BY round DESC LIMIT 1")), None)
+        rows = self._read(
+            f"SELECT {_CHECKPOINT} FROM checkpoints WHERE agent = ? ORDER BY round DESC LIMIT 1", self.agent
+        )
+        row = next(iter(rows), None)
         return None if row is None else Checkpoint(row[0], row[1], Scale(row[2], row[3]))
 
     def digest_at(self, round: int) -> bytes | None:
         """The recorded digest after `round` commits, if there is one."""
-        row = next(iter(self._read("SELECT digest FROM checkpoints WHERE round = ?", round)), None)
+        rows = self._read("SELECT digest FROM checkpoints WHERE agent = ? AND round = ?", self.agent, round)
+        row = next(iter(rows), None)
         return None if row is None else bytes(row[0])
 
     def members(self) -> list[Enrolment]:
-        """Everyone ever admitted."""
-        rows = self._read("SELECT node, key, name, is_quarantined FROM members ORDER BY node")
+        """Everyone ever admitted to this track."""
+        rows = self._read(
+            "SELECT node, key, name, is_quarantined FROM members WHERE agent = ? ORDER BY node", self.agent
+        )
+        return [Enrolment(node, key, name, bool(shut_out)) for node, key, name, shut_out in rows]
+
+    def nodes(self) -> list[Enrolment]:
+        """Everyone ever admitted to any track."""
+        rows = self._read(
+            "SELECT node, key, name, MAX(is_quarantined) FROM members GROUP BY node ORDER BY node"
+        )
         return [Enrolment(node, key, name, bool(shut_out)) for node, key, name, shut_out in rows]
 
     def events(self, limit: int = -1, first: int = 0, last: int | None = None) -> list[LedgerEvent]:
         """The newest events of rounds from first to last, oldest first; all of them without limit and bounds."""
         rows = self._read(
-            "SELECT at, round, kind, node, text FROM events WHERE round >= ? AND round <= ? ORDER BY id DESC LIMIT ?",
+            f"SELECT {_EVENT} FROM events WHERE agent = ? AND round >= ? AND round <= ? ORDER BY id DESC LIMIT ?",
+            self.agent,
             first,
             _NO_ROUND if last is None else last,
             limit,
@@ -301,18 +339,20 @@ class Ledger:
         return [LedgerEvent(*row) for row in rows][::-1]
 
     def alerts(self, limit: int) -> list[LedgerEvent]:
-        """The newest events about weights that differed, oldest first."""
+        """The newest events about weights that differed, of any agent, oldest first."""
         rows = self._read(
-            "SELECT at, round, kind, node, text FROM events WHERE kind IN ('diverged', 'first-difference', 'released') "
+            f"SELECT {_EVENT} FROM events WHERE kind IN ('diverged', 'first-difference', 'released') "
             "ORDER BY id DESC LIMIT ?",
             limit,
         )
         return [LedgerEvent(*row) for row in rows][::-1]
 
     def divergences(self) -> dict[int, Divergences]:
-        """What became of the nodes whose digests differed, by node."""
+        """What became of the nodes whose digests differed in this track, by node; a release is from all tracks."""
         rows = self._read(
-            "SELECT node, kind FROM events WHERE kind IN ('diverged', 'released', 'started-over') ORDER BY id"
+            "SELECT node, kind FROM events WHERE kind IN ('diverged', 'released', 'started-over') "
+            "AND (agent = ? OR kind = 'released') ORDER BY id",
+            self.agent,
         )
         found: dict[int, Divergences] = {}
         for node, kind in rows:
@@ -333,7 +373,10 @@ class Ledger:
 
     def _count_totals(self) -> tuple[int, int]:
         """Bytes and codes of all entries."""
-        rows = self._read("SELECT frame, bytes_before, codes_before FROM commits ORDER BY round DESC LIMIT 1")
+        rows = self._read(
+            "SELECT frame, bytes_before, codes_before FROM commits WHERE agent = ? ORDER BY round DESC LIMIT 1",
+            self.agent,
+        )
         last = next(iter(rows), None)
         if last is None:
             return 0, 0
@@ -372,8 +415,8 @@ class Ledger:
         except sqlite3.DatabaseError as error:
             raise LedgerError(f"{self.path} is damaged: {error}") from error
 
-    def _one(self, statement: str) -> Any:
-        return next(self._read(statement))
+    def _one(self, statement: str, *values: Any) -> Any:
+        return next(self._read(statement, *values))
 
 
 def num_codes(entry: Entry) -> int:

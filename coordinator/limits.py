@@ -23,7 +23,9 @@ _EMPTY_PIECE_BYTES: Final = 64
 class Limits:
     """The allowance of every key that has spoken since the start."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_agents: int = 1) -> None:
+        """Begin; a node says for each of the run's agents what it says for one."""
+        self._num_agents = num_agents
         self._messages: dict[bytes, TokenBucket] = {}
         self._hellos: dict[bytes, TokenBucket] = {}
 
@@ -31,14 +33,16 @@ class Limits:
         """Whether one more message of this key is within its limit, which it counts for."""
         bucket = self._messages.get(key)
         if bucket is None:
-            bucket = self._messages[key] = TokenBucket(_MESSAGES_PER_S, _MESSAGES_AT_ONCE, now)
+            rate, burst = _MESSAGES_PER_S * self._num_agents, _MESSAGES_AT_ONCE * self._num_agents
+            bucket = self._messages[key] = TokenBucket(rate, burst, now)
         return bucket.take(now)
 
     def may_greet(self, key: bytes, now: float) -> bool:
         """Whether one more `Hello` of this key is."""
         bucket = self._hellos.get(key)
         if bucket is None:
-            bucket = self._hellos[key] = TokenBucket(_HELLOS_PER_S, _HELLOS_AT_ONCE, now)
+            rate, burst = _HELLOS_PER_S * self._num_agents, _HELLOS_AT_ONCE * self._num_agents
+            bucket = self._hellos[key] = TokenBucket(rate, burst, now)
         return bucket.take(now)
 
     def was_sent(self, key: bytes, kind: str, num_bytes: int) -> None:

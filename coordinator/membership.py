@@ -1,4 +1,4 @@
-"""Members: who is here, how far each has come, and how far ahead of its acknowledgements it may be sent commits.
+"""Members of a track: who is here, how far each has come, and how far ahead of what it acknowledged it may be sent.
 
 The transition table is the whole of the presence logic; an event that has no arrow from a state changes nothing.
 """
@@ -65,7 +65,7 @@ def transition(presence: Presence, event: Event) -> Presence:
 
 @dataclass(kw_only=True)
 class Member:
-    """A node that has been admitted at least once."""
+    """A node's part in one track of the run: everyone who has been admitted to it at least once."""
 
     node: int
     key: bytes
@@ -94,8 +94,6 @@ class Member:
     """Whether it differed, and has not come back from round 0 since."""
     owes_trace: bool = False
     """Whether it differed, and has not sent the digests yet from which the first wrong round is found."""
-    is_quarantined: bool = False
-    """Whether it differed too often; it is refused until somebody releases it."""
     is_finished: bool = False
     """Whether it has been told that the run is over."""
 

@@ -12,7 +12,7 @@ import msgspec
 from coordinator.config import ConfigError, ServiceConfig, parse_config
 from coordinator.ledger import Ledger, StorageError
 from coordinator.snapshots import SnapshotStore, Stored
-from transport.durable import write_atomically
+from transport.durable import agent_folder, write_atomically
 from transport.keys import KeyPair, load_key, new_key_pair, save_key
 from transport.messages import PROTOCOL_VERSION
 from zo.manifest import Manifest, ManifestError, parse_manifest
@@ -47,7 +47,13 @@ class RunDirectory:
         self.key_path = path / "coordinator.key"
         self.ledger_path = path / "ledger.sqlite"
         self.initial_path = path / "initial.zo"
-        self.snapshots = SnapshotStore(path / "snapshots")
+        self._snapshots: dict[int, SnapshotStore] = {}
+
+    def snapshots(self, agent: int = 0) -> SnapshotStore:
+        """The snapshots of an agent."""
+        if agent not in self._snapshots:
+            self._snapshots[agent] = SnapshotStore(agent_folder(self.path / "snapshots", agent))
+        return self._snapshots[agent]
 
     def create(self, manifest: Manifest, config: ServiceConfig, initial: Replica) -> None:
         """Make the directory and everything in it; its manifest last, so that half a directory is none.
@@ -105,24 +111,25 @@ class RunDirectory:
         """The ledger. Raises LedgerError, StorageError."""
         return Ledger(self.ledger_path, manifest.run_id, read_only=read_only)
 
-    def initial(self, manifest: Manifest) -> Replica:
-        """The weights of round 0.
+    def initial(self, manifest: Manifest, agent: int = 0) -> Replica:
+        """The weights of round 0, the same for every agent.
 
         Raises:
             SnapshotError: damaged, or of another run.
             RunDirectoryError: missing.
         """
         try:
-            return decode_snapshot(self.initial_path.read_bytes(), manifest)
+            stored = decode_snapshot(self.initial_path.read_bytes(), manifest)
         except OSError as error:
             raise RunDirectoryError(f"cannot read {self.initial_path}: {error}") from error
+        return Replica(manifest, stored.weights, agent=agent)
 
     def newest(self, manifest: Manifest, ledger: Ledger, before: int | None = None) -> tuple[Replica, str]:
         """The newest state from which to replay, and in words which one it is.
 
         Args:
             manifest: of the run.
-            ledger: of the run.
+            ledger: of the run; its agent's state is found.
             before: not after this round.
 
         Raises:
@@ -130,7 +137,7 @@ class RunDirectory:
         """
         found, reason = self.newest_snapshot(manifest, ledger, before)
         if found is None:
-            return self.initial(manifest), f"start of the run ({reason})"
+            return self.initial(manifest, ledger.agent), f"start of the run ({reason})"
         return found[1], f"snapshot of round {found[0].round}"
 
     def newest_snapshot(
@@ -141,12 +148,12 @@ class RunDirectory:
         A snapshot is a short cut only: one that is missing, damaged or not part of the ledger is passed over.
         """
         reason = "there is no snapshot yet"
-        total = ledger.num_commits()
-        for stored in reversed(self.snapshots.stored()):
+        total, snapshots = ledger.num_commits(), self.snapshots(ledger.agent)
+        for stored in reversed(snapshots.stored()):
             if before is not None and stored.round > before:
                 continue
             try:
-                replica = decode_snapshot(self.snapshots.read(stored), manifest)
+                replica = decode_snapshot(snapshots.read(stored), manifest, ledger.agent)
             except (OSError, SnapshotError) as error:
                 reason = str(error)
                 continue

@@ -20,6 +20,7 @@ from coordinator.config import ServiceConfig
 from coordinator.effects import Effect, Enrol, Note, Persist, PersistCheckpoint, Quarantine, Send
 from coordinator.ledger import num_codes
 from coordinator.membership import FLOW_WINDOW, Member
+from coordinator.roster import Enrolment, Roster
 from transport.exits import Exit
 from transport.messages import FromCoordinator, FromNode, WireError, decode_from_coordinator
 from transport.session import Applied, End, Open, Session, StartOver, Transmit
@@ -139,7 +140,6 @@ class _World:
         self.heads: list[bytes] = [self.manifest.run_id]
         self.checkpoints: dict[int, tuple[bytes, Scale]] = {}
         self.members: dict[int, tuple[bytes, str]] = {}
-        self.quarantined: set[int] = set()
         self.truth = Replica(self.manifest, zeros(self.manifest.adapter.size))
         self.digests: dict[int, bytes] = {0: self.truth.digest()}
         self._entry_by_frame: dict[bytes, Entry] = {}
@@ -195,16 +195,14 @@ class _World:
             assert isinstance(entry, Commit)
             _, scale = rule.advance(scale, number, np.frombuffer(entry.codes, np.int8))
         replica = Replica(self.manifest, self.truth.weights, self.truth.round, self.truth.head)
-        members = [
-            Member(node=node, key=key, name=name, is_quarantined=node in self.quarantined)
-            for node, (key, name) in self.members.items()
-        ]
+        members = [Member(node=node, key=key, name=name) for node, (key, name) in self.members.items()]
         return Conductor(
             self.manifest,
             ServiceConfig(quorum=max(1, self.scenario.nodes // 50), capacity=4096),
             replica,
             scale,
             members,
+            Roster(Enrolment(node, key, name) for node, (key, name) in self.members.items()),
             self.heads.__getitem__,
             lambda round: self.checkpoints[round][0] if round in self.checkpoints else None,
             lambda first, last: history_slice(self.frames[first : min(last, first + FLOW_WINDOW)]),

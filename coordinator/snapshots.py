@@ -64,7 +64,7 @@ def kept(rounds: Sequence[int]) -> set[int]:
 
 
 class SnapshotStore:
-    """The snapshots of one run, in a directory of their own, named ROUND-CONTENT.zo."""
+    """The snapshots of one agent, in a directory of their own, named ROUND-CONTENT.zo."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -95,7 +95,7 @@ class SnapshotStore:
         snapshot = Stored(round, content_address(data), len(data))
         path = self._path(snapshot)
         try:
-            self.directory.mkdir(exist_ok=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
             for torn in self.directory.glob("*.new"):
                 torn.unlink(missing_ok=True)
             write_atomically(path, data)

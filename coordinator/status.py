@@ -5,9 +5,13 @@ from typing import Final
 import msgspec
 
 from coordinator.ledger import Ledger
+from coordinator.membership import Presence
 from zo.manifest import Manifest
 
 _ALERTS_SHOWN: Final = 6
+_MOST_PRESENT: Final = [
+    each.value for each in (Presence.LIVE, Presence.JOINING, Presence.SILENT, Presence.GONE)
+]
 
 
 class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,8 +42,29 @@ class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
     zmtp_bytes_down: int
 
 
+class AgentStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One agent: what `Status` says of a run with one agent alone."""
+
+    agent: int
+    round: int
+    """Commits in its chain."""
+    digest: str
+    """Digest of its weights after `digest_round` commits."""
+    digest_round: int
+    live: int
+    members: list[MemberStatus]
+    """Those who ever trained it, with what they sent and received about it."""
+    loss: float | None
+    rounds_per_s: float
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """One run. "Up" is from nodes to the coordinator. Counts go on over restarts of the coordinator."""
+    """One run. "Up" is from nodes to the coordinator. Counts go on over restarts of the coordinator.
+
+    With several agents, `agents` tells of each. The fields beside it then say: `round` and `rounds_per_s` how far the
+    agent is that is furthest behind, `digest` and `digest_round` what agent 0 has, `live` how many nodes are live for
+    any agent, `loss` the mean over the agents, `members` each node once, with the bytes about all agents.
+    """
 
     run: str
     name: str
@@ -65,6 +90,81 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since the epoch."""
     alerts: list[str] = []
     """The newest events about nodes whose weights differed: which, at which round, and the first wrong one."""
+    agents: list[AgentStatus] = []
+    """One for each agent, in order; empty if there is only one, of which the fields above say all."""
+
+    def of_agent(self, agent: int) -> list[MemberStatus]:
+        """The members of an agent's track."""
+        return self.agents[agent].members if self.agents else self.members
+
+    def loss_of(self, agent: int) -> float | None:
+        """The mean of the losses that an agent's members reported last."""
+        return self.agents[agent].loss if self.agents else self.loss
+
+
+def status_of(
+    manifest: Manifest,
+    agents: list[AgentStatus],
+    *,
+    serving: bool,
+    malformed_frames: int,
+    updated_at: float,
+) -> Status:
+    """The status of a run from that of its agents."""
+    members = agents[0].members if len(agents) == 1 else _merged(agents)
+    behind = min(agents, key=lambda each: each.round)
+    losses = [each.loss for each in agents if each.loss is not None]
+    return Status(
+        run=manifest.run_id.hex(),
+        name=manifest.run.name,
+        serving=serving,
+        round=behind.round,
+        rounds=manifest.run.rounds,
+        digest=agents[0].digest,
+        digest_round=agents[0].digest_round,
+        live=sum(member.presence == Presence.LIVE.value for member in members),
+        members=members,
+        payload_bytes_up=sum(m.payload_bytes_up for m in members),
+        payload_bytes_down=sum(m.payload_bytes_down for m in members),
+        zmtp_bytes_up=sum(m.zmtp_bytes_up for m in members),
+        zmtp_bytes_down=sum(m.zmtp_bytes_down for m in members),
+        loss=sum(losses) / len(losses) if losses else None,
+        rounds_per_s=behind.rounds_per_s,
+        malformed_frames=malformed_frames,
+        updated_at=updated_at,
+        agents=agents if len(agents) > 1 else [],
+    )
+
+
+def _merged(agents: list[AgentStatus]) -> list[MemberStatus]:
+    """Each node once: what it is to any agent, and what it sent and received about all of them."""
+    parts_by_node: dict[int, list[MemberStatus]] = {}
+    for agent in agents:
+        for member in agent.members:
+            parts_by_node.setdefault(member.node, []).append(member)
+    return [_merged_member(parts) for _, parts in sorted(parts_by_node.items())]
+
+
+def _merged_member(parts: list[MemberStatus]) -> MemberStatus:
+    losses = [part.loss for part in parts if part.loss is not None]
+    here = [part for part in parts if part.presence != Presence.GONE.value] or parts
+    sums = {
+        name: sum(getattr(part, name) for part in parts)
+        for name in MemberStatus.__struct_fields__
+        if name.endswith(("_up", "_down"))
+    }
+    return msgspec.structs.replace(
+        parts[0],
+        presence=min((part.presence for part in parts), key=_MOST_PRESENT.index),
+        round=min(part.round for part in here),
+        digest_round=None,
+        digest=None,
+        loss=sum(losses) / len(losses) if losses else None,
+        latency_s=max((part.latency_s for part in parts if part.latency_s is not None), default=None),
+        quarantined=any(part.quarantined for part in parts),
+        divergences=sum(part.divergences for part in parts),
+        **sums,
+    )
 
 
 def stored_status(ledger: Ledger) -> Status | None:
@@ -82,28 +182,32 @@ def read_status(manifest: Manifest, ledger: Ledger) -> Status:
     Raises:
         LedgerError: the ledger is damaged.
     """
-    alerts = [f"round {event.round}: {event.text}" for event in ledger.alerts(_ALERTS_SHOWN)]
+    several = manifest.agents.count > 1
+    alerts = [
+        f"{f'agent {event.agent}, ' if several else ''}round {event.round}: {event.text}"
+        for event in ledger.alerts(_ALERTS_SHOWN)
+    ]
+    tracks = [ledger.track(agent) for agent in range(manifest.agents.count)]
     status = stored_status(ledger)
-    if status is not None:
-        return msgspec.structs.replace(status, round=ledger.num_commits(), alerts=alerts)
+    if status is None:
+        agents = [_unserved(track) for track in tracks]
+        status = status_of(manifest, agents, serving=False, malformed_frames=0, updated_at=0.0)
+    rounds = [track.num_commits() for track in tracks]
+    agents = [
+        msgspec.structs.replace(each, round=round) for each, round in zip(status.agents, rounds, strict=False)
+    ]
+    return msgspec.structs.replace(status, round=min(rounds), agents=agents, alerts=alerts)
+
+
+def _unserved(ledger: Ledger) -> AgentStatus:
     checkpoint = ledger.last_checkpoint()
-    return Status(
-        run=manifest.run_id.hex(),
-        name=manifest.run.name,
-        serving=False,
+    return AgentStatus(
+        agent=ledger.agent,
         round=ledger.num_commits(),
-        rounds=manifest.run.rounds,
         digest=checkpoint.digest.hex() if checkpoint else "",
         digest_round=checkpoint.round if checkpoint else 0,
         live=0,
         members=[],
-        payload_bytes_up=0,
-        payload_bytes_down=0,
-        zmtp_bytes_up=0,
-        zmtp_bytes_down=0,
         loss=None,
         rounds_per_s=0.0,
-        malformed_frames=0,
-        updated_at=0.0,
-        alerts=alerts,
     )

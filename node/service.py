@@ -153,14 +153,14 @@ class NodeService:
         self._evaluate_every = evaluate_every
         self._show = show
         self._log = log
-        saved = state.load(ticket.run_id)
+        saved = state.agent(0).load(ticket.run_id)
         self._session = Session(
             ticket.run_id,
             bytes.fromhex(base_digest),
             bytes.fromhex(tokenizer_digest),
             name,
             saved,
-            state.load_download(),
+            state.agent(0).load_download(),
         )
         self._socket = NodeSocket(ticket, state.keys(), on_sent)
         self._trainer: Trainer | None = None
@@ -275,12 +275,12 @@ class NodeService:
                     self._open(manifest)
                 case StartOver(reason):
                     self.view.notice = f"starting over: {reason}"
-                    self._state.drop_weights()  # or a kill from here on would bring them back
+                    self._state.agent(0).drop_weights()  # or a kill from here on would bring them back
                     self._carry_out(self._session.opened(self._fresh_replica(), time.monotonic()))
                 case Keep(content, data):
-                    self._state.keep_piece(content, data)
+                    self._state.agent(0).keep_piece(content, data)
                 case Jumped(round):
-                    self._state.drop_download()
+                    self._state.agent(0).drop_download()
                     if round:
                         self._save()
                 case Applied():
@@ -386,7 +386,7 @@ class NodeService:
     def _save(self) -> None:
         self._saved_at = time.monotonic()
         if self._manifest is not None and self._session.replica is not None:
-            self._state.save(self._session.replica, self._manifest)
+            self._state.agent(0).save(self._session.replica, self._manifest)
 
     # ---- leaving --------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,8 @@
-"""A node's state directory: its key, the manifest and the newest weights, and the lock that makes it one node's."""
+"""A node's state directory: its key, the manifest, the agents' newest weights, and the lock that makes it one node's.
+
+Agents are saved one by one, each as one file that is whole at every instant. Their chains are independent of each
+other, so there is no state that several of them would have to be in together.
+"""
 
 import contextlib
 import fcntl
@@ -8,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from transport.catchup import Download
-from transport.durable import write_atomically
+from transport.durable import agent_folder, write_atomically
 from transport.keys import KeyPair, load_or_make_key
 from zo.manifest import Manifest, ManifestError, parse_manifest
 from zo.replica import Replica
@@ -30,7 +34,6 @@ class StateDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest_path = path / "manifest.toml"
-        self.snapshot_path = path / "snapshot.zo"
         self.log_path = path / "log.jsonl"
 
     @contextlib.contextmanager
@@ -67,13 +70,31 @@ class StateDirectory:
         secret = self.keys().secret
         return int.from_bytes(hashlib.blake2b(secret, digest_size=8, person=b"zo-private").digest(), "little")
 
+    def save_manifest(self, manifest: Manifest) -> None:
+        """Keep the manifest. Raises StateError."""
+        _write(self.manifest_path, documented_toml(manifest, "The manifest of the run.").encode())
+
+    def agent(self, agent: int) -> "AgentState":
+        """What is kept of one agent."""
+        return AgentState(self, agent)
+
+
+class AgentState:
+    """What a node keeps of one agent. All of it can be had again from the coordinator."""
+
+    def __init__(self, directory: StateDirectory, agent: int) -> None:
+        self.path = agent_folder(directory.path, agent)
+        self.snapshot_path = self.path / "snapshot.zo"
+        self._manifest_path = directory.manifest_path
+        self._agent = agent
+
     def load(self, run_id: bytes) -> tuple[Manifest, Replica] | None:
         """What was saved for this run; None if nothing was, or if it cannot be trusted: it can be had again."""
         try:
-            manifest = parse_manifest(self.manifest_path.read_text("utf-8"))
+            manifest = parse_manifest(self._manifest_path.read_text("utf-8"))
             if manifest.run_id != run_id:
                 return None
-            return manifest, decode_snapshot(self.snapshot_path.read_bytes(), manifest)
+            return manifest, decode_snapshot(self.snapshot_path.read_bytes(), manifest, self._agent)
         except (OSError, UnicodeDecodeError, ManifestError, ValueError):
             return None
 
@@ -90,6 +111,7 @@ class StateDirectory:
         try:
             if not path.exists():
                 self.drop_download()
+            self.path.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:
                 file.write(data)
         except OSError as error:
@@ -107,19 +129,17 @@ class StateDirectory:
         except OSError as error:
             raise StateError(f"cannot remove {self.snapshot_path}: {error.strerror}") from error
 
-    def save_manifest(self, manifest: Manifest) -> None:
-        """Keep the manifest. Raises StateError."""
-        self._write(self.manifest_path, documented_toml(manifest, "The manifest of the run.").encode())
-
     def save(self, replica: Replica, manifest: Manifest) -> None:
         """Keep the weights. Raises StateError."""
-        self._write(self.snapshot_path, encode_snapshot(replica, manifest))
+        _write(self.snapshot_path, encode_snapshot(replica, manifest))
 
-    def _write(self, path: Path, data: bytes) -> None:
-        try:
-            write_atomically(path, data)
-        except OSError as error:
-            raise StateError(f"cannot write {path}: {error.strerror}") from error
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
+    except OSError as error:
+        raise StateError(f"cannot write {path}: {error.strerror}") from error
 
 
 def default_state(run_id: bytes, name: str) -> Path:
@@ -128,8 +148,8 @@ def default_state(run_id: bytes, name: str) -> Path:
     return root / "zo-node" / run_id.hex()[:12] / name
 
 
-def load_result(path: Path) -> tuple[Manifest, Replica]:
-    """The manifest and the newest weights in a node's state directory or a coordinator's run directory.
+def load_result(path: Path, agent: int = 0) -> tuple[Manifest, Replica]:
+    """The manifest and an agent's newest weights in a node's state directory or a coordinator's run directory.
 
     Raises:
         StateError: there are none, or they are damaged; the message says which.
@@ -137,21 +157,22 @@ def load_result(path: Path) -> tuple[Manifest, Replica]:
     directory = StateDirectory(path)
     try:
         manifest = parse_manifest(directory.manifest_path.read_text("utf-8"))
-        return manifest, decode_snapshot(_newest_snapshot(directory).read_bytes(), manifest)
+        newest = _newest_snapshot(directory, agent)
+        return manifest, decode_snapshot(newest.read_bytes(), manifest, agent)
     except OSError as error:
         raise StateError(
-            f"{path} holds no weights yet: cannot read {error.filename} ({error.strerror}). "
-            "Name a node's state directory or a coordinator's run directory"
+            f"{path} holds no weights{f' of agent {agent}' if agent else ''} yet: cannot read {error.filename} "
+            f"({error.strerror}). Name a node's state directory or a coordinator's run directory"
         ) from error
     except ValueError as error:
         raise StateError(f"{path}: {error}") from error
 
 
-def _newest_snapshot(directory: StateDirectory) -> Path:
-    """A node keeps one snapshot; a coordinator keeps several, named ROUND-CONTENT.zo."""
+def _newest_snapshot(directory: StateDirectory, agent: int) -> Path:
+    """A node keeps one snapshot of an agent; a coordinator keeps several, named ROUND-CONTENT.zo."""
     rounds = {
         int(path.name.partition("-")[0]): path
-        for path in (directory.path / "snapshots").glob("*.zo")
+        for path in agent_folder(directory.path / "snapshots", agent).glob("*.zo")
         if path.name.partition("-")[0].isdigit()
     }
-    return rounds[max(rounds)] if rounds else directory.snapshot_path
+    return rounds[max(rounds)] if rounds else directory.agent(agent).snapshot_path

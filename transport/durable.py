@@ -1,4 +1,4 @@
-"""Files that are whole at every instant, whatever is cut off while they are written."""
+"""Files that are whole at every instant, whatever is cut off while they are written; and where an agent's lie."""
 
 import os
 from pathlib import Path
@@ -13,6 +13,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_directory(path.parent)
+
+
+def agent_folder(root: Path, agent: int) -> Path:
+    """Where the files of an agent lie: agent 0's where a run with one agent has them, agent N's in `agent-N` there."""
+    return root / f"agent-{agent}" if agent else root
 
 
 def sync_directory(path: Path) -> None:

@@ -24,7 +24,7 @@ def test_a_run_made_fast_is_a_run(tmp_path):
         assert (proof.rounds, proof.digests_proven) == (320, 20)
         frames = list(ledger.frames())
         assert ledger.cost_since(100) == (sum(map(len, frames[100:])), 4 * 220)
-        assert directory.newest(manifest, ledger)[0].round == directory.snapshots.stored()[-1].round > 0
+        assert directory.newest(manifest, ledger)[0].round == directory.snapshots().stored()[-1].round > 0
 
 
 def test_commits_end_where_a_digest_is_recorded(tmp_path):

@@ -9,6 +9,7 @@ from coordinator.conductor import Conductor, history_slice
 from coordinator.config import ServiceConfig
 from coordinator.effects import Effect, Enrol, Note, Persist, PersistCheckpoint, Quarantine, Send, SendPiece
 from coordinator.membership import Member
+from coordinator.roster import Enrolment, Roster
 from transport.messages import Commit, History, Offer, Welcome, decode_from_coordinator
 from zo.commit import chain_digest, decode_entry
 from zo.manifest import Manifest
@@ -45,10 +46,11 @@ class VirtualCoordinator:
             self.config,
             replica,
             replay_scale(step_rule(self.manifest), codes),
-            [
-                Member(node=node, key=key, name=name, is_quarantined=node in self.quarantined)
+            [Member(node=node, key=key, name=name) for node, (key, name) in self.enrolled.items()],
+            Roster(
+                Enrolment(node, key, name, node in self.quarantined)
                 for node, (key, name) in self.enrolled.items()
-            ],
+            ),
             lambda n: chain_digest(self.frames[n - 1]) if n else self.manifest.run_id,
             lambda n: self.checkpoints.get(n, (None,))[0],
             lambda first, last: history_slice(self.frames[first:last]),

@@ -142,6 +142,7 @@ def test_diff_of_equal_runs(path, tmp_path):
     assert succeeds("diff", path, tmp_path / "copy") == "equal: 12 rounds\n"
     assert json.loads(succeeds("diff", path, tmp_path / "copy", "--json")) == {
         "same_run": True,
+        "agent": 0,
         "fields": {},
         "rounds": [12, 12],
         "common_rounds": 12,

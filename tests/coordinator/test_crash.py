@@ -11,12 +11,13 @@ from collections import deque
 import numpy as np
 import pytest
 
-import coordinator.service
+import coordinator.archive
 import transport.durable
+from coordinator.archive import restore
 from coordinator.audit import audit
 from coordinator.config import ServiceConfig
 from coordinator.rundir import RunDirectory
-from coordinator.service import Service, restore
+from coordinator.service import Service
 from transport.messages import decode_from_coordinator, encode
 from transport.session import End, Open, Session, StartOver, Transmit
 from transport.sockets import Sent
@@ -95,9 +96,9 @@ def play(path, manifest, nodes, watch=lambda ledger: None):
             if node.replica is not None:  # law 4: whatever a node has seen is in the ledger
                 assert node.replica.round <= ledger.num_commits()
                 assert node.replica.head == ledger.head_after(node.replica.round)
-        replica, scale, _ = restore(directory, manifest, ledger, lambda done, total: None)
+        restored = restore(directory, manifest, ledger, lambda done, total: None)
         watch(ledger)
-        service = Service(directory, manifest, ServiceConfig(quorum=2), ledger, replica, scale, Ends(nodes))
+        service = Service(directory, manifest, ServiceConfig(quorum=2), ledger, [restored], Ends(nodes))
         for number, node in enumerate(nodes):
             node.connect(number)
         for _ in range(200):
@@ -105,9 +106,9 @@ def play(path, manifest, nodes, watch=lambda ledger: None):
                 while node.up:
                     service._handle(node.connection, node.key, node.up.popleft())
                 node.probe()
-            service._carry_out(service.conductor.on_tick(0.0))
+            service._carry_out(service.conductors.on_tick(0.0))
             service._save_status()
-            service._save_snapshot_if_due()
+            service._save_snapshots_if_due()
             if all(node.end for node in nodes):
                 break
         service._stop(lambda status, reason: None)
@@ -119,7 +120,7 @@ def play(path, manifest, nodes, watch=lambda ledger: None):
 def test_a_stop_at_any_write_boundary_loses_nothing_and_repeats_nothing(make_manifest, tmp_path, monkeypatch):
     manifest = make_manifest(size=500, rounds=ROUNDS, digest_every=2)
     RunDirectory(tmp_path / "run").create(manifest, ServiceConfig(quorum=2), Replica(manifest, zeros(500)))
-    monkeypatch.setattr(coordinator.service, "is_due", lambda num_bytes, tail_bytes, *_: tail_bytes > 60)
+    monkeypatch.setattr(coordinator.archive, "is_due", lambda num_bytes, tail_bytes, *_: tail_bytes > 60)
     nodes = [Node(name, manifest) for name in NAMES]
     images = []
 

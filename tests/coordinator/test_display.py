@@ -42,6 +42,7 @@ STATUS = msgspec.convert(
         "loss": 3.25,
         "rounds_per_s": 2.0,
         "alerts": [],
+        "agents": [],
     },
     Status,
     strict=False,

@@ -4,12 +4,12 @@ import msgspec
 import numpy as np
 import pytest
 
+from coordinator.archive import restore
 from coordinator.audit import audit
 from coordinator.config import ServiceConfig
 from coordinator.history import HistoryError, back_up, compare, export_state, records, take_back
 from coordinator.ledger import Checkpoint, Enrolment, Ledger, StorageError
 from coordinator.rundir import RunDirectory, RunDirectoryError
-from coordinator.service import restore
 from node.state import load_result
 from transport.messages import PROTOCOL_VERSION, Hello, Report
 from zo.commit import Commit, Revert, decode_entry
@@ -83,7 +83,7 @@ def test_a_rollback_is_an_entry_after_which_the_weights_are_those_of_that_round(
     assert np.array_equal(replica.weights, played.replay(to).weights)
     assert ledger.num_commits() == 11
     assert ledger.digest_at(11) == replica.digest()
-    assert [each.round for each in directory.snapshots.stored()] == [11]
+    assert [each.round for each in directory.snapshots().stored()] == [11]
     proof = verify(directory, manifest, ledger)
     assert proof.digest == replica.digest().hex()
     assert proof.rounds == 11
@@ -97,7 +97,7 @@ def test_after_a_rollback_the_run_goes_on(directory, manifest, ledger, played):
     assert origin == "snapshot of round 11"
     assert scale == scale_before  # what the step rule remembers is not taken back
     # a run that lost its snapshots is replayed, reverts and all
-    for path in directory.snapshots.directory.iterdir():
+    for path in directory.snapshots().directory.iterdir():
         path.unlink()
     found, scale, origin = restore(directory, manifest, ledger, lambda done, total: None)
     assert (found.digest(), scale) == (replica.digest(), scale_before)
@@ -158,7 +158,7 @@ def test_what_cannot_be_taken_back_changes_nothing(directory, manifest, ledger, 
     with pytest.raises(HistoryError, match=message):
         take_back(directory, manifest, ledger, first, nodes)
     assert ledger.num_commits() == 10
-    assert directory.snapshots.stored() == []
+    assert directory.snapshots().stored() == []
 
 
 def test_a_revert_that_would_overflow_is_not_made(directory, manifest, ledger, monkeypatch):
@@ -273,7 +273,7 @@ def test_runs_of_their_own_differ_in_their_manifests(tmp_path, directory, make_m
 
 @pytest.mark.parametrize("round", [0, 5, 10])
 def test_an_exported_round_is_what_a_node_would_have(directory, manifest, ledger, played, tmp_path, round):
-    export_state(directory, manifest, ledger, round, tmp_path / "state")
+    export_state(directory, manifest, [ledger], round, tmp_path / "state")
     found_manifest, replica = load_result(tmp_path / "state")
     assert found_manifest == manifest
     assert (replica.round, replica.digest()) == (round, played.replay(round).digest())
@@ -281,9 +281,9 @@ def test_an_exported_round_is_what_a_node_would_have(directory, manifest, ledger
 
 def test_an_export_of_a_round_before_a_rollback(directory, manifest, ledger, played, tmp_path):
     take_back(directory, manifest, ledger, 2, [])
-    export_state(directory, manifest, ledger, 10, tmp_path / "state")
+    export_state(directory, manifest, [ledger], 10, tmp_path / "state")
     assert load_result(tmp_path / "state")[1].digest() == played.replay(10).digest()
-    export_state(directory, manifest, ledger, 11, tmp_path / "after")
+    export_state(directory, manifest, [ledger], 11, tmp_path / "after")
     after = load_result(tmp_path / "after")[1]
     assert np.array_equal(after.weights, played.replay(2).weights)
 
@@ -291,7 +291,7 @@ def test_an_export_of_a_round_before_a_rollback(directory, manifest, ledger, pla
 @pytest.mark.parametrize("round", [-1, 11])
 def test_a_round_that_is_not_there_cannot_be_exported(directory, manifest, ledger, tmp_path, round):
     with pytest.raises(HistoryError, match=f"the ledger has 10 rounds, got --round {round}"):
-        export_state(directory, manifest, ledger, round, tmp_path / "state")
+        export_state(directory, manifest, [ledger], round, tmp_path / "state")
     assert not (tmp_path / "state").exists()
 
 
@@ -299,21 +299,21 @@ def test_an_export_overwrites_nothing(directory, manifest, ledger, tmp_path):
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "precious").write_text("")
     with pytest.raises(HistoryError, match="exists already"):
-        export_state(directory, manifest, ledger, 5, tmp_path / "state")
+        export_state(directory, manifest, [ledger], 5, tmp_path / "state")
 
 
 # ---- backup -------------------------------------------------------------------------------------------------------
 
 
 def test_a_backup_is_the_same_run(directory, manifest, ledger, played, tmp_path):
-    directory.snapshots.save(8, encode_snapshot(played.replay(8), manifest))
+    directory.snapshots().save(8, encode_snapshot(played.replay(8), manifest))
     back_up(directory, tmp_path / "copy")
     copy = RunDirectory(tmp_path / "copy")
     assert difference(directory, copy).are_equal
     assert copy.keys() == directory.keys()
     assert copy.key_path.stat().st_mode & 0o777 == 0o600
     assert copy.config() == directory.config()
-    assert copy.snapshots.stored() == directory.snapshots.stored()
+    assert copy.snapshots().stored() == directory.snapshots().stored()
     with copy.ledger(manifest) as copied:
         assert restore(copy, manifest, copied, lambda done, total: None)[2] == "snapshot of round 8"
         verify(copy, manifest, copied)
@@ -349,12 +349,12 @@ def test_a_backup_overwrites_nothing(directory, tmp_path):
 
 
 def test_a_backup_of_a_snapshot_that_is_removed_meanwhile(directory, manifest, played, tmp_path, monkeypatch):
-    stored = directory.snapshots.save(8, encode_snapshot(played.replay(8), manifest))
-    listed = directory.snapshots.stored()
-    directory.snapshots._path(stored).unlink()
-    monkeypatch.setattr(directory.snapshots, "stored", lambda: listed)
+    stored = directory.snapshots().save(8, encode_snapshot(played.replay(8), manifest))
+    listed = directory.snapshots().stored()
+    directory.snapshots()._path(stored).unlink()
+    monkeypatch.setattr(directory.snapshots(), "stored", lambda: listed)
     back_up(directory, tmp_path / "copy")
-    assert RunDirectory(tmp_path / "copy").snapshots.stored() == []
+    assert RunDirectory(tmp_path / "copy").snapshots().stored() == []
 
 
 def test_a_backup_that_cannot_be_written_says_so(directory, tmp_path, monkeypatch):

@@ -211,7 +211,8 @@ def test_another_format_is_named(path):
     with sqlite3.connect(path) as db:
         db.execute("UPDATE meta SET value = ? WHERE key = 'format'", (b"zo-ledger-9",))
     db.close()
-    with pytest.raises(LedgerError, match="has format 'zo-ledger-9', this version reads 'zo-ledger-1'"):
+    expected = "has format 'zo-ledger-9', this version reads 'zo-ledger-2'; use the version that made it"
+    with pytest.raises(LedgerError, match=expected):
         Ledger(path, RUN)
 
 

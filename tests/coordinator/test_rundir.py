@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
+from coordinator.archive import restore
 from coordinator.config import ConfigError, ServiceConfig
 from coordinator.ledger import Checkpoint, LedgerError, StorageError
 from coordinator.rundir import BusyError, RunDirectory, RunDirectoryError
-from coordinator.service import restore
 from transport.messages import PROTOCOL_VERSION, Hello, Report
 from zo.commit import decode_entry
 from zo.manifest import ManifestError
@@ -54,7 +54,7 @@ def write(directory, manifest, played, rounds=10):
 
 
 def save(directory, replica, manifest):
-    return directory.snapshots.save(replica.round, encode_snapshot(replica, manifest))
+    return directory.snapshots().save(replica.round, encode_snapshot(replica, manifest))
 
 
 def replica_at(manifest, played, round):
@@ -237,7 +237,7 @@ def test_a_scale_without_any_checkpoint_is_replayed(directory, manifest, played)
 def test_a_damaged_snapshot_is_passed_over(directory, manifest, played, spoil):
     write(directory, manifest, played)
     save(directory, replica_at(manifest, played, 7), manifest)
-    (path,) = directory.snapshots.directory.glob("*.zo")
+    (path,) = directory.snapshots().directory.glob("*.zo")
     spoil(path)
     with directory.ledger(manifest) as ledger:
         replica, _, origin = restore(directory, manifest, ledger, lambda *_: None)

@@ -4,10 +4,11 @@ import msgspec
 import numpy as np
 import pytest
 
+from coordinator.archive import restore
 from coordinator.config import ConfigError, ServiceConfig, check_capacity
 from coordinator.history import take_back
 from coordinator.rundir import RunDirectory
-from coordinator.service import Service, restore
+from coordinator.service import Service
 from coordinator.status import read_status, stored_status
 from transport.catchup import Download
 from transport.messages import (
@@ -69,13 +70,12 @@ class Served:
         if self.ledger is not None:
             self.ledger.close()
         self.ledger = self.directory.ledger(self.manifest)
-        replica, scale, self.origin = restore(
-            self.directory, self.manifest, self.ledger, lambda done, total: None
-        )
+        restored = restore(self.directory, self.manifest, self.ledger, lambda done, total: None)
+        self.origin = restored.origin
         self.wire = Wire()
         config = self.directory.config()
-        self.service = Service(self.directory, self.manifest, config, self.ledger, replica, scale, self.wire)
-        self.service._save_snapshot_if_due()
+        self.service = Service(self.directory, self.manifest, config, self.ledger, [restored], self.wire)
+        self.service._save_snapshots_if_due()
 
     def say(self, node, message):
         """What a node is sent in answer."""
@@ -93,10 +93,10 @@ class Served:
         return self.say(node, msgspec.structs.replace(hello, **change))
 
     def play(self, rounds, node=0):
-        rng = np.random.default_rng(self.service.conductor.round)
+        rng = np.random.default_rng(self.service.conductors[0].round)
         for _ in range(rounds):
             codes = rng.integers(-60, 60, DIRECTIONS).astype(np.int8).tobytes()
-            self.say(node, Report(self.service.conductor.round % 256, codes))
+            self.say(node, Report(self.service.conductors[0].round % 256, codes))
 
     def noted(self, kind):
         return [event for event in self.ledger.events() if event.kind == kind]
@@ -133,15 +133,15 @@ def test_without_a_snapshot_nothing_is_offered(served):
 
 def test_what_fits_a_frame_or_two_is_not_worth_a_choice(served):
     served.play(20)
-    served.service._save_snapshot_if_due()
-    assert served.service._snapshot.round == 20
+    served.service._save_snapshots_if_due()
+    assert served.service._tracks[0].archive._newest.round == 20
     assert served.ledger.cost_since(0)[0] <= HISTORY_BYTES
     assert served.hello(1)[0].offer is None
 
 
 def test_who_lacks_more_is_offered_the_newest_snapshot_with_what_both_ways_cost(served):
     served.play(160)
-    served.service._save_snapshot_if_due()
+    served.service._save_snapshots_if_due()
     served.play(20)
     (welcome,) = served.hello(1)
     offer = welcome.offer
@@ -159,7 +159,7 @@ def test_past_a_rollback_only_a_snapshot_is_offered(served):
     served.play(10)
     take_back(served.directory, served.manifest, served.ledger, 6, [])
     served.start()
-    assert served.service._snapshot.round == 11
+    assert served.service._tracks[0].archive._newest.round == 11
     (welcome,) = served.hello(0, round=10)
     assert not welcome.offer.can_replay
     assert welcome.offer.round == 11
@@ -171,7 +171,7 @@ def test_past_a_rollback_only_a_snapshot_is_offered(served):
 def test_a_rollback_without_its_snapshot_gets_one_at_the_next_start(served):
     served.play(10)
     take_back(served.directory, served.manifest, served.ledger, 6, [])
-    for path in served.directory.snapshots.directory.iterdir():
+    for path in served.directory.snapshots().directory.iterdir():
         path.unlink()
     served.start()
     assert served.hello(0, round=10)[0].offer.round == 11
@@ -179,7 +179,7 @@ def test_a_rollback_without_its_snapshot_gets_one_at_the_next_start(served):
 
 def test_a_node_can_fetch_what_it_is_offered(served):
     served.play(200)
-    served.service._save_snapshot_if_due()
+    served.service._save_snapshots_if_due()
     served.play(3)
     (welcome,) = served.hello(1)
     download = Download(welcome.offer.content)
@@ -193,15 +193,15 @@ def test_a_node_can_fetch_what_it_is_offered(served):
     (history,) = served.say(1, Follow(replica.round, replica.head))
     for frame in history.frames:
         replica.apply(decode_entry(frame))
-    assert replica.digest() == served.service.conductor.replica.digest()
+    assert replica.digest() == served.service.conductors[0].replica.digest()
 
 
 def test_a_snapshot_that_was_damaged_is_replaced_when_it_is_asked_for(served):
     served.play(200)
-    served.service._save_snapshot_if_due()
+    served.service._save_snapshots_if_due()
     (welcome,) = served.hello(1)
     content = welcome.offer.content
-    (path,) = served.directory.snapshots.directory.glob(f"*{content.hex()}.zo")
+    (path,) = served.directory.snapshots().directory.glob(f"*{content.hex()}.zo")
     path.write_bytes(path.read_bytes()[:100])
     served.play(2)
     assert served.say(1, Fetch(content, 0)) == [Piece(content, 0, 0, b"")]
@@ -214,24 +214,24 @@ def test_a_snapshot_that_was_damaged_is_replaced_when_it_is_asked_for(served):
 
 def test_asking_for_nonsense_makes_no_snapshots(served):
     served.play(200)
-    served.service._save_snapshot_if_due()
+    served.service._save_snapshots_if_due()
     served.play(2)
-    before = served.directory.snapshots.stored()
-    content = served.service._snapshot.content
+    before = served.directory.snapshots().stored()
+    content = served.service._tracks[0].archive._newest.content
     assert served.say(0, Fetch(content, 2**40))[0].data == b""
     assert served.say(0, Fetch(bytes(16), 0)) == [Piece(bytes(16), 0, 0, b"")]
-    assert served.directory.snapshots.stored() == before
+    assert served.directory.snapshots().stored() == before
 
 
 def test_snapshots_come_as_the_ledger_grows_and_a_start_uses_them(served):
     for _ in range(10):
         served.play(20)
-        served.service._save_snapshot_if_due()
-    stored = served.directory.snapshots.stored()
+        served.service._save_snapshots_if_due()
+    stored = served.directory.snapshots().stored()
     assert 3 <= len(stored) <= 12
     served.start()
     assert served.origin == f"snapshot of round {stored[-1].round}"
-    assert served.service.conductor.replica.digest() == served.replay(200).digest()
+    assert served.service.conductors[0].replica.digest() == served.replay(200).digest()
 
 
 # ---- parity -------------------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def test_the_first_wrong_round_is_found(served, flipped_at, bit):
     to_send = [effect.message for effect in session.on_link_up()]
     seen = 0
     while not served.noted("first-difference"):
-        assert served.service.conductor.round < 30
+        assert served.service.conductors[0].round < 30
         for message in to_send:
             served.say(1, message)
         served.play(1)
@@ -285,11 +285,11 @@ def test_the_first_wrong_round_is_found(served, flipped_at, bit):
 def test_digests_between_are_those_of_a_replay_and_none_where_there_are_none(served):
     served.play(20)
     expected = [served.replay(round).digest() for round in range(5, 13)]
-    assert served.service._digests_between(5, 12) == expected
-    assert served.service._digests_between(20, 20) == [served.replay(20).digest()]
-    assert served.service._digests_between(0, 0) == [served.replay(0).digest()]
+    assert served.service._tracks[0].archive.digests_between(5, 12) == expected
+    assert served.service._tracks[0].archive.digests_between(20, 20) == [served.replay(20).digest()]
+    assert served.service._tracks[0].archive.digests_between(0, 0) == [served.replay(0).digest()]
     for first, last in ((5, 21), (6, 5), (-1, 3)):
-        assert served.service._digests_between(first, last) == []
+        assert served.service._tracks[0].archive.digests_between(first, last) == []
 
 
 def test_a_trace_over_a_rollback(served):
@@ -299,7 +299,7 @@ def test_a_trace_over_a_rollback(served):
     served.hello(0, round=9)
     served.play(3)
     expected = [served.replay(round).digest() for round in range(7, 12)]
-    assert served.service._digests_between(7, 11) == expected
+    assert served.service._tracks[0].archive.digests_between(7, 11) == expected
 
 
 def test_a_second_divergence_counts_over_a_restart(served):
@@ -311,7 +311,7 @@ def test_a_second_divergence_counts_over_a_restart(served):
     assert served.service.status.members[0].divergences == 1
     served.hello(0)
     served.say(0, Progress(4, bytes(16), None))
-    assert served.service.conductor.members[0].is_quarantined
+    assert served.service._roster.is_quarantined(0)
     served.start()
     (refusal,) = served.hello(0)
     assert isinstance(refusal, Refuse)
@@ -322,7 +322,7 @@ def test_a_second_divergence_counts_over_a_restart(served):
     served.start()
     assert isinstance(served.hello(0)[0], Welcome)
     served.say(0, Progress(4, bytes(16), None))
-    assert not served.service.conductor.members[0].is_quarantined
+    assert not served.service._roster.is_quarantined(0)
 
 
 def test_a_restart_between_a_fault_and_its_mending_makes_no_second_fault(served):
@@ -331,7 +331,7 @@ def test_a_restart_between_a_fault_and_its_mending_makes_no_second_fault(served)
     served.start()  # before the node has heard of it
     served.hello(0, round=8)
     served.say(0, Progress(8, bytes(16), None))
-    assert not served.service.conductor.members[0].is_quarantined
+    assert not served.service._roster.is_quarantined(0)
     assert len(served.noted("diverged")) == 1
 
 
@@ -360,7 +360,7 @@ def test_coming_and_going_is_noted_often_but_not_without_bound(served, monkeypat
     monkeypatch.setattr("coordinator.service._NOTED_OF_A_NODE", {"joined": 5, "lost": 5})
     for _ in range(10):
         served.hello(1)
-        served.service._carry_out(served.service.conductor.on_unsent(b"session 1", 0.0))
+        served.service._carry_out(served.service.conductors.on_unsent(b"session 1", 0.0))
     assert len(served.noted("joined")) == 1 + 5  # node 0 once, node 1 as often as is allowed
     assert len(served.noted("lost")) == 5
     served.hello(2)

@@ -289,7 +289,7 @@ def test_a_member_that_asks_and_never_reads_is_dropped(swarm, tmp_path, peer):
     swarm.run_until(12)
     stop(swarm)  # leaves a snapshot
     swarm.serve()
-    (stored,) = RunDirectory(swarm.run).snapshots.stored()
+    (stored,) = RunDirectory(swarm.run).snapshots().stored()
     mallory = peer()
     mallory.greet()
     before = resident_bytes(swarm.coordinator)

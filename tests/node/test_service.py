@@ -62,7 +62,7 @@ def test_weights_that_are_wrong_are_gone_from_disk_before_anything_else(
 ):
     """A kill right after the word to start over must not bring them back."""
     service._carry_out([Open(manifest)])
-    state.save(wrong(manifest), manifest)
+    state.agent(0).save(wrong(manifest), manifest)
 
     class Killed(BaseException):
         pass
@@ -73,8 +73,8 @@ def test_weights_that_are_wrong_are_gone_from_disk_before_anything_else(
     monkeypatch.setattr(service._session, "opened", kill)
     with pytest.raises(Killed):
         service._carry_out([StartOver("they differ")])
-    assert state.load(manifest.run_id) is None
-    assert not state.snapshot_path.exists()
+    assert state.agent(0).load(manifest.run_id) is None
+    assert not state.agent(0).snapshot_path.exists()
 
 
 def test_after_starting_over_the_weights_are_those_of_round_0(service, state, manifest):
@@ -85,24 +85,24 @@ def test_after_starting_over_the_weights_are_those_of_round_0(service, state, ma
     assert not service._session.replica.weights.any()
     assert service.view.notice == "starting over: they differ"
     service._save()
-    assert state.load(manifest.run_id)[1].round == 0
+    assert state.agent(0).load(manifest.run_id)[1].round == 0
 
 
 def test_pieces_are_kept_until_the_snapshot_is_taken(service, state, manifest):
     service._carry_out([Open(manifest), Keep(bytes(16), b"abc")])
-    assert bytes(state.load_download().data) == b"abc"
+    assert bytes(state.agent(0).load_download().data) == b"abc"
     service._session.replica = wrong(manifest)
     service._carry_out([Jumped(7)])
-    assert state.load_download() is None
-    assert state.load(manifest.run_id)[1].round == 7
+    assert state.agent(0).load_download() is None
+    assert state.agent(0).load(manifest.run_id)[1].round == 7
 
 
 def test_a_snapshot_that_could_not_be_used_leaves_the_weights_alone(service, state, manifest):
     service._carry_out([Open(manifest), Keep(bytes(16), b"abc")])
-    before = state.load(manifest.run_id)
+    before = state.agent(0).load(manifest.run_id)
     service._carry_out([Jumped(0)])
-    assert state.load_download() is None
-    assert state.load(manifest.run_id) == before
+    assert state.agent(0).load_download() is None
+    assert state.agent(0).load(manifest.run_id) == before
 
 
 def test_an_opened_run_has_measured_its_kernel(service, manifest):

@@ -32,48 +32,48 @@ def state(tmp_path):
 
 
 def test_what_was_saved_is_there_again(state, manifest, replica):
-    assert state.load(manifest.run_id) is None
+    assert state.agent(0).load(manifest.run_id) is None
     state.save_manifest(manifest)
-    assert state.load(manifest.run_id) is None
-    state.save(replica, manifest)
-    loaded, restored = state.load(manifest.run_id)
+    assert state.agent(0).load(manifest.run_id) is None
+    state.agent(0).save(replica, manifest)
+    loaded, restored = state.agent(0).load(manifest.run_id)
     assert loaded == manifest
     assert (restored.round, restored.head, restored.digest()) == (3, bytes(16), replica.digest())
 
 
 def test_another_runs_state_is_none(state, manifest, replica, make_manifest):
     state.save_manifest(manifest)
-    state.save(replica, manifest)
-    assert state.load(make_manifest(rank=5).run_id) is None
+    state.agent(0).save(replica, manifest)
+    assert state.agent(0).load(make_manifest(rank=5).run_id) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"hello = 3", b"[run]\n", b"\x00" * 100])
 @pytest.mark.parametrize("file", ["manifest.toml", "snapshot.zo"])
 def test_damaged_state_is_as_good_as_none(state, manifest, replica, file, content):
     state.save_manifest(manifest)
-    state.save(replica, manifest)
+    state.agent(0).save(replica, manifest)
     (state.path / file).write_bytes(content)
-    assert state.load(manifest.run_id) is None
+    assert state.agent(0).load(manifest.run_id) is None
 
 
 def test_weights_of_another_run_beside_this_manifest_are_none(state, manifest, replica, make_manifest):
     state.save_manifest(manifest)
     other = make_manifest(rank=5)
-    state.save(Replica(other, zeros(500)), other)
-    assert state.load(manifest.run_id) is None
+    state.agent(0).save(Replica(other, zeros(500)), other)
+    assert state.agent(0).load(manifest.run_id) is None
 
 
 def test_a_save_that_fails_keeps_what_was_there(state, manifest, replica, monkeypatch):
     state.save_manifest(manifest)
-    state.save(replica, manifest)
+    state.agent(0).save(replica, manifest)
 
     def full(_descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StateError, match=r"cannot write .*snapshot\.zo: No space left on device"):
-        state.save(Replica(manifest, zeros(500)), manifest)
-    assert state.load(manifest.run_id)[1].digest() == replica.digest()
+        state.agent(0).save(Replica(manifest, zeros(500)), manifest)
+    assert state.agent(0).load(manifest.run_id)[1].digest() == replica.digest()
 
 
 def test_the_key_is_made_once_and_only_the_owner_can_read_it(state):
@@ -138,7 +138,7 @@ def test_the_result_of_a_node(state, manifest, replica):
     state.save_manifest(manifest)
     with pytest.raises(StateError, match=r"holds no weights yet: cannot read .*snapshot\.zo"):
         load_result(state.path)
-    state.save(replica, manifest)
+    state.agent(0).save(replica, manifest)
     assert load_result(state.path)[1].digest() == replica.digest()
     (state.path / "snapshot.zo").write_bytes(b"x")
     with pytest.raises(StateError, match="not a snapshot"):
@@ -147,12 +147,12 @@ def test_the_result_of_a_node(state, manifest, replica):
 
 def test_weights_that_are_wrong_can_be_dropped(state, manifest, replica):
     state.save_manifest(manifest)
-    state.save(replica, manifest)
+    state.agent(0).save(replica, manifest)
     key = state.keys()
-    state.drop_weights()
-    assert state.load(manifest.run_id) is None
+    state.agent(0).drop_weights()
+    assert state.agent(0).load(manifest.run_id) is None
     assert state.keys() == key
-    state.drop_weights()  # there may be none
+    state.agent(0).drop_weights()  # there may be none
 
 
 # ---- a snapshot on its way ------------------------------------------------------------------------------------------
@@ -161,31 +161,31 @@ CONTENT, OTHER = bytes(range(16)), bytes(16)
 
 
 def test_pieces_are_there_again_after_a_stop(state):
-    assert state.load_download() is None
-    state.keep_piece(CONTENT, b"abc")
-    state.keep_piece(CONTENT, b"def")
-    download = state.load_download()
+    assert state.agent(0).load_download() is None
+    state.agent(0).keep_piece(CONTENT, b"abc")
+    state.agent(0).keep_piece(CONTENT, b"def")
+    download = state.agent(0).load_download()
     assert (download.content, bytes(download.data)) == (CONTENT, b"abcdef")
     assert download.wanted() == [6]
 
 
 def test_pieces_of_another_snapshot_take_the_place_of_the_first(state):
-    state.keep_piece(CONTENT, b"abc")
-    state.keep_piece(OTHER, b"xyz")
+    state.agent(0).keep_piece(CONTENT, b"abc")
+    state.agent(0).keep_piece(OTHER, b"xyz")
     assert len(list(state.path.glob("*.part"))) == 1
-    assert bytes(state.load_download().data) == b"xyz"
+    assert bytes(state.agent(0).load_download().data) == b"xyz"
 
 
 def test_a_download_that_is_done_leaves_nothing(state):
-    state.keep_piece(CONTENT, b"abc")
-    state.drop_download()
-    assert state.load_download() is None
+    state.agent(0).keep_piece(CONTENT, b"abc")
+    state.agent(0).drop_download()
+    assert state.agent(0).load_download() is None
     assert list(state.path.glob("*.part")) == []
 
 
 def test_a_part_with_a_name_of_its_own_is_passed_over(state):
     (state.path / "notes.part").write_bytes(b"")
-    assert state.load_download() is None
+    assert state.agent(0).load_download() is None
 
 
 def test_a_piece_that_cannot_be_kept_is_an_error(state, monkeypatch):
@@ -194,4 +194,4 @@ def test_a_piece_that_cannot_be_kept_is_an_error(state, monkeypatch):
 
     monkeypatch.setattr(type(state.path), "open", full)
     with pytest.raises(StateError, match=r"cannot write .*\.part: No space left"):
-        state.keep_piece(CONTENT, b"abc")
+        state.agent(0).keep_piece(CONTENT, b"abc")
