@@ -228,7 +228,9 @@ class Service:
         """End a connection over which comes more than a node that keeps to the protocol would send."""
         member = self.conductors.member_of(session)
         name = "a node" if member is None else f"node {member.node} ({member.name})"
-        self._note(0, "flooded", None if member is None else member.node, f"{name} {why}: its connection is cut")
+        self._note(
+            0, "flooded", None if member is None else member.node, f"{name} {why}: its connection is cut"
+        )
         self._end.cut(session)
         self._carry_out(self.conductors.on_unsent(session, time.monotonic()))
 

@@ -44,7 +44,7 @@ from node.wire import shown
 from transport.exits import Exit
 from transport.ticket import parse_ticket
 from zo import kernels
-from zo.manifest import Manifest
+from zo.manifest import MAX_AGENTS, Manifest
 
 # torch, transformers and peft take seconds to import; the modules that need them are imported where they are used, so
 # that a wrong ticket or an unreachable coordinator is said at once.
@@ -79,6 +79,14 @@ def join(
         Path | None,
         typer.Option(
             metavar="DIR", help="Where to keep key and weights.", show_default="~/.local/state/zo-node/…"
+        ),
+    ] = None,
+    agents: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N",
+            help="Agents to train, where the run has each node name its own.",
+            show_default="all, where it does not",
         ),
     ] = None,
     eval_data: Annotated[
@@ -126,6 +134,7 @@ def join(
     with failures_explained():
         parsed = parse_ticket(ticket)
         columns = columns_by_field(column)
+        named = _agent_numbers(agents)
         for file in [*data, *(eval_data or [])]:
             _check_file(file.expanduser())
         name = name[:64]
@@ -175,6 +184,7 @@ def join(
                 name=name,
                 connect_timeout_s=connect_timeout,
                 evaluate_every=eval_every if eval_data else 0,
+                agents=named,
                 show=show,
                 log=log,
                 on_sent=_print_sent if show_wire else lambda _: None,
@@ -338,6 +348,19 @@ def demo(
             fail(error, Exit.MISMATCH)
         if not passed:
             raise typer.Exit(1)
+
+
+def _agent_numbers(text: str | None) -> list[int] | None:
+    """The numbers in "1,3"; None for none."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() and int(part) < MAX_AGENTS for part in parts):
+        raise NodeError(
+            Exit.INPUT,
+            f"--agents takes numbers from 0 to {MAX_AGENTS - 1} with commas between, as 1,3; got {text!r}",
+        )
+    return [int(part) for part in parts]
 
 
 def _check_file(file: Path) -> None:

@@ -14,6 +14,8 @@ def view_line(view: View) -> Text:
     if view.stage in (Stage.CONNECTING, Stage.GREETING):
         return Text("connecting …")
     parts = [f"node {view.node}", f"round {view.round}/{view.rounds}"]
+    if view.agents > 1:
+        parts.insert(1, f"{view.agents} agents")
     if view.to_fetch_bytes:
         share = view.fetched_bytes / view.to_fetch_bytes
         parts.append(f"fetching a snapshot, {share:.0%} of {si_bytes(view.to_fetch_bytes)}")

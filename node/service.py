@@ -1,4 +1,4 @@
-"""The node's service: one loop that receives, hands to the session, does what it says, and probes when there is time.
+"""The node's service: one loop that receives, hands to the sessions, does what they say, and probes when there is time.
 
 What a probe is, it does not know: the `Trainer` it is given does. So the same service runs with a language model on a
 gateway and with a small NumPy loss in a test of a thousand faults.
@@ -7,7 +7,7 @@ gateway and with a small NumPy loss in a test of a thousand faults.
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Final, Protocol
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from node.state import StateDirectory
 from transport.exits import Exit
-from transport.messages import Report, WireError, decode_from_coordinator, encode
+from transport.messages import Report, WireError, address, addressed, decode_from_coordinator, encode
 from transport.meter import Meter, SocketCount
-from transport.session import Applied, Effect, End, Jumped, Keep, Open, Session, Stage, StartOver, Transmit
+from transport.session import Applied, End, Jumped, Keep, Open, Session, Stage, StartOver, Transmit
+from transport.sessions import AgentEffect, AssignmentError, Sessions
 from transport.sockets import Link, NodeSocket
 from transport.ticket import Ticket
 from zo import kernels
@@ -81,6 +82,8 @@ class View:
 
     stage: Stage = Stage.CONNECTING
     node: int | None = None
+    agents: int = 1
+    """How many this node trains. Stage and round are those of the one that is least far, losses are means."""
     round: int = 0
     rounds: int = 0
     behind: int = 0
@@ -127,6 +130,7 @@ class NodeService:
         name: str,
         connect_timeout_s: float,
         evaluate_every: int,
+        agents: Sequence[int] | None = None,
         show: Callable[[View], None],
         log: Callable[[dict[str, object]], None],
         on_sent: Callable[[bytes], None] = lambda _: None,
@@ -142,6 +146,7 @@ class NodeService:
             name: for people.
             connect_timeout_s: how long to try for a first contact.
             evaluate_every: measure the held-out loss every so many rounds; 0 for never.
+            agents: those to train, where the run has each node name its own; None where it does not.
             show: called when there is something new to see.
             log: called with one record for every round.
             on_sent: called with every frame that leaves.
@@ -153,15 +158,11 @@ class NodeService:
         self._evaluate_every = evaluate_every
         self._show = show
         self._log = log
-        saved = state.agent(0).load(ticket.run_id)
-        self._session = Session(
-            ticket.run_id,
-            bytes.fromhex(base_digest),
-            bytes.fromhex(tokenizer_digest),
-            name,
-            saved,
-            state.agent(0).load_download(),
-        )
+        self._name = name
+        self._base, self._tokenizer = bytes.fromhex(base_digest), bytes.fromhex(tokenizer_digest)
+        self._saved_heads: dict[int, bytes] = {}
+        """What is saved of each agent, by its head."""
+        self._sessions = Sessions(agents, self._new_session)
         self._socket = NodeSocket(ticket, state.keys(), on_sent)
         self._trainer: Trainer | None = None
         self._manifest: Manifest | None = None
@@ -170,7 +171,9 @@ class NodeService:
         self._was_up = False
         self._wrong_key_tries = 0
         self._saved_at = time.monotonic()
-        self._reported_at: float | None = None
+        self._reported_at: dict[int, float] = {}
+        self._held_out: dict[int, float | None] = {}
+        self._work_per_s: float | None = None
         self._end: End | None = None
         self._catch_up_began: tuple[str, float, int] | None = None
         self.view = View()
@@ -190,7 +193,7 @@ class NodeService:
             with contextlib.suppress(Leaving):
                 self._loop()
             if self._end is None:
-                self._carry_out(self._session.leave())
+                self._carry_out(self._sessions.leave())
                 self._save()
                 return f"left at round {self.view.round}; join again to go on"
             self._save()
@@ -208,7 +211,7 @@ class NodeService:
         started = time.monotonic()
         while self._end is None and not self._wants_to_leave:
             with self._interruptible():
-                links, frames = self._socket.poll(0.0 if self._session.next_probe() else _POLL_S)
+                links, frames = self._socket.poll(0.0 if self._sessions.next_probe() else _POLL_S)
             for link in links:
                 self._on_link(link)
             for frame in frames:
@@ -222,9 +225,9 @@ class NodeService:
                     f"nobody answers at {self._ticket.host}:{self._ticket.port} for {self._connect_timeout_s:.0f} s. "
                     "Is the coordinator running, and is the port open between here and there?",
                 )
-            self._carry_out(self._session.on_tick(now))
+            self._carry_out(self._sessions.on_tick(now))
             # Frames that wait come first: a commit among them may have closed the round already.
-            wanted = self._session.next_probe() if not frames else None
+            wanted = self._sessions.next_probe() if not frames else None
             if wanted is not None:
                 self._probe(*wanted)
             if now - self._saved_at > SAVE_EVERY_S:
@@ -235,12 +238,12 @@ class NodeService:
         if link is Link.UP:
             self._was_up = True
             self.view.notice = ""
-            self._carry_out(self._session.on_link_up())
+            self._carry_out(self._sessions.on_link_up())
         elif link is Link.DOWN:
             self.view.notice = "connection lost, reconnecting"
-            self._session.on_link_down()
+            self._sessions.on_link_down()
         else:
-            self._session.on_link_down()
+            self._sessions.on_link_down()
             self._wrong_key_tries += 1
             # Once may be a coordinator that is just going down.
             if not self._was_up and self._wrong_key_tries >= _WRONG_KEY_TRIES:
@@ -254,41 +257,79 @@ class NodeService:
 
     def _on_frame(self, frame: bytes) -> None:
         try:
-            message = decode_from_coordinator(frame)
+            agent, bare = addressed(frame)
+            message = decode_from_coordinator(bare)
         except WireError as error:
             raise NodeError(
                 Exit.REFUSED, f"the coordinator sent what this version does not understand: {error}"
             ) from error
         self.view.meter.count_down(type(message).__name__, len(frame))
-        self._carry_out(self._session.on_message(message, time.monotonic()))
+        self._carry_out(self._sessions.on_message(agent, message, time.monotonic()))
 
-    def _carry_out(self, effects: list[Effect]) -> None:
-        for effect in effects:
+    def _carry_out(self, effects: list[AgentEffect]) -> None:
+        for agent, effect in effects:
+            kept = self._state.agent(agent)
             match effect:
                 case Transmit(message):
-                    frame = encode(message)
+                    frame = address(encode(message), agent)
                     if self._socket.send(frame):
                         self.view.meter.count_up(type(message).__name__, len(frame))
                         if isinstance(message, Report):
-                            self._reported_at = time.monotonic()
+                            self._reported_at[agent] = time.monotonic()
                 case Open(manifest):
-                    self._open(manifest)
+                    self._open(agent, manifest)
                 case StartOver(reason):
                     self.view.notice = f"starting over: {reason}"
-                    self._state.agent(0).drop_weights()  # or a kill from here on would bring them back
-                    self._carry_out(self._session.opened(self._fresh_replica(), time.monotonic()))
+                    kept.drop_weights()  # or a kill from here on would bring them back
+                    self._saved_heads.pop(agent, None)
+                    self._begin(agent)
                 case Keep(content, data):
-                    self._state.agent(0).keep_piece(content, data)
+                    kept.keep_piece(content, data)
                 case Jumped(round):
-                    self._state.agent(0).drop_download()
+                    kept.drop_download()
                     if round:
                         self._save()
                 case Applied():
-                    self._applied(effect)
+                    self._applied(agent, effect)
                 case End():
                     self._end = effect
 
-    def _open(self, manifest: Manifest) -> None:
+    def _new_session(self, agent: int) -> Session:
+        """A session that goes on from what was saved."""
+        kept = self._state.agent(agent)
+        saved = kept.load(self._ticket.run_id)
+        if saved is not None:
+            self._saved_heads[agent] = saved[1].head
+        return Session(
+            self._ticket.run_id,
+            self._base,
+            self._tokenizer,
+            self._name,
+            saved,
+            kept.load_download(),
+            agent=agent,
+        )
+
+    def _open(self, agent: int, manifest: Manifest) -> None:
+        """An agent's first contact: go on from its saved weights or its first. The first of all brings the manifest."""
+        is_first = self._manifest is None
+        if is_first:
+            self._load(manifest)
+        session = self._sessions.by_agent[agent]
+        if session.replica is None:
+            self._begin(agent)
+        assert self._work_per_s is not None
+        session.work_per_s = self._work_per_s
+        if is_first:
+            self._carry_out(self._sessions.on_manifest(manifest))
+
+    def _load(self, manifest: Manifest) -> None:
+        """Load base and data as the manifest says."""
+        try:
+            self.view.agents = len(self._sessions.check(manifest))
+        except AssignmentError as error:
+            self._carry_out(self._sessions.leave())
+            raise NodeError(Exit.INPUT, str(error)) from error
         self._manifest = manifest
         self._state.save_manifest(manifest)
         self.view.rounds = manifest.run.rounds
@@ -297,39 +338,40 @@ class NodeService:
         with self._interruptible():
             self._trainer = self._open_trainer(manifest)
         self.view.notice = ""
-        if self._session.replica is None:
-            self._carry_out(self._session.opened(self._fresh_replica(), time.monotonic()))
-        self._session.work_per_s = _measured_work(manifest.adapter.size)
+        self._work_per_s = _measured_work(manifest.adapter.size)
 
-    def _fresh_replica(self) -> Replica:
+    def _begin(self, agent: int) -> None:
+        """Start an agent from the weights of round 0."""
         assert self._manifest is not None
         assert self._trainer is not None
-        return Replica(self._manifest, self._trainer.initial_weights())
+        replica = Replica(self._manifest, self._trainer.initial_weights(), agent=agent)
+        self._carry_out(self._sessions.opened(agent, replica, time.monotonic()))
 
-    def _probe(self, round: int, exponent: int) -> None:
-        session, trainer = self._session, self._trainer
+    def _probe(self, agent: int, round: int, exponent: int) -> None:
+        session, trainer = self._sessions.by_agent[agent], self._trainer
         assert session.replica is not None
         assert session.node is not None
         assert trainer is not None
         self._refresh()
         with self._interruptible():
             if self._evaluate_every and round % self._evaluate_every == 0:
-                self.view.held_out = trainer.evaluate(session.replica.weights)
-                self._log({"round": round, "held_out": self.view.held_out, **self._bytes()})
-            probed = trainer.probe(session.replica.weights, round, session.node, exponent)
+                held_out = self._held_out[agent] = trainer.evaluate(session.replica.weights)
+                self._log({"agent": agent, "round": round, "held_out": held_out, **self._bytes()})
+            probed = trainer.probe(session.replica.weights, round, session.node, exponent, agent)
         self.view.num_directions += probed.codes.size
         self.view.num_no_votes += probed.num_no_votes
-        self._carry_out(session.on_probed(round, probed.codes, probed.loss, time.monotonic()))
+        self._carry_out(self._sessions.on_probed(agent, round, probed.codes, probed.loss, time.monotonic()))
 
-    def _applied(self, applied: Applied) -> None:
-        if applied.own_codes and self._reported_at is not None:
-            self.view.lag_s = time.monotonic() - self._reported_at
+    def _applied(self, agent: int, applied: Applied) -> None:
+        if applied.own_codes and agent in self._reported_at:
+            self.view.lag_s = time.monotonic() - self._reported_at[agent]
         self.view.num_late += applied.was_late
         self.view.members = len(applied.commit.participants)
         self._log(
             {
+                "agent": agent,
                 "round": applied.commit.round,
-                "loss": self._session.loss,
+                "loss": self._sessions.by_agent[agent].loss,
                 "members": self.view.members,
                 "counted": applied.own_codes,
                 **self._bytes(),
@@ -352,26 +394,23 @@ class NodeService:
         return {"wire_up": count.wire_bytes_sent, "wire_down": count.wire_bytes_received}
 
     def _refresh(self) -> None:
-        session, view = self._session, self.view
-        view.stage, view.node, view.loss, view.behind = (
-            session.stage,
-            session.node,
-            session.loss,
-            session.behind,
-        )
-        view.round = session.replica.round if session.replica else 0
+        sessions, view = self._sessions, self.view
+        view.stage, view.node, view.loss = sessions.stage, sessions.node, sessions.loss
+        view.round, view.behind = sessions.round, sessions.behind
+        held_out = [loss for loss in self._held_out.values() if loss is not None]
+        view.held_out = sum(held_out) / len(held_out) if held_out else None
         self._estimate_catch_up()
         view.socket = self._socket.socket_count()
         self._show(view)
 
     def _estimate_catch_up(self) -> None:
-        """What is left of a download or a replay, and how long that takes at the pace so far."""
-        session, view = self._session, self.view
-        download = session.download if session.stage is Stage.FETCHING else None
-        view.fetched_bytes = len(download.data) if download else 0
-        view.to_fetch_bytes = (download.num_bytes or 0) if download else 0
-        left = view.to_fetch_bytes - view.fetched_bytes if download else session.behind
-        kind = "fetch" if download else "replay"
+        """What is left of downloads or of a replay, and how long that takes at the pace so far."""
+        sessions, view = self._sessions, self.view
+        downloads = sessions.downloads
+        view.fetched_bytes = sum(len(download.data) for download in downloads)
+        view.to_fetch_bytes = sum(download.num_bytes or 0 for download in downloads)
+        left = view.to_fetch_bytes - view.fetched_bytes if downloads else sessions.behind
+        kind = "fetch" if downloads else "replay"
         now = time.monotonic()
         if left <= 0:
             self._catch_up_began = None
@@ -384,9 +423,14 @@ class NodeService:
             view.catch_up_left_s = left * (now - began) / done if done > 0 else None
 
     def _save(self) -> None:
+        """Keep the weights of every agent that has moved since they were kept."""
         self._saved_at = time.monotonic()
-        if self._manifest is not None and self._session.replica is not None:
-            self._state.agent(0).save(self._session.replica, self._manifest)
+        for agent, session in self._sessions.by_agent.items():
+            replica = session.replica
+            if self._manifest is None or replica is None or self._saved_heads.get(agent) == replica.head:
+                continue
+            self._state.agent(agent).save(replica, self._manifest)
+            self._saved_heads[agent] = replica.head
 
     # ---- leaving --------------------------------------------------------------------------------------------------
 

@@ -147,7 +147,7 @@ class Refuse(Message, frozen=True, tag=17):
     """The answer to a `Hello` that does not fit. The node stops and shows the reason."""
 
     cause: Annotated[str, Meta(max_length=32)]
-    """One word for programs: protocol, run, base, tokenizer, fork, full, replaced, quarantined."""
+    """One word for programs: protocol, run, base, tokenizer, agent, fork, full, replaced, quarantined."""
     reason: Annotated[str, Meta(max_length=1024)]
 
 

@@ -1,4 +1,4 @@
-"""A node's session: messages, finished probes and the time in, effects out. All decisions of a node, none of its I/O.
+"""A node's session for one agent: messages, finished probes and the time in, effects out. Decisions, no I/O.
 
     CONNECTING --link up--> GREETING --Welcome--> FOLLOWING --caught up, probed--> REPORTED --commit--> FOLLOWING
     GREETING --Welcome with an offer--> FETCHING --snapshot complete, or replay is quicker--> FOLLOWING
@@ -41,7 +41,7 @@ from transport.messages import (
     Trace,
     Welcome,
 )
-from zo.commit import Commit, Entry, decode_entry
+from zo.commit import Commit, Entry, decode_entry, genesis
 from zo.manifest import Manifest, ManifestError, decode_manifest, run_id
 from zo.replica import ChainError, HistoryNeeded, Replica
 from zo.snapshot import SnapshotError, decode_snapshot
@@ -55,6 +55,7 @@ _GREET_MAX_S: Final = 480.0
 _LOSS_MEMORY: Final = 0.9
 _FETCH_PATIENCE_S: Final = 600.0
 """A piece of 32 kB takes 220 s at 1.2 kbit/s."""
+_EXIT_BY_CAUSE: Final = {"base": Exit.BASE, "tokenizer": Exit.BASE, "agent": Exit.INPUT}
 _TRACE_ROUNDS: Final = 64
 _TRACE_SIZE: Final = 2**18
 """Up to this many weights, a digest every round costs little: 1 ms."""
@@ -124,7 +125,7 @@ Effect = Transmit | Open | StartOver | Keep | Jumped | Applied | End
 
 
 class Session:
-    """One node's side of a run.
+    """One node's side of one track of a run. `Sessions` has one for each agent that the node trains.
 
     Attributes:
         stage: where it stands.
@@ -141,6 +142,7 @@ class Session:
         saved: tuple[Manifest, Replica] | None,
         download: Download | None = None,
         decode: Callable[[bytes], Entry] = decode_entry,
+        agent: int = 0,
     ) -> None:
         """Start, or go on from what was saved.
 
@@ -152,7 +154,9 @@ class Session:
             saved: manifest and replica, if there were any.
             download: a snapshot that was not fetched to its end, if any.
             decode: reads an entry of the ledger; a simulation of many nodes reads each only once.
+            agent: whose track it is.
         """
+        self.agent = agent
         self.stage = Stage.CONNECTING
         self.replica = saved[1] if saved else None
         self.download = download
@@ -188,6 +192,10 @@ class Session:
         """When to say `Hello` again; None until the next tick sets it."""
         self._greet_s = GREET_S
 
+    def know(self, manifest: Manifest) -> None:
+        """The manifest has come in another agent's session: the coordinator sends it once a connection."""
+        self._saved_manifest = manifest
+
     # ---- events ---------------------------------------------------------------------------------------------------
 
     def on_link_up(self) -> list[Effect]:
@@ -208,8 +216,7 @@ class Session:
         self._greet_at, self._greet_s = None, GREET_S
         if isinstance(message, Refuse):
             self.stage = Stage.ENDED
-            code = Exit.BASE if message.cause in ("base", "tokenizer") else Exit.REFUSED
-            return [End(code, message.reason)]
+            return [End(_EXIT_BY_CAUSE.get(message.cause, Exit.REFUSED), message.reason)]
         if self.stage is Stage.CONNECTING:
             return []  # of the connection that broke
         if isinstance(message, Welcome):
@@ -313,7 +320,9 @@ class Session:
     # ---- the coordinator's messages -------------------------------------------------------------------------------
 
     def _hello(self) -> Hello:
-        round, head = (0, self._run) if self.replica is None else (self.replica.round, self.replica.head)
+        round, head = 0, genesis(self._run, self.agent)
+        if self.replica is not None:
+            round, head = self.replica.round, self.replica.head
         return Hello(PROTOCOL_VERSION, self._run, self._base, self._tokenizer, round, head, self._name)
 
     def _welcome(self, welcome: Welcome, now: float) -> list[Effect]:
@@ -401,7 +410,7 @@ class Session:
         if not download.is_intact:
             return [Jumped(0), *self._greet()]
         try:
-            replica = decode_snapshot(bytes(download.data), manifest)
+            replica = decode_snapshot(bytes(download.data), manifest, self.agent)
         except SnapshotError as error:
             return self._fail(Exit.DAMAGED, f"the coordinator's snapshot cannot be used: {error}")
         self.replica = replica

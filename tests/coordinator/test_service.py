@@ -442,7 +442,7 @@ def test_a_member_that_floods_is_cut_off_and_changes_nothing(served, junk):
     assert len(more) < 16
     assert list(served.ledger.frames()) == frames
     served.play(1)
-    assert served.service.conductor.round == 3
+    assert served.service.conductors[0].round == 3
 
 
 @pytest.mark.attack

@@ -54,6 +54,7 @@ def main():
     parser.add_argument("state", type=Path)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--gate", type=Path)
+    parser.add_argument("--agents", type=lambda text: [int(each) for each in text.split(",")])
     parser.add_argument("--broken", action="store_true", help="every loss is NaN")
     parser.add_argument("--freeze-at", choices=FREEZE_AT, help="stop with SIGSTOP as soon as it is there")
     parser.add_argument("--heartbeat-ms", type=int, help="notice dead connections sooner")
@@ -90,6 +91,7 @@ def main():
             name=arguments.state.name,
             connect_timeout_s=30.0,
             evaluate_every=0,
+            agents=arguments.agents,
             show=show,
             log=lambda record: print(json.dumps(record), file=log),
         )

@@ -35,33 +35,44 @@ def state(tmp_path):
 
 
 @pytest.fixture
-def service(state, manifest):
-    ticket = Ticket("127.0.0.1", 1, manifest.run_id, new_key_pair().public)
-    service = NodeService(
-        ticket,
-        state,
-        manifest.base.digest,
-        manifest.base.tokenizer_digest,
-        lambda manifest: Still(manifest.adapter.size),
-        name="n",
-        connect_timeout_s=1.0,
-        evaluate_every=0,
-        show=lambda view: None,
-        log=lambda record: None,
-    )
-    yield service
-    service._socket.close()
+def make_service(state):
+    services = []
+
+    def make(manifest):
+        service = NodeService(
+            Ticket("127.0.0.1", 1, manifest.run_id, new_key_pair().public),
+            state,
+            manifest.base.digest,
+            manifest.base.tokenizer_digest,
+            lambda manifest: Still(manifest.adapter.size),
+            name="n",
+            connect_timeout_s=1.0,
+            evaluate_every=0,
+            show=lambda view: None,
+            log=lambda record: None,
+        )
+        services.append(service)
+        return service
+
+    yield make
+    for service in services:
+        service._socket.close()
 
 
-def wrong(manifest):
-    return Replica(manifest, np.ones(500, np.int32), 7, bytes(16))
+@pytest.fixture
+def service(make_service, manifest):
+    return make_service(manifest)
+
+
+def wrong(manifest, agent=0):
+    return Replica(manifest, np.ones(500, np.int32), 9, bytes([9] * 16), agent)
 
 
 def test_weights_that_are_wrong_are_gone_from_disk_before_anything_else(
     service, state, manifest, monkeypatch
 ):
     """A kill right after the word to start over must not bring them back."""
-    service._carry_out([Open(manifest)])
+    service._carry_out([(0, Open(manifest))])
     state.agent(0).save(wrong(manifest), manifest)
 
     class Killed(BaseException):
@@ -70,41 +81,63 @@ def test_weights_that_are_wrong_are_gone_from_disk_before_anything_else(
     def kill(*_):
         raise Killed
 
-    monkeypatch.setattr(service._session, "opened", kill)
+    monkeypatch.setattr(service._sessions.by_agent[0], "opened", kill)
     with pytest.raises(Killed):
-        service._carry_out([StartOver("they differ")])
+        service._carry_out([(0, StartOver("they differ"))])
     assert state.agent(0).load(manifest.run_id) is None
     assert not state.agent(0).snapshot_path.exists()
 
 
+def test_a_node_goes_on_from_what_it_saved_and_saves_only_what_has_moved(make_service, state, make_manifest):
+    manifest = make_manifest(count=2)
+    state.save_manifest(manifest)
+    saved = [
+        Replica(manifest, np.full(500, agent, np.int32), 7 + agent, bytes(16), agent) for agent in range(2)
+    ]
+    for replica in saved:
+        state.agent(replica.agent).save(replica, manifest)
+    service = make_service(manifest)
+    service._carry_out([(0, Open(manifest))])
+    sessions = service._sessions.by_agent
+    assert [(each.replica.round, each.replica.agent) for each in sessions.values()] == [(7, 0), (8, 1)]
+    paths = [state.agent(agent).snapshot_path for agent in range(2)]
+    for path in paths:
+        path.unlink()
+    service._save()
+    assert [path.exists() for path in paths] == [False, False]
+    sessions[1].replica = wrong(manifest, agent=1)
+    service._save()
+    assert [path.exists() for path in paths] == [False, True]
+
+
 def test_after_starting_over_the_weights_are_those_of_round_0(service, state, manifest):
-    service._carry_out([Open(manifest)])
-    service._session.replica = wrong(manifest)
-    service._carry_out([StartOver("they differ")])
-    assert service._session.replica.round == 0
-    assert not service._session.replica.weights.any()
+    service._carry_out([(0, Open(manifest))])
+    service._sessions.by_agent[0].replica = wrong(manifest)
+    service._carry_out([(0, StartOver("they differ"))])
+    assert service._sessions.by_agent[0].replica.round == 0
+    assert not service._sessions.by_agent[0].replica.weights.any()
     assert service.view.notice == "starting over: they differ"
     service._save()
     assert state.agent(0).load(manifest.run_id)[1].round == 0
 
 
 def test_pieces_are_kept_until_the_snapshot_is_taken(service, state, manifest):
-    service._carry_out([Open(manifest), Keep(bytes(16), b"abc")])
+    service._carry_out([(0, Open(manifest)), (0, Keep(bytes(16), b"abc"))])
     assert bytes(state.agent(0).load_download().data) == b"abc"
-    service._session.replica = wrong(manifest)
-    service._carry_out([Jumped(7)])
+    service._sessions.by_agent[0].replica = wrong(manifest)
+    service._carry_out([(0, Jumped(9))])
     assert state.agent(0).load_download() is None
-    assert state.agent(0).load(manifest.run_id)[1].round == 7
+    assert state.agent(0).load(manifest.run_id)[1].round == 9
 
 
 def test_a_snapshot_that_could_not_be_used_leaves_the_weights_alone(service, state, manifest):
-    service._carry_out([Open(manifest), Keep(bytes(16), b"abc")])
+    service._carry_out([(0, Open(manifest)), (0, Keep(bytes(16), b"abc"))])
     before = state.agent(0).load(manifest.run_id)
-    service._carry_out([Jumped(0)])
+    service._carry_out([(0, Jumped(0))])
     assert state.agent(0).load_download() is None
     assert state.agent(0).load(manifest.run_id) == before
 
 
 def test_an_opened_run_has_measured_its_kernel(service, manifest):
-    service._carry_out([Open(manifest)])
-    assert 0 < service._session.work_per_s < 1e14
+    service._carry_out([(0, Open(manifest))])
+    assert 0 < service._sessions.by_agent[0].work_per_s < 1e14
