@@ -19,6 +19,7 @@ from rich.progress import Progress, TaskID
 
 from coordinator.archive import Restored, restore
 from coordinator.audit import Audit, audit
+from coordinator.calibration import proposed_epsilon
 from coordinator.cli_app import JsonOption, RunArgument, app, epilog, err, failures_explained, out
 from coordinator.config import ServiceConfig, check_capacity
 from coordinator.config import validate as validate_config
@@ -51,6 +52,8 @@ from zo.manifest import (
 )
 from zo.quantization import Kind, check_shapes
 from zo.replica import Replica
+
+_EPSILON = 0.01
 
 
 @app.command(
@@ -102,8 +105,18 @@ def init(
         ),
     ] = False,
     epsilon: Annotated[
-        float, typer.Option(metavar="X", help="Length of the probe in each direction.")
-    ] = 0.01,
+        float | None,
+        typer.Option(metavar="X", help="Length of the probe in each direction.", show_default=str(_EPSILON)),
+    ] = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Measure on such data, as nodes have it, which epsilon suits, and use that; needs the node's extras; "
+            "may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     rank: Annotated[int, typer.Option(metavar="N", help="LoRA rank.")] = 4,
     alpha: Annotated[float, typer.Option(metavar="X", help="LoRA alpha.")] = 8.0,
     train: Annotated[
@@ -215,7 +228,7 @@ def init(
                     ),
                     agents=Agents(count=agents, assignment=assignment),
                     probe=Probing(
-                        epsilon=epsilon,
+                        epsilon=_EPSILON if epsilon is None else epsilon,
                         directions=directions,
                         batch_size=batch_size,
                         sequence_length=sequence_length,
@@ -237,6 +250,14 @@ def init(
         config = validate_config(ServiceConfig(host=host, port=port, quorum=quorum))
         check_capacity(config, manifest)
         _check_quantization(manifest, shapes)
+        if calibrate:
+            if epsilon is not None:
+                raise ManifestError("give --epsilon or --calibrate, not both: the second measures the first")
+            directory.check_absent()
+            found = proposed_epsilon(manifest, model, calibrate)
+            probing = msgspec.structs.replace(manifest.probe, epsilon=found)
+            manifest = validate(msgspec.structs.replace(manifest, probe=probing))
+            out.print(f"epsilon {found:g}, as measured", highlight=False)
         weights = initial_weights(layout, run_key(manifest.run_id), manifest.adapter.train)
         directory.create(manifest, config, Replica(manifest, weights))
     out.print(f"Made {run}: run {manifest.run_id.hex()}", highlight=False, soft_wrap=True)

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from coordinator.audit import AuditError
+from coordinator.calibration import CalibrationError
 from coordinator.config import ConfigError
 from coordinator.history import HistoryError
 from coordinator.ledger import LedgerError, StorageError
@@ -96,9 +97,12 @@ def failures_explained() -> Iterator[None]:
     """Turn the errors we know into one line and their exit code; anything else is a bug and shows its trace."""
     try:
         yield
+    except CalibrationError as error:
+        _fail(error, error.code)
     except tuple(_EXIT_BY_ERROR) as error:
-        code = next(code for kind, code in _EXIT_BY_ERROR.items() if isinstance(error, kind))
-        err.print(
-            f"zo-coordinator: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
-        raise typer.Exit(code) from None
+        _fail(error, next(code for kind, code in _EXIT_BY_ERROR.items() if isinstance(error, kind)))
+
+
+def _fail(error: Exception, code: Exit) -> None:
+    err.print(f"zo-coordinator: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(code) from None

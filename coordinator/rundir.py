@@ -55,6 +55,13 @@ class RunDirectory:
             self._snapshots[agent] = SnapshotStore(agent_folder(self.path / "snapshots", agent))
         return self._snapshots[agent]
 
+    def check_absent(self) -> None:
+        """Check that nothing is there yet but perhaps an empty directory. Raises RunDirectoryError."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunDirectoryError(
+                f"{self.path} exists already; choose another directory, or remove it first"
+            )
+
     def create(self, manifest: Manifest, config: ServiceConfig, initial: Replica) -> None:
         """Make the directory and everything in it; its manifest last, so that half a directory is none.
 
@@ -62,10 +69,7 @@ class RunDirectory:
             RunDirectoryError: there is something already.
             StorageError: it cannot be written.
         """
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise RunDirectoryError(
-                f"{self.path} exists already; choose another directory, or remove it first"
-            )
+        self.check_absent()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             save_key(self.key_path, new_key_pair())

@@ -440,7 +440,7 @@ def _live_line(is_renewed: bool) -> Iterator[Callable[[View], None]]:
 
 
 # After the commands above, so that `--help` lists these below them.
-from node import cli_local  # noqa: E402, F401
+from node import cli_calibrate, cli_local  # noqa: E402, F401
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from node.adapter import Adapter, with_adapter
 from node.base import Base, BaseError, load_base
+from node.calibration import Row, calibrate
 from node.completions import read_completions
 from node.data import Sequences, read_windows
 from node.labelled import read_labelled
@@ -19,10 +20,11 @@ from node.probe import Probe, Probed
 from node.records import DataError
 from node.rehearsal import Rehearsal, rehearse
 from zo import kernels
-from zo.directions import run_key
+from zo.directions import Direction, run_key
 from zo.initial import initial_weights
 from zo.manifest import Manifest, Task
 from zo.quantization import Kind
+from zo.spsa import one_sided, two_sided
 
 
 class LanguageTrainer:
@@ -74,6 +76,18 @@ class LanguageTrainer:
     def rehearse(self, at_once: int | None = None) -> Rehearsal:
         """Try noise and speed at the weights of round 0, and probe as was found from then on; see `rehearse`."""
         return rehearse(self._probe, self.initial_weights(), at_once)
+
+    def calibrate(self, num_directions: int, progress: Callable[[int, int], None] | None = None) -> list[Row]:
+        """How wrong slopes are at many epsilons, at the weights of round 0; see `node.calibration.calibrate`."""
+        weights, sides = self.initial_weights(), self._manifest.probe.sides
+        names = [Direction(0, sample) for sample in range(num_directions)]
+
+        def differences(epsilon: float) -> NDArray[np.float64]:
+            losses = self._probe.losses(weights, names, sides, epsilon)
+            slopes = two_sided(losses, epsilon) if sides == 2 else one_sided(losses[:, 0], epsilon)
+            return 2 * epsilon * slopes
+
+        return calibrate(differences, sides, progress)
 
     def probe(
         self, weights: NDArray[np.int32], round: int, node: int, exponent: int, agent: int = 0

@@ -70,19 +70,20 @@ class Rehearsal:
     @property
     def warning(self) -> str:
         """What is wrong with epsilon on this machine, with the figures; empty if nothing is."""
+        asks = "; `zo-node calibrate` measures which epsilon suits"
         over = f"{self.num_directions} direction{'s' * (self.num_directions > 1)}"
         if not math.isfinite(self.signal):
             return (
                 f"not every loss is finite at weights ± epsilon z with epsilon = {self.epsilon:g} ({over} tried); "
-                "such a direction is no vote"
+                "such a direction is no vote" + asks
             )
         if self.signal == 0:
-            return f"epsilon = {self.epsilon:g} is too small here: L+ = L- in each of {over} tried"
+            return f"epsilon = {self.epsilon:g} is too small here: L+ = L- in each of {over} tried" + asks
         if self.noise <= DROWNED * self.signal:
             return ""
         return (
             f"epsilon = {self.epsilon:g} drowns in noise here: L+ - L- is {self.signal:.2g} (RMS of {over}), and "
-            f"off by {self.noise:.2g}"
+            f"off by {self.noise:.2g}" + asks
         )
 
     def __str__(self) -> str:

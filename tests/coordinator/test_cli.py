@@ -6,6 +6,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from coordinator.cli import app
 from coordinator.rundir import RunDirectory
 from transport.exits import Exit
+from zo.manifest import parse_manifest
 
 
 @pytest.fixture
@@ -238,3 +240,54 @@ def test_the_list_of_commands_cuts_no_sentence():
 def test_help_loads_no_torch():
     check = "import sys, coordinator.cli; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
+
+
+class Measuring:
+    """Stands for the process that measures: remembers what it was asked, and answers."""
+
+    def __init__(self, epsilon, code=0):
+        self.answer = json.dumps({"epsilon": epsilon}).encode()
+        self.code = code
+        self.asked = []
+
+    def __call__(self, command, **_):
+        manifest = Path(command[command.index("calibrate") + 1])
+        self.asked.append((manifest.read_text("utf-8"), command))
+        return subprocess.CompletedProcess(command, self.code, stdout=self.answer)
+
+
+def test_a_calibrated_run_has_the_measured_epsilon(base, tmp_path, monkeypatch):
+    measuring = Measuring(0.005)
+    monkeypatch.setattr("coordinator.calibration.subprocess.run", measuring)
+    data = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    files = [part for file in data for part in ("--calibrate", file)]
+    result = run("init", tmp_path / "run", "--model", base, "--rank", 2, *files)
+    assert result.exit_code == 0, result.output
+    assert "epsilon 0.005, as measured" in result.stdout
+    manifest = RunDirectory(tmp_path / "run").manifest()
+    assert manifest.probe.epsilon == 0.005
+    ((text, command),) = measuring.asked
+    asked = parse_manifest(text)
+    assert (asked.base, asked.adapter.rank) == (manifest.base, 2)
+    assert command[5:] == ["--model", str(base), "--data", str(data[0]), "--data", str(data[1]), "--json"]
+
+
+def test_a_calibration_that_fails_makes_no_run(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("coordinator.calibration.subprocess.run", Measuring(None, code=12))
+    result = run("init", tmp_path / "run", "--model", base, "--calibrate", tmp_path / "notes.txt")
+    fails(result, Exit.MISMATCH, "no epsilon was found", "exit code 12")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("coordinator.calibration.find_spec", lambda _: None)
+    result = run("init", tmp_path / "run", "--model", base, "--calibrate", tmp_path / "notes.txt")
+    fails(result, Exit.INPUT, "needs the node's extras", "zo-node calibrate")
+
+
+def test_what_makes_a_calibration_vain_is_said_before_it(base, made, tmp_path, monkeypatch):
+    measuring = Measuring(0.005)
+    monkeypatch.setattr("coordinator.calibration.subprocess.run", measuring)
+    options = ("--model", base, "--calibrate", tmp_path / "notes.txt")
+    fails(run("init", made, *options), Exit.INPUT, "exists already")
+    fails(
+        run("init", tmp_path / "run", *options, "--epsilon", 0.1), Exit.INPUT, "give --epsilon or --calibrate"
+    )
+    assert not measuring.asked

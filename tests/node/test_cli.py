@@ -12,7 +12,7 @@ from transport.keys import new_key_pair
 from transport.ticket import Ticket
 
 TICKET = str(Ticket("127.0.0.1", 9, bytes(16), new_key_pair().public))
-COMMANDS = ("join", "export", "evaluate", "demo", "doctor", "predict")
+COMMANDS = ("join", "export", "evaluate", "demo", "calibrate", "doctor", "predict")
 
 
 @pytest.fixture
