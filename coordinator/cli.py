@@ -37,6 +37,7 @@ from zo.directions import run_key
 from zo.initial import initial_weights
 from zo.layout import lora_layout
 from zo.manifest import (
+    DEFAULT_TEMPLATE,
     Adapter,
     Agents,
     BaseModel,
@@ -46,10 +47,10 @@ from zo.manifest import (
     Probing,
     Run,
     Schedule,
-    Task,
     TaskKind,
     validate,
 )
+from zo.manifest import task as task_of
 from zo.quantization import Kind, check_shapes
 from zo.replica import Replica
 
@@ -135,16 +136,24 @@ def init(
         TaskKind,
         typer.Option(
             metavar="|".join(get_args(TaskKind)),
-            help="What the data is: plain text; rows of prompt and completion; rows of text and label, which a head "
-            "on the base predicts.",
+            help="What the data is: plain text; rows of prompt and completion; rows of text and label, predicted "
+            "as the next word, or by a head on the base.",
         ),
     ] = "text",
     label: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="LABEL",
-            help="A label of the data; may be repeated, once for each.",
+            metavar="LABEL[=WORD]",
+            help="A label of the data, and for a verbalizer its word; may be repeated, once for each.",
             show_default=False,
+        ),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What a verbalizer's word follows, with {text} for the row's text.",
+            show_default=repr(DEFAULT_TEMPLATE)[1:-1],
         ),
     ] = None,
     agents: Annotated[
@@ -202,7 +211,7 @@ def init(
             any_quantization=any_quantization,
         )
         try:
-            trained = Task(kind=task, labels=tuple(label or ()))
+            trained = task_of(task, label or (), template)
             head = None
             if trained.head_labels is not None:
                 head = head_of(base_files.configuration(model), tensors, len(trained.head_labels))

@@ -25,6 +25,7 @@ from node.cli_app import (
     QuantizeOption,
     SkipOption,
     TaskOption,
+    TemplateOption,
     ThreadsOption,
     app,
     columns_by_field,
@@ -271,6 +272,7 @@ def evaluate(
     ] = None,
     task: TaskOption = None,
     label: LabelOption = None,
+    template: TemplateOption = None,
     column: ColumnOption = None,
     sequence_length: Annotated[
         int | None,
@@ -290,7 +292,7 @@ def evaluate(
     """
     with failures_explained():
         path = model or str(embedded.path())
-        wanted, length = asked(path, adapter, task, label, sequence_length)
+        wanted, length = asked(path, adapter, task, label, template, sequence_length)
         from node.language import open_model, read_data
         from node.losses import measure
 

@@ -83,8 +83,17 @@ LabelOption = Annotated[
     list[str] | None,
     typer.Option(
         "--label",
-        metavar="LABEL",
-        help="A label of the data, in the order of the model's; may be repeated.",
+        metavar="LABEL[=WORD]",
+        help="A label of the data, in the order of the model's, and for a verbalizer its word; may be repeated.",
+        show_default="as the adapter's run",
+    ),
+]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        metavar="TEXT",
+        help="What a verbalizer's word follows, with {text} for the row's text.",
         show_default="as the adapter's run",
     ),
 ]

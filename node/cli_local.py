@@ -18,6 +18,7 @@ from node.cli_app import (
     QuantizeOption,
     SkipOption,
     TaskOption,
+    TemplateOption,
     ThreadsOption,
     app,
     epilog,
@@ -140,6 +141,7 @@ def predict(
     ] = None,
     task: TaskOption = None,
     label: LabelOption = None,
+    template: TemplateOption = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens to add.")] = 64,
     quantize: OwnQuantizeOption = "none",
     skip_quantize: SkipOption = None,
@@ -151,7 +153,7 @@ def predict(
     """
     with failures_explained():
         path = model or str(embedded.path())
-        wanted, length = asked(path, adapter, task, label, None)
+        wanted, length = asked(path, adapter, task, label, template, None)
         from node.generation import classify, complete
         from node.language import open_model
 

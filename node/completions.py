@@ -114,9 +114,9 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     Otherwise its token for the beginning of a text, if it has one, and the prompt.
     """
     if tokenizer.chat_template:
-        return _ids(tokenizer, _turns(tokenizer, prompt))
+        return token_ids(tokenizer, _turns(tokenizer, prompt))
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return begin + _ids(tokenizer, prompt)
+    return begin + token_ids(tokenizer, prompt)
 
 
 def completion_ids(tokenizer: Any, pair: Pair) -> list[int]:
@@ -127,9 +127,9 @@ def completion_ids(tokenizer: Any, pair: Pair) -> list[int]:
     if tokenizer.chat_template:
         before, whole = _turns(tokenizer, pair.prompt), _turns(tokenizer, pair.prompt, pair.completion)
         if whole.startswith(before):
-            return _ids(tokenizer, whole[len(before) :])
+            return token_ids(tokenizer, whole[len(before) :])
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return _ids(tokenizer, pair.completion) + end
+    return token_ids(tokenizer, pair.completion) + end
 
 
 def arrange(rows: Sequence[tuple[list[int], list[int]]], sequence_length: int) -> Completions:
@@ -179,6 +179,7 @@ def _turns(tokenizer: Any, prompt: str, completion: str | None = None) -> str:
     return text
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text, without any mark around it."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids

@@ -40,6 +40,8 @@ class LabelledBatch(NamedTuple):
     """(batch_size,): which label is right."""
     padding: int
     """The token after the end of a row; some models find the end by it."""
+    words: NDArray[np.int64] | None = None
+    """(num_labels,): the token by which the model says each label after the row; None if its head says it."""
 
 
 AnyBatch = Batch | LabelledBatch
@@ -59,6 +61,7 @@ def stacked(batches: Sequence[AnyBatch]) -> AnyBatch:
             np.concatenate([batch.lengths for batch in labelled]),
             np.concatenate([batch.labels for batch in labelled]),
             labelled[0].padding,
+            labelled[0].words,
         )
     plain = [batch for batch in batches if isinstance(batch, Batch)]
     scored = [padded(batch.scored) for batch in plain if batch.scored is not None]

@@ -5,6 +5,7 @@ Each check returns what it found and, if something is wrong, what to do; only th
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -19,7 +20,7 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from node.base import Base, BaseError, load_base, read_digest, read_tokenizer_digest, resolve
-from transport.base_files import BaseFilesError, is_in_layer, tensor_shapes
+from transport.base_files import BaseFilesError, configuration, is_causal, is_in_layer, tensor_shapes
 from transport.keys import KeyFileError, load_key, new_key_pair
 from transport.sockets import Link, NodeSocket, SocketError
 from transport.ticket import Ticket
@@ -293,15 +294,18 @@ def _quantised_error(kind: Kind) -> float:
 
 def forward(base: Base, batch_size: int, sequence_length: int, num_forwards: int) -> Iterator[Finding]:
     """How far two equal forward passes are apart, and how long a round of this node would take."""
-    from node.data import Batch
+    from node.data import AnyBatch, Batch, LabelledBatch
     from node.losses import mean_loss
 
     length = min(sequence_length, base.max_sequence_length or sequence_length)
     tokens = np.random.default_rng(0).integers(0, len(base.tokenizer), (batch_size, length))
+    drawn: AnyBatch = Batch(tokens)
+    if base.padding is not None:
+        drawn = LabelledBatch(tokens, np.full(batch_size, length), np.zeros(batch_size, int), base.padding)
     losses, seconds = [], math.inf
     for _ in range(3):
         began = time.perf_counter()
-        losses.append(mean_loss(base.model, Batch(tokens)))
+        losses.append(mean_loss(base.model, drawn))
         seconds = min(seconds, time.perf_counter() - began)
     noise = max(losses) - min(losses)
     if not all(map(math.isfinite, losses)):
@@ -323,11 +327,13 @@ def forward(base: Base, batch_size: int, sequence_length: int, num_forwards: int
     )
 
 
-def load(path: str, kind: Kind, skip: Sequence[str], threads: int) -> tuple[Base | None, Finding]:
-    """The base, and how loading it went."""
+def load(
+    path: str, kind: Kind, skip: Sequence[str], threads: int, labels: Sequence[str] | None = None
+) -> tuple[Base | None, Finding]:
+    """The base, as a classifier if there are labels, and how loading it went."""
     began = time.perf_counter()
     try:
-        base = load_base(path, threads=threads, quantize=kind, skip_quantize=skip)
+        base = load_base(path, threads=threads, quantize=kind, skip_quantize=skip, labels=labels)
     except BaseError as error:
         return None, Finding(check="loading", state="fail", found=str(error))
     return base, Finding(
@@ -335,6 +341,15 @@ def load(path: str, kind: Kind, skip: Sequence[str], threads: int) -> tuple[Base
         state="ok",
         found=f"{len(base.linear_shapes)} linear layers, {kind}, {time.perf_counter() - began:.1f} s",
     )
+
+
+def _labels(folder: Path, manifest: Manifest | None) -> Sequence[str] | None:
+    """Those of the run; without one, any two for a model that predicts no next token."""
+    if manifest is not None:
+        return manifest.task.head_labels
+    with contextlib.suppress(BaseFilesError):  # loading says what is wrong
+        return None if is_causal(configuration(folder)) else ("0", "1")
+    return None
 
 
 def examine(
@@ -381,7 +396,7 @@ def examine(
     yield fits
     if fits.state == "fail":
         return
-    base, loading = load(model, kind, skip, threads)
+    base, loading = load(model, kind, skip, threads, _labels(resolve(model), manifest))
     yield loading
     if base is not None:
         yield from forward(base, batch_size, sequence_length, num_forwards)

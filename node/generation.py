@@ -60,8 +60,7 @@ def classify(
     """
     if not text.strip():
         raise DataError("the text is empty; give one to classify")
-    assert base.padding is not None  # it was loaded with labels
-    rows = labelled.arrange([text], [0], base.tokenizer, sequence_length, task.labels, base.padding)
+    rows = labelled.arrange([text], [0], base.tokenizer, sequence_length, task, base.padding)
     probabilities = label_logits(model, rows.take(np.array([0]))).softmax(1)[0]
     number = int(probabilities.argmax())
     return task.labels[number], float(probabilities[number])

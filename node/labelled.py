@@ -1,7 +1,7 @@
-"""Private data of texts and labels: rows of text in, rows of tokens out, of which the label is predicted by the head.
+"""Private data of texts and labels: rows of text in, rows of tokens out, of which the label is predicted.
 
-Decides how a text becomes tokens (as the tokenizer makes them, with its marks of beginning and end) and what happens to
-one that is longer than the context: the tokenizer cuts it, and that is counted.
+Decides how a text becomes tokens (before a head as the tokenizer makes them, with its marks; before a verbalizer's word
+in the template) and what happens to one that is longer than the context: its end is cut, and that is counted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from node.data import LabelledBatch, count
 from node.records import LABEL, DataError, read_records
+from node.verbalizer import fitting, verbalizer
+from zo.manifest import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,8 @@ class Labelled:
     """(num_windows,): where each row ends, and padding begins."""
     labels: NDArray[np.int64]
     """(num_windows,): which of the names is right."""
+    words: NDArray[np.int64] | None
+    """(num_labels,): the token that stands for each label; None if a head predicts them."""
     names: tuple[str, ...]
     """The labels as they stand in the data."""
     padding: int
@@ -53,7 +57,7 @@ class Labelled:
         """The batch of the rows with these numbers, as wide as the longest of them."""
         lengths = self.lengths[rows]
         tokens = self.tokens[rows, : int(lengths.max())].astype(np.int64)
-        return LabelledBatch(tokens, lengths, self.labels[rows], self.padding)
+        return LabelledBatch(tokens, lengths, self.labels[rows], self.padding, self.words)
 
     def __str__(self) -> str:
         """One line that says what was read and what was cut."""
@@ -72,8 +76,8 @@ def read_labelled(
     paths: Sequence[str | Path],
     tokenizer: Any,
     sequence_length: int,
-    labels: Sequence[str],
-    padding: int,
+    task: Task,
+    padding: int | None,
     columns: Mapping[str, str] | None = None,
 ) -> Labelled:
     """The rows of some files with texts and labels, in the order given.
@@ -82,24 +86,26 @@ def read_labelled(
         paths: files as `node.records` reads them.
         tokenizer: a transformers tokenizer.
         sequence_length: most tokens in a row, at least 2.
-        labels: as they stand in the data.
-        padding: the token that fills up rows.
+        task: with the labels as they stand in the data.
+        padding: the token that fills up rows before a head; None for a verbalizer.
         columns: what the fields "text" and "label" are called in the files.
 
     Raises:
-        DataError: a file or a row of it cannot be read, a text is empty, or a label is none of the run's.
+        DataError: a file or a row of it cannot be read, a text is empty or has no place beside the template, or a label
+            is none of the task's; or its words are none that the tokenizer tells apart.
     """
-    number_by_label = {label: number for number, label in enumerate(labels)}
-    texts, numbers = [], []
+    number_by_label = {label: number for number, label in enumerate(task.labels)}
+    places, texts, numbers = [], [], []
     for place, (text, label) in read_records(paths, ("text", LABEL), columns):
         if not text.strip():
             raise DataError(f"{place}: the text is empty; remove the row")
         if label not in number_by_label:
-            known = ", ".join(map(repr, labels))
+            known = ", ".join(map(repr, task.labels))
             raise DataError(f"{place}: the label {label!r} is none of this run's, which are {known}")
+        places.append(place)
         texts.append(text)
         numbers.append(number_by_label[label])
-    return arrange(texts, numbers, tokenizer, sequence_length, labels, padding)
+    return arrange(texts, numbers, tokenizer, sequence_length, task, padding, places)
 
 
 def arrange(
@@ -107,24 +113,53 @@ def arrange(
     numbers: Sequence[int],
     tokenizer: Any,
     sequence_length: int,
-    labels: Sequence[str],
-    padding: int,
+    task: Task,
+    padding: int | None,
+    places: Sequence[str] = (),
 ) -> Labelled:
-    """Texts, each with the number of its label, as tokens, cut to fit and padded to equal length."""
-    whole: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
-    kept: list[list[int]] = tokenizer(texts, truncation=True, max_length=sequence_length)["input_ids"]
-    cuts = np.array([len(row) for row in whole]) - np.array([len(row) for row in kept])
+    """Texts, each with the number of its label, as tokens, cut to fit and padded to equal length.
+
+    Args are those of `read_labelled`, and:
+        texts: none of them empty.
+        numbers: of their labels.
+        places: where each is from, for messages.
+
+    Raises:
+        DataError: see there.
+    """
+    words = None
+    if task.kind == "head":
+        whole: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
+        kept: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=sequence_length)[
+            "input_ids"
+        ]
+        cuts = [len(all_of_it) - len(part) for all_of_it, part in zip(whole, kept, strict=True)]
+    else:
+        said = verbalizer(tokenizer, task)
+        words = np.array(said.words, np.int64)
+        kept, cuts = [], []
+        for i, text in enumerate(texts):
+            found = fitting(said.encode, text, sequence_length)
+            if found is None:
+                where = f"{places[i]}: " if places else ""
+                raise DataError(
+                    f"{where}no part of the text fits into {sequence_length} tokens beside the template, which takes "
+                    f"{len(said.encode(''))}; the run needs longer sequences or a shorter template"
+                )
+            kept.append(found[0])
+            cuts.append(found[1])
     lengths = np.array([len(row) for row in kept], np.int64)
-    tokens = np.full((len(kept), lengths.max()), padding, np.int32)
+    tokens = np.full((len(kept), lengths.max()), padding or 0, np.int32)
     for row, ids in zip(tokens, kept, strict=True):
         row[: len(ids)] = ids
     return Labelled(
         tokens=tokens,
         lengths=lengths,
         labels=np.array(numbers, np.int64),
-        names=tuple(labels),
-        padding=padding,
+        words=words,
+        names=task.labels,
+        padding=padding or 0,
         sequence_length=sequence_length,
-        num_cut=int(np.count_nonzero(cuts)),
-        num_tokens_cut=int(cuts.sum()),
+        num_cut=sum(cut > 0 for cut in cuts),
+        num_tokens_cut=sum(cuts),
     )

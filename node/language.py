@@ -181,7 +181,6 @@ def read_data(
         )
     if task.kind == "completion":
         return read_completions(paths, base.tokenizer, sequence_length, columns)
-    if task.kind == "head":
-        assert base.padding is not None  # it was loaded with labels
-        return read_labelled(paths, base.tokenizer, sequence_length, task.labels, base.padding, columns)
+    if task.labels:
+        return read_labelled(paths, base.tokenizer, sequence_length, task, base.padding, columns)
     return read_windows(paths, base.tokenizer, sequence_length, columns)

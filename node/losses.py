@@ -6,6 +6,7 @@ adapters can go through one forward pass. When it is measured, and at which weig
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -65,16 +66,37 @@ def row_losses(model: torch.nn.Module, batch: AnyBatch) -> RowLosses:
 
 
 def label_logits(model: torch.nn.Module, batch: LabelledBatch) -> torch.Tensor:
-    """(num_rows, num_labels) float32: what the model's head says of each row; padding has no influence."""
+    """(num_rows, num_labels) float32: what the head says of each row, or how likely each word is after it.
+
+    Padding has no influence.
+    """
     device = next(model.parameters()).device
-    mask = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+    ids = torch.from_numpy(batch.tokens).to(device)
     with torch.inference_mode():
-        found = model(
-            input_ids=torch.from_numpy(batch.tokens).to(device),
-            attention_mask=torch.from_numpy(mask.astype(np.int64)).to(device),
-        )
-        logits: torch.Tensor = found.logits.float()
-    return logits
+        if batch.words is not None:
+            ends, position = np.unique(batch.lengths - 1, return_inverse=True)
+            logits = _logits_at(model, ids, ends)
+            return logits[np.arange(len(ids)), position][:, batch.words].float()
+        mask = (np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]).astype(np.int64)
+        found: torch.Tensor = model(input_ids=ids, attention_mask=torch.from_numpy(mask).to(device)).logits
+    return found.float()
+
+
+def _logits_at(model: torch.nn.Module, ids: torch.Tensor, positions: NDArray[np.int64]) -> torch.Tensor:
+    """(num_rows, num_positions, vocabulary): of a causal model after each of these positions.
+
+    Vocabularies are large: the logits of all positions may take more memory than the base, so that a model which can
+    leave some out is asked to.
+    """
+    if len(positions) == ids.shape[1]:
+        every: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return every
+    chosen = torch.from_numpy(positions).to(ids.device)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        found: torch.Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=chosen).logits
+        return found
+    found = model(input_ids=ids, use_cache=False).logits
+    return found[:, chosen]
 
 
 def _token_losses(model: torch.nn.Module, batch: Batch) -> RowLosses:
@@ -86,17 +108,15 @@ def _token_losses(model: torch.nn.Module, batch: Batch) -> RowLosses:
     """
     device = next(model.parameters()).device
     ids = torch.from_numpy(batch.tokens).to(device)
-    scored = np.ones(batch.tokens.shape, np.bool_) if batch.scored is None else batch.scored
-    counts = scored[:, 1:].sum(1)
+    # The last token predicts nothing: leaving it out saves its logits and a copy of all others.
+    scored = (np.ones(batch.tokens.shape, np.bool_) if batch.scored is None else batch.scored)[:, 1:]
+    counts = scored.sum(1)
+    columns = np.flatnonzero(scored.any(0))
+    chosen = torch.from_numpy(scored[:, columns]).to(device)
     with torch.inference_mode():
-        # The last token predicts nothing: leaving it out saves its logits and a copy of all others.
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        if batch.scored is None:
-            chosen_logits, targets = logits.flatten(0, 1), ids[:, 1:].flatten()
-        else:
-            chosen = torch.from_numpy(scored[:, 1:]).to(device)
-            chosen_logits, targets = logits[chosen], ids[:, 1:][chosen]
-        each = cross_entropy(chosen_logits.float(), targets, reduction="none").cpu().numpy()
+        logits = _logits_at(model, ids[:, :-1], columns)[chosen]
+        targets = ids[:, 1:][:, torch.from_numpy(columns).to(device)][chosen]
+        each = cross_entropy(logits.float(), targets, reduction="none").cpu().numpy()
     # In float64: two losses whose difference is the slope shall not differ by how they were summed.
     rows = np.repeat(np.arange(len(counts)), counts)
     sums = np.zeros(len(counts), np.float64)

@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import msgspec
-
 from node.base import resolve
 from node.records import DataError
-from zo.manifest import Manifest, ManifestError, Task, TaskKind, parse_manifest
+from zo.manifest import Manifest, ManifestError, Task, TaskKind, parse_manifest, task
 from zo.toml import documented_toml
 
 MANIFEST_FILE: Final = "manifest.toml"
@@ -39,15 +37,17 @@ def asked(
     adapter: Path | None,
     kind: TaskKind | None,
     labels: Sequence[str] | None,
+    template: str | None,
     sequence_length: int | None,
 ) -> Asked:
-    """The task: as given here; what is not, as in the run of the adapter or of the model, if it tells; else plain text.
+    """The task: as given here; if nothing is, as in the run that adapter or model come from; else plain text.
 
     Args:
         model: directory or hub name of the base.
         adapter: directory of a PEFT adapter.
         kind: of the task.
-        labels: of the rows.
+        labels: of the rows, as `zo.manifest.task` takes them; for a head those of the model's files if there are none.
+        template: of a verbalizer.
         sequence_length: most tokens in a row.
 
     Raises:
@@ -56,19 +56,15 @@ def asked(
     """
     known = _exported_from(adapter or resolve(model))
     length = sequence_length or (known.probe.sequence_length if known else SEQUENCE_LENGTH)
-    task = known.task if known else Task()
-    changes: dict[str, object] = {}
-    if kind is not None and kind != task.kind:
-        task = Task()
-        changes["kind"] = kind
-    if labels:
-        changes["labels"] = tuple(labels)
-    elif kind == "head" and not task.labels:
-        changes["labels"] = _labels_in(resolve(model))
+    if known is not None and kind in (None, known.task.kind) and not labels and template is None:
+        return Asked(known.task, length)
+    kind = kind or (known.task.kind if known else "text")
+    if kind == "head" and not labels:
+        labels = _labels_in(resolve(model))
     try:
-        return Asked(msgspec.structs.replace(task, **changes), length)
+        return Asked(task(kind, labels or (), template), length)
     except ValueError as error:
-        raise DataError(f"{error}. Name them with --label, once for each") from error
+        raise DataError(f"{error}. Name all labels with --label, once for each") from error
 
 
 def _exported_from(folder: Path) -> Manifest | None:

@@ -130,8 +130,8 @@ def configuration(folder: Path) -> dict[str, Any]:
 
 
 def is_causal(configuration: Mapping[str, Any]) -> bool:
-    """Whether the configuration is of a causal language model, as far as the name of its class tells."""
-    architectures = configuration.get("architectures") or [""]
+    """Whether the configuration is of a causal language model, by the name of its class; so if it has none."""
+    architectures = configuration.get("architectures") or ["ForCausalLM"]
     return str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel"))
 
 

@@ -5,6 +5,7 @@ A node cannot set any of this, so it cannot diverge by a setting.
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -16,7 +17,9 @@ from zo.toml import explain
 RUN_ID_BYTES: Final = 16
 MAX_AGENTS: Final = 128
 _MAX_SAMPLES: Final = 2**32
-TaskKind = Literal["text", "completion", "head"]
+TaskKind = Literal["text", "completion", "verbalizer", "head"]
+TEXT_PLACE: Final = "{text}"
+DEFAULT_TEMPLATE: Final = "{text}\nAnswer:"
 Hex16 = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$")]
 
 
@@ -96,13 +99,26 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         TaskKind,
         Meta(
             description="text: plain text, every token is predicted; completion: rows of prompt and completion, only "
-            "the completion is predicted; head: rows of text and label, predicted by a linear head on the base."
+            "the completion is predicted; verbalizer: rows of text and label, predicted as the word that the language "
+            "model says next; head: the same, predicted by a linear head on the base."
         ),
     ] = "text"
     labels: Annotated[
         tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...],
         Meta(max_length=1024, description="Labels as they stand in the data, in the order of their logits."),
     ] = ()
+    words: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...],
+        Meta(max_length=1024, description="Of a verbalizer: the word that stands for each label."),
+    ] = ()
+    template: Annotated[
+        str,
+        Meta(
+            max_length=16384,
+            description="Of a verbalizer: what the model reads before it says the word, with {text} for the row's "
+            "text. White space at its end goes between it and the word; a space, if there is none.",
+        ),
+    ] = ""
 
     @property
     def head_labels(self) -> tuple[str, ...] | None:
@@ -110,18 +126,63 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return self.labels if self.kind == "head" else None
 
     def __post_init__(self) -> None:
-        """Check that there are labels where the kind asks for them.
+        """Check that there are labels, words and a template where the kind asks for them, and only there.
 
         Raises:
-            ValueError: there are not, or there are where it does not.
+            ValueError: it is otherwise, or a label or a word is not alone; the message says which.
         """
-        if self.kind != "head":
+        if self.kind not in ("verbalizer", "head"):
             if self.labels:
-                raise ValueError(f"labels = {list(self.labels)!r} needs kind = 'head', got {self.kind!r}")
+                raise ValueError(
+                    f"labels = {list(self.labels)!r} needs kind = 'verbalizer' or 'head', got {self.kind!r}"
+                )
         elif len(self.labels) < 2:
             raise ValueError(f"a task with labels must name at least two, got {list(self.labels)!r}")
-        elif twice := sorted({label for label in self.labels if self.labels.count(label) > 1}):
-            raise ValueError(f"labels names {', '.join(map(repr, twice))} more than once")
+        _check_distinct("labels", self.labels)
+        if self.kind != "verbalizer":
+            if self.words or self.template:
+                raise ValueError(f"words and template need kind = 'verbalizer', got {self.kind!r}")
+            return
+        if unspoken := self.labels[len(self.words) :]:
+            raise ValueError(f"the label {unspoken[0]!r} has no word that stands for it")
+        if len(self.words) > len(self.labels):
+            raise ValueError(f"words has {len(self.words)} entries for {len(self.labels)} labels")
+        if blank := [word for word in self.words if word != word.strip()]:
+            raise ValueError(f"a word has no white space around it, got {blank[0]!r}")
+        _check_distinct("words", self.words)
+        if self.template.count(TEXT_PLACE) != 1:
+            raise ValueError(f"template must hold {TEXT_PLACE} once, got {self.template!r}")
+
+
+def _check_distinct(what: str, values: tuple[str, ...]) -> None:
+    if twice := sorted({each for each in values if values.count(each) > 1}):
+        raise ValueError(f"{what} names {', '.join(map(repr, twice))} more than once")
+
+
+def task(kind: TaskKind, labels: Sequence[str] = (), template: str | None = None) -> Task:
+    """The task that a command line describes.
+
+    Args:
+        kind: of the task.
+        labels: each once; LABEL=WORD for a verbalizer.
+        template: of a verbalizer; None for `DEFAULT_TEMPLATE`.
+
+    Raises:
+        ValueError: they do not make a task; the message says why.
+    """
+    if kind != "verbalizer":
+        return Task(kind=kind, labels=tuple(labels), template=template or "")
+    parts = [each.rpartition("=") for each in labels]
+    if unspoken := [word for label, _, word in parts if not label]:
+        raise ValueError(
+            f"the label {unspoken[0]!r} has no word that stands for it: give LABEL=WORD, as {unspoken[0]}=yes"
+        )
+    return Task(
+        kind=kind,
+        labels=tuple(label for label, _, _ in parts),
+        words=tuple(word for _, _, word in parts),
+        template=DEFAULT_TEMPLATE if template is None else template,
+    )
 
 
 class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -88,7 +88,9 @@ def test_init_says_what_it_made_and_what_comes_next(base, tmp_path):
         (["--skip-quantize", "q_proj"], ("base.skip_quantize = ['q_proj'] needs base.quantize",)),
         (["--task", "head"], ("a task with labels must name at least two, got []",)),
         (["--task", "head", "--label", "a", "--label", "a"], ("labels names 'a' more than once",)),
-        (["--label", "a", "--label", "b"], ("labels = ['a', 'b'] needs kind = 'head'",)),
+        (["--label", "a", "--label", "b"], ("labels = ['a', 'b'] needs kind = 'verbalizer' or 'head'",)),
+        (["--task", "verbalizer", "--label", "a"], ("the label 'a' has no word", "LABEL=WORD, as a=yes")),
+        (["--template", "{text}"], ("words and template need kind = 'verbalizer', got 'text'",)),
         (["--target", "none"], ("targets must name at least one module, got none",)),
     ],
 )
@@ -131,6 +133,13 @@ def test_a_head_is_trained_beside_the_adapter_or_alone(base, tmp_path):
         assert (manifest.task.kind, manifest.task.labels) == ("head", ("bad", "good"))
         assert manifest.adapter.size == size
         assert directory.initial(manifest).weights.any()
+
+
+def test_words_stand_in_the_manifest(base, tmp_path):
+    words = ("--task", "verbalizer", "--label", "0=bad", "--label", "1=good", "--template", "{text} It was")
+    assert run("init", tmp_path / "run", "--model", base, *words).exit_code == 0
+    task = RunDirectory(tmp_path / "run").manifest().task
+    assert (task.labels, task.words, task.template) == (("0", "1"), ("bad", "good"), "{text} It was")
 
 
 def test_a_head_needs_to_know_how_wide_the_base_is(base, tmp_path):

@@ -46,7 +46,7 @@ def test_a_base_without_layers_is_asked_about():
         ({"hidden_size": 64, "architectures": ["LlamaForCausalLM"]}, {}, Head(3, 64, False)),
         ({"n_embd": 64, "architectures": ["GPT2LMHeadModel"]}, {}, Head(3, 64, False)),
         ({"hidden_size": 64}, {"score.weight": (2, 64)}, Head(3, 64, False)),
-        ({"hidden_size": 64, "architectures": None}, {}, Head(3, 64, True)),
+        ({"hidden_size": 64, "architectures": None}, {}, Head(3, 64, False)),
     ],
 )
 def test_the_head_follows_from_the_configuration(configuration, tensors, expected):

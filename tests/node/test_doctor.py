@@ -220,6 +220,13 @@ def test_the_command_shows_all_and_makes_nothing(tmp_path):
     assert [each["check"] for each in found][-3:] == ["loading", "repeat noise", "a round"]
 
 
+def test_an_encoder_is_examined_as_a_classifier(encoder, tmp_path):
+    result = run("--state", tmp_path / "state", "--model", encoder, "--json", *SMALL)
+    assert result.exit_code == 0, result.output
+    found = {each["check"]: each["found"] for each in json.loads(result.stdout)}
+    assert found["a round"].endswith("s of forward passes (2 of 1 × 8 tokens)")
+
+
 def test_the_command_fails_if_a_check_does(tmp_path):
     result = run("--state", tmp_path, "--model", tmp_path, *SMALL)
     assert result.exit_code == Exit.MISMATCH

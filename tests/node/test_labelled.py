@@ -9,8 +9,10 @@ from node.base import load_base
 from node.labelled import arrange, read_labelled
 from node.losses import label_logits, mean_loss, measure
 from node.records import DataError
+from zo.manifest import Task
 
 LABELS = ("bad", "good")
+TASK = Task(kind="head", labels=LABELS)
 ROWS = ("good\tReturn the absolute value", "bad\tIf", "bad\tthe list is empty, None.")
 
 
@@ -24,7 +26,7 @@ def read(base, tmp_path):
     def read_rows(*rows, length=16):
         file = tmp_path / "rows.tsv"
         file.write_text("label\ttext\n" + "\n".join(rows))
-        return read_labelled([file], base.tokenizer, length, LABELS, base.padding)
+        return read_labelled([file], base.tokenizer, length, TASK, base.padding)
 
     return read_rows
 
@@ -85,5 +87,5 @@ def test_loss_and_accuracy_are_the_librarys_whatever_is_padded(base, read):
 
 
 def test_one_text_is_a_row_of_its_own(base, read):
-    alone = arrange(["Return the absolute value"], [1], base.tokenizer, 16, LABELS, base.padding)
+    alone = arrange(["Return the absolute value"], [1], base.tokenizer, 16, TASK, base.padding)
     assert np.array_equal(alone.tokens[0], read(ROWS[0]).tokens[0])

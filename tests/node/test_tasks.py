@@ -50,17 +50,17 @@ BY_NUMBER = ("--column", "label=1", "--column", "text=2")
 
 def test_plain_text_unless_told_otherwise(encoder, exported, tmp_path):
     model = str(encoder)
-    assert asked(model, None, None, None, None) == (Task(), 128)
-    assert asked(model, tmp_path, None, None, 32) == (Task(), 32)
-    assert asked(model, None, "head", LABELS, None) == (HEAD, 128)
+    assert asked(model, None, None, None, None, None) == (Task(), 128)
+    assert asked(model, tmp_path, None, None, None, 32) == (Task(), 32)
+    assert asked(model, None, "head", LABELS, None, None) == (HEAD, 128)
 
 
 def test_an_export_says_what_its_run_was_about(encoder, exported):
     model = str(encoder)
-    assert asked(model, exported, None, None, None) == (HEAD, 12)
-    assert asked(str(exported), None, None, None, 40) == (HEAD, 40)
-    assert asked(model, exported, "text", None, None) == (Task(), 12)
-    assert asked(model, exported, None, ["0", "1"], None).task.labels == ("0", "1")
+    assert asked(model, exported, None, None, None, None) == (HEAD, 12)
+    assert asked(str(exported), None, None, None, None, 40) == (HEAD, 40)
+    assert asked(model, exported, "text", None, None, None) == (Task(), 12)
+    assert asked(model, exported, None, ["0", "1"], None, None).task.labels == ("0", "1")
 
 
 def test_a_classifier_says_its_labels(save_model, tmp_path):
@@ -70,14 +70,14 @@ def test_a_classifier_says_its_labels(save_model, tmp_path):
         num_hidden_layers=0, hidden_size=12, vocab_size=8, id2label={0: "a", 1: "b"}
     )
     folder = save_model(transformers.BertForSequenceClassification(config), tmp_path / "base")
-    assert asked(str(folder), None, "head", None, None).task.labels == ("a", "b")
+    assert asked(str(folder), None, "head", None, None, None).task.labels == ("a", "b")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"id2label": 5}', '{"id2label": {"x": "y"}}', "{}"])
 def test_labels_that_nobody_says_are_asked_for(encoder, tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(DataError, match=r"must name at least two, got \[\]\. Name them with --label"):
-        asked(str(tmp_path), None, "head", None, None)
+    with pytest.raises(DataError, match=r"must name at least two, got \[\]\. Name all labels with --label"):
+        asked(str(tmp_path), None, "head", None, None, None)
 
 
 def test_evaluate_measures_loss_and_accuracy(encoder, exported, rows):
@@ -134,9 +134,31 @@ def test_bad_options_are_said(encoder, exported, rows):
     fails(run("predict", " ", *options[:4]), Exit.INPUT, "the text is empty")
 
 
+def test_a_language_model_says_the_label(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "Return the value", "label": 0}\n{"text": "If", "label": 1}\n')
+    task = (
+        "--task",
+        "verbalizer",
+        "--label",
+        "0=none",
+        "--label",
+        "1=list",
+        "--template",
+        "{text}. It is the",
+    )
+    shown = run("evaluate", "--data", file, *task, "--json")
+    assert shown.exit_code == 0, shown.output
+    assert json.loads(shown.stdout)["accuracy"] in (0.0, 0.5, 1.0)
+    assert run("predict", "Return the value", *task).stdout.strip() in ("0", "1")
+    fails(run("predict", "x", *task[:3], "0"), Exit.INPUT, "the label '0' has no word that stands for it")
+    same = ("--task", "verbalizer", "--label", "0=list", "--label", "1=lists")
+    fails(run("predict", "x", *same), Exit.INPUT, "'list' and 'lists' begin with the same token")
+
+
 def test_the_embedded_model_is_asked_for_plain_text():
-    assert asked(str(embedded.path()), None, None, None, None) == (Task(), 128)
+    assert asked(str(embedded.path()), None, None, None, None, None) == (Task(), 128)
     assert (
         msgspec.structs.replace(Task(), kind="completion")
-        == asked(str(embedded.path()), None, "completion", None, None).task
+        == asked(str(embedded.path()), None, "completion", None, None, None).task
     )

@@ -6,11 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zo.manifest import (
+    DEFAULT_TEMPLATE,
     Manifest,
     ManifestError,
+    Task,
     decode_manifest,
     parse_manifest,
     run_id,
+    task,
     validate,
 )
 from zo.toml import documented_toml
@@ -59,7 +62,7 @@ def test_any_manifest_survives_its_toml(make_manifest, name, epsilon, step, alph
 def test_every_field_of_the_toml_is_explained(make_manifest):
     lines = documented_toml(make_manifest(), "A run.").splitlines()
     fields = [index for index, line in enumerate(lines) if " = " in line and not line.startswith("#")]
-    assert len(fields) == 32
+    assert len(fields) == 34
     assert all(lines[index - 1].startswith("# ") for index in fields)
     tables = [index for index, line in enumerate(lines) if line.startswith("[")]
     assert all(lines[index - 1].startswith("# ") for index in tables)
@@ -99,6 +102,8 @@ OUT_OF_RANGE = [
     ("base", "any_quantization", 1),
     ("task", "kind", "chat"),
     ("task", "labels", tuple(map(str, range(1025)))),
+    ("task", "words", "great"),
+    ("task", "template", "{text}" + "x" * 16384),
     ("adapter", "targets", ("x",) * 65),
     ("adapter", "rank", 0),
     ("adapter", "rank", 257),
@@ -140,8 +145,12 @@ OUT_OF_RANGE = [
 
 @pytest.mark.parametrize(("section", "field", "value"), OUT_OF_RANGE)
 def test_a_value_out_of_range_is_named_with_its_field(make_manifest, section, field, value):
-    labelled = {"kind": "head", "labels": ("0", "1")} if field == "labels" else {}
-    manifest = make_manifest(quantize="nf4", **labelled)  # only then may layers be skipped
+    manifest = make_manifest(quantize="nf4")  # only then may layers be skipped
+    if field == "labels":  # only a task that needs them may have them
+        manifest = make_manifest(quantize="nf4", kind="head", labels=("0", "1"))
+    if field in ("words", "template"):
+        words = {"labels": tuple("great"), "words": tuple("GREAT"), "template": "{text}"}
+        manifest = make_manifest(quantize="nf4", kind="verbalizer", **words)
     wrong = msgspec.structs.replace(getattr(manifest, section), **{field: value})
     manifest = msgspec.structs.replace(manifest, **{section: wrong})
     shown = list(value) if isinstance(value, tuple) else value
@@ -219,7 +228,7 @@ def test_layers_cannot_be_left_out_of_a_quantisation_that_there_is_not(make_mani
         ("head", ("0",), r"a task with labels must name at least two, got \['0'\]"),
         ("head", ("b", "a", "b"), "labels names 'b' more than once"),
         ("head", ("a", ""), r"task\.labels\[1\] = '': expected `str` of length >= 1"),
-        ("text", ("a", "b"), r"labels = \['a', 'b'\] needs kind = 'head', got 'text'"),
+        ("text", ("a", "b"), r"labels = \['a', 'b'\] needs kind = 'verbalizer' or 'head', got 'text'"),
     ],
 )
 def test_labels_fit_the_task(make_manifest, kind, labels, words):
@@ -230,6 +239,40 @@ def test_labels_fit_the_task(make_manifest, kind, labels, words):
     wrong = wrong.replace("labels = []", f"labels = {list(labels)!r}".replace("'", '"'))
     with pytest.raises(ManifestError, match=words):
         parse_manifest(wrong)
+
+
+WORDS = {"kind": "verbalizer", "labels": ("0", "1"), "words": ("bad", "good"), "template": "{text} It was"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"words": ("bad",)}, "the label '1' has no word that stands for it"),
+        ({"words": ("bad", "good", "fine")}, "words has 3 entries for 2 labels"),
+        ({"words": ("bad", "bad")}, "words names 'bad' more than once"),
+        ({"words": ("bad", " good")}, "a word has no white space around it, got ' good'"),
+        ({"template": "It was"}, r"template must hold \{text\} once, got 'It was'"),
+        ({"template": "{text} {text}"}, r"template must hold \{text\} once"),
+        ({"kind": "head"}, "words and template need kind = 'verbalizer', got 'head'"),
+    ],
+)
+def test_words_fit_the_labels(make_manifest, changes, words):
+    assert make_manifest(**WORDS).task.head_labels is None
+    with pytest.raises(ValueError, match=words):
+        make_manifest(**WORDS | changes)
+
+
+def test_a_task_from_a_command_line():
+    assert task("text") == Task()
+    assert task("head", ["0", "a=b"]) == Task(kind="head", labels=("0", "a=b"))
+    assert task("verbalizer", ["0=bad", "a=b=good"], "{text}!") == Task(
+        kind="verbalizer", labels=("0", "a=b"), words=("bad", "good"), template="{text}!"
+    )
+    assert task("verbalizer", ["0=bad", "1=good"]).template == DEFAULT_TEMPLATE
+    with pytest.raises(ValueError, match=r"the label '1' has no word .*: give LABEL=WORD, as 1=yes"):
+        task("verbalizer", ["0=bad", "1"])
+    with pytest.raises(ValueError, match="words and template need kind = 'verbalizer', got 'text'"):
+        task("text", template="{text}")
 
 
 def test_only_a_head_may_be_trained_alone(make_manifest):
@@ -269,17 +312,17 @@ def test_manifests_differ_in_their_ids_by_any_field(make_manifest):
 
 
 GOLDEN_BYTES = (
-    "89a870726f746f636f6c01a372756e84a46e616d65a474657374a6726f756e647314a97374616c656e65737300a56e6f6e"
-    "6365d9203031323334353637383961626364656630313233343536373839616263646566a46261736586a46e616d65a46e"
-    "6f6e65a6646967657374d9206230623062306230623062306230623062306230623062306230623062306230b0746f6b65"
-    "6e697a65725f646967657374d9203730373037303730373037303730373037303730373037303730373037303730a87175"
-    "616e74697a65a46e6f6e65ad736b69705f7175616e74697a6590b0616e795f7175616e74697a6174696f6ec2a47461736b"
-    "82a46b696e64a474657874a66c6162656c7390a76164617074657286a77461726765747392a6715f70726f6aa6765f7072"
-    "6f6aa472616e6b04a5616c706861cb4020000000000000a5747261696ea142a473697a65cd01f4ad6c61796f75745f6469"
-    "67657374d9203161316131613161316131613161316131613161316131613161316131613161a66167656e747382a5636f"
-    "756e7401aa61737369676e6d656e74a3616c6ca570726f626585a7657073696c6f6ecb3f847ae147ae147baa6469726563"
-    "74696f6e7302aa62617463685f73697a6508af73657175656e63655f6c656e677468cc80a5736964657302a87363686564"
-    "756c6584a473746570cb3f947ae147ae147ba56465636179a66c696e656172a9736d6f6f7468696e6703ae66697273745f"
-    "6578706f6e656e74fca670617269747982ac6469676573745f657665727904aa73686172655f6c6f7373c3"
+    "89a870726f746f636f6c01a372756e84a46e616d65a474657374a6726f756e647314a97374616c656e65737300a56e6f6e63"
+    "65d9203031323334353637383961626364656630313233343536373839616263646566a46261736586a46e616d65a46e6f6e"
+    "65a6646967657374d9206230623062306230623062306230623062306230623062306230623062306230b0746f6b656e697a"
+    "65725f646967657374d9203730373037303730373037303730373037303730373037303730373037303730a87175616e7469"
+    "7a65a46e6f6e65ad736b69705f7175616e74697a6590b0616e795f7175616e74697a6174696f6ec2a47461736b84a46b696e"
+    "64a474657874a66c6162656c7390a5776f72647390a874656d706c617465a0a76164617074657286a77461726765747392a6"
+    "715f70726f6aa6765f70726f6aa472616e6b04a5616c706861cb4020000000000000a5747261696ea142a473697a65cd01f4"
+    "ad6c61796f75745f646967657374d9203161316131613161316131613161316131613161316131613161316131613161a661"
+    "67656e747382a5636f756e7401aa61737369676e6d656e74a3616c6ca570726f626585a7657073696c6f6ecb3f847ae147ae"
+    "147baa646972656374696f6e7302aa62617463685f73697a6508af73657175656e63655f6c656e677468cc80a57369646573"
+    "02a87363686564756c6584a473746570cb3f947ae147ae147ba56465636179a66c696e656172a9736d6f6f7468696e6703ae"
+    "66697273745f6578706f6e656e74fca670617269747982ac6469676573745f657665727904aa73686172655f6c6f7373c3"
 )
-GOLDEN_RUN_ID = "cd9c2c87ced7c6950bb1889d87459769"
+GOLDEN_RUN_ID = "41dafee4b2d8828d8e73815f43a6ac87"
