@@ -315,7 +315,7 @@ def serve(
         ),
     ] = False,
 ) -> None:
-    """Serve a run: print its ticket, order the nodes' bytes, stop when all rounds are done.
+    """Serve a run: print its ticket, order the nodes' bytes, stop when all rounds are done and every node knows.
 
     On a directory that was served before it goes on where the ledger ends. Ctrl-C stops it; nothing is lost.
     """

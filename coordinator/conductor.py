@@ -55,6 +55,7 @@ from zo.steps import Scale, step_rule
 _REMEMBERED_ROUNDS: Final = 256
 _SILENCE_EVERY_S: Final = 10.0
 """How often to look who has not been heard of."""
+_NAMED_AT_THE_END: Final = 3
 _DIVERGENCES_ALLOWED: Final = 2
 """The second wrong digest of a node is no accident any more."""
 
@@ -101,7 +102,7 @@ class Conductor:
             config: of this service.
             replica: at the end of the ledger.
             scale: what the step rule left there.
-            members: everyone ever admitted to this track, all gone.
+            members: everyone ever admitted to this track, all gone; who did not leave is heard of now, as it were.
             roster: everyone ever admitted to the run; shared by its tracks.
             head_after: the chain's head after so many commits, all of them durable.
             digest_at: the digest of the weights after so many commits, if it was recorded.
@@ -114,6 +115,8 @@ class Conductor:
         self.config = config
         self.replica = replica
         self.members = {member.node: member for member in members}
+        for member in self.members.values():
+            member.heard_at = now
         self._rule = step_rule(manifest)
         self._scale = scale
         self._exponent_before: int | None = None
@@ -156,6 +159,11 @@ class Conductor:
         """Members that are not gone."""
         return [m for m in self.members.values() if m.presence is not Presence.GONE]
 
+    def owed_the_end(self, now: float) -> list[Member]:
+        """For whom a run that is over is still to be served."""
+        shut_out = self._roster.is_quarantined
+        return [m for m in self.members.values() if m.is_owed_the_end(now) and not shut_out(m.node)]
+
     def session_member(self, session: bytes) -> Member | None:
         """Whose session this is; None if it is nobody's."""
         node = self._node_by_session.get(session)
@@ -168,7 +176,10 @@ class Conductor:
         return self._round.opened_at_s + self._wait().wait_s
 
     def reason(self, now: float) -> str:
-        """What the round in progress waits for, in words."""
+        """What the round in progress waits for, in words; what the end of the run waits for."""
+        if self.is_over:
+            names = ", ".join(f"{m.node} ({m.name})" for m in self.owed_the_end(now)[:_NAMED_AT_THE_END])
+            return f"all rounds are done: waiting for {names} to fetch the end" if names else ""
         waiting = self._wait()
         return decide(self._round, frozenset(waiting.awaited), self.config.quorum, waiting.wait_s, now)[1]
 

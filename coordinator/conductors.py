@@ -40,10 +40,9 @@ class Conductors:
         """Whether all rounds of all agents are done."""
         return all(conductor.is_over for conductor in self)
 
-    @property
-    def is_deserted(self) -> bool:
-        """Whether nobody takes part in any track."""
-        return not any(conductor.present for conductor in self)
+    def owe_the_end(self, now: float) -> bool:
+        """Whether a run that is over is still to be served for somebody."""
+        return any(conductor.owed_the_end(now) for conductor in self)
 
     def member_of(self, session: bytes) -> Member | None:
         """Whose session this is, in the first track that knows it; None if it is nobody's."""
@@ -55,10 +54,13 @@ class Conductors:
         return min((at for conductor in self if (at := conductor.wake_at()) is not None), default=None)
 
     def reason(self, now: float) -> str:
-        """What the track that is furthest behind waits for, in words."""
-        agent = min(range(len(self)), key=lambda each: self[each].round)
+        """What the track that is furthest behind waits for, in words; once all are over, what one of them waits for."""
+        if self.is_over:
+            agent = min(range(len(self)), key=lambda each: not self[each].owed_the_end(now))
+        else:
+            agent = min(range(len(self)), key=lambda each: self[each].round)
         reason = self[agent].reason(now)
-        return reason if len(self) == 1 else f"agent {agent}, {reason}"
+        return f"agent {agent}, {reason}" if reason and len(self) > 1 else reason
 
     # ---- events ---------------------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ def status_line(status: Status, reason: str) -> Text:
         parts.append("waiting for nodes")
     elif left and status.rounds_per_s > 0:
         parts.append(f"{pace(status.rounds_per_s)}, {duration(left / status.rounds_per_s)} left")
-    elif left:
+    elif reason:
         parts.append(reason.partition(": ")[2])
     return Text(" · ".join(parts), overflow="ellipsis", no_wrap=True)
 

@@ -38,6 +38,7 @@ CREATE TABLE members (
 CREATE TABLE events (
     id INTEGER PRIMARY KEY, at REAL NOT NULL, agent INTEGER NOT NULL, round INTEGER NOT NULL, kind TEXT NOT NULL,
     node INTEGER, text TEXT NOT NULL);
+CREATE INDEX visits ON events (agent, node, id) WHERE kind IN ('joined', 'left');
 CREATE INDEX divergences ON events (id) WHERE kind IN ('diverged', 'released', 'started-over');
 CREATE TABLE status (id INTEGER PRIMARY KEY CHECK (id = 1), json BLOB NOT NULL);
 """
@@ -314,11 +315,14 @@ class Ledger:
         return None if row is None else bytes(row[0])
 
     def members(self) -> list[Enrolment]:
-        """Everyone ever admitted to this track."""
+        """Everyone ever admitted to this track, and whether it has left it."""
         rows = self._read(
-            "SELECT node, key, name, is_quarantined FROM members WHERE agent = ? ORDER BY node", self.agent
+            "SELECT node, key, name, is_quarantined, (SELECT kind = 'left' FROM events WHERE agent = members.agent "
+            "AND node = members.node AND kind IN ('joined', 'left') ORDER BY id DESC LIMIT 1) "
+            "FROM members WHERE agent = ? ORDER BY node",
+            self.agent,
         )
-        return [Enrolment(node, key, name, bool(shut_out)) for node, key, name, shut_out in rows]
+        return [Enrolment(*row[:3], *map(bool, row[3:])) for row in rows]
 
     def nodes(self) -> list[Enrolment]:
         """Everyone ever admitted to any track."""

@@ -18,6 +18,8 @@ QUIET_AFTER_S: Final = 150.0
 """Two and a half of the longest times between two messages of a node that waits for the others."""
 LOST_AFTER_S: Final = 900.0
 """Long enough to load a large base from a slow disk. Who speaks again is asked who it is, and is here again."""
+FAREWELL_S: Final = 30.0
+"""How long a run that is over waits for who went without a word: several attempts to reconnect, 5 s apart at most."""
 
 
 class Presence(enum.Enum):
@@ -96,10 +98,14 @@ class Member:
     """Whether it differed, and has not sent the digests yet from which the first wrong round is found."""
     is_finished: bool = False
     """Whether it has been told that the run is over."""
+    has_left: bool = False
+    """Whether it said that it goes, and has not come back since."""
 
     def note(self, event: Event) -> None:
         """Move along the transition table."""
         self.presence = transition(self.presence, event)
+        if event in (Event.HELLO, Event.LEFT):
+            self.has_left = event is Event.LEFT
         if self.presence is Presence.GONE:
             self.session = None
 
@@ -114,6 +120,18 @@ class Member:
         if quiet_s >= max(LOST_AFTER_S, 8 * usual_s):
             return Event.LOST
         return Event.QUIET if quiet_s >= max(QUIET_AFTER_S, 2 * usual_s) else None
+
+    def is_owed_the_end(self, now: float) -> bool:
+        """Whether a run that is over is served on for this member: without it, it would wait for the end for ever.
+
+        Who is here and has not been told may be loading or catching up. Who has been told needs a moment to say that it
+        goes; who went without a word, or was here when the coordinator was killed, is on its way back or was killed.
+        """
+        if self.has_left:
+            return False
+        if self.presence is Presence.GONE or self.is_finished:
+            return now < self.heard_at + FAREWELL_S
+        return self.silence(now) is None
 
     def room(self) -> int:
         """How many more commits it may be sent now."""

@@ -15,6 +15,8 @@ class Enrolment(NamedTuple):
     key: bytes
     name: str
     is_quarantined: bool = False
+    has_left: bool = False
+    """Whether the last that was noted of it there is that it left."""
 
 
 class Roster:
@@ -23,10 +25,10 @@ class Roster:
     def __init__(self, enrolled: Iterable[Enrolment] = ()) -> None:
         self._node_by_key: dict[bytes, int] = {}
         self._quarantined: set[int] = set()
-        for node, key, _, is_quarantined in enrolled:
-            self._node_by_key[key] = node
-            if is_quarantined:
-                self._quarantined.add(node)
+        for each in enrolled:
+            self._node_by_key[each.key] = each.node
+            if each.is_quarantined:
+                self._quarantined.add(each.node)
         self._next_node = max(self._node_by_key.values(), default=-1) + 1
 
     def __len__(self) -> int:

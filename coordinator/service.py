@@ -28,8 +28,6 @@ STATUS_EVERY_S: Final = 1.0
 SNAPSHOT_CHECK_S: Final = 5.0
 SPEED_MEMORY_S: Final = 20.0
 SPEED_MEMORY_ROUNDS: Final = 8
-_FAREWELL_S: Final = 30.0
-"""How long a finished service waits for its last nodes to fetch the end and say that they leave."""
 _NOTED_ONE_BY_ONE: Final = {"malformed": 16, "misfit": 16, "refused": 16, "flooded": 16}
 """How many events of a kind are noted in the ledger after a start, for each agent: a peer must not be able to fill the
 disk. Kinds that are not named here are bounded by the number of rounds, or as below."""
@@ -147,7 +145,7 @@ class Service:
         self.status = self._make_status()
 
     def run(self, should_stop: Callable[[], bool], stay: bool, show: Callable[[Status, str], None]) -> None:
-        """Serve until the run is over and everyone has left, or `should_stop`.
+        """Serve until the run is over and nobody is owed its end any more, or `should_stop`.
 
         Args:
             should_stop: asked a few times a second.
@@ -170,7 +168,6 @@ class Service:
     def _loop(self, should_stop: Callable[[], bool], stay: bool, show: Callable[[Status, str], None]) -> None:
         self._save_snapshots_if_due()
         status_at = snapshot_at = time.monotonic()
-        over_since: float | None = None
         while not should_stop():
             now = time.monotonic()
             wake_at = self.conductors.wake_at()
@@ -186,10 +183,8 @@ class Service:
             if now - snapshot_at >= SNAPSHOT_CHECK_S:
                 snapshot_at = now
                 self._save_snapshots_if_due()
-            if self.conductors.is_over and not stay:
-                over_since = now if over_since is None else over_since
-                if self.conductors.is_deserted or now - over_since > _FAREWELL_S:
-                    return
+            if self.conductors.is_over and not stay and not self.conductors.owe_the_end(now):
+                return
 
     def _stop(self, show: Callable[[Status, str], None]) -> None:
         """Leave a fresh snapshot and status behind."""
@@ -344,8 +339,8 @@ def _known_members(ledger: Ledger, before: Status | None) -> list[Member]:
     counts = {m.node: m for m in before.of_agent(ledger.agent)} if before else {}
     divergences = ledger.divergences()
     members = []
-    for node, key, name, _ in ledger.members():
-        member = Member(node=node, key=key, name=name)
+    for node, key, name, _, has_left in ledger.members():
+        member = Member(node=node, key=key, name=name, has_left=has_left)
         if node in divergences:
             member.num_divergences, member.must_start_over = divergences[node]
         if node in counts:

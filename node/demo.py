@@ -173,7 +173,7 @@ def _watch(swarm: _Swarm, ticket: str, rounds: int, console: Console) -> float:
     first_round_at: float | None = None
     last_round, moved_at = 0, time.monotonic()
     with _table(console) as update:
-        while swarm.coordinator.poll() is None:
+        while swarm.coordinator.poll() is None and any(node.poll() is None for node in swarm.nodes.values()):
             now = time.monotonic()
             try:
                 status = statuses.get(timeout=0.5)
@@ -191,9 +191,10 @@ def _watch(swarm: _Swarm, ticket: str, rounds: int, console: Console) -> float:
             )  # a cold disk takes its time to give four nodes torch
             if now - moved_at > patience:
                 raise DemoError(f"no round was closed for {patience:.0f} s; see {swarm.directory}/*.log")
-        if swarm.coordinator.returncode:
+        if swarm.coordinator.poll() is None:  # it would wait a while for the one that was killed
+            swarm.coordinator.send_signal(signal.SIGTERM)
+        if swarm.coordinator.wait(_STARTUP_S):
             raise DemoError(f"the coordinator failed; see {swarm.directory}/coordinator.log")
-    finished_at = time.monotonic()
     for name, process in swarm.nodes.items():
         try:
             code = process.wait(timeout=20)
@@ -205,7 +206,7 @@ def _watch(swarm: _Swarm, ticket: str, rounds: int, console: Console) -> float:
         raise DemoError(
             "the run was over before a node could be killed and another could join; use more --rounds"
         )
-    return finished_at - (first_round_at or finished_at)
+    return moved_at - (first_round_at or moved_at)
 
 
 def _intervene(

@@ -212,10 +212,11 @@ class NodeService:
         while self._end is None and not self._wants_to_leave:
             with self._interruptible():
                 links, frames = self._socket.poll(0.0 if self._sessions.next_probe() else _POLL_S)
-            for link in links:
-                self._on_link(link)
+            # The frames first: those of a new connection come only after its `Hello`, so they are of the one before.
             for frame in frames:
                 self._on_frame(frame)
+            for link in links:
+                self._on_link(link)
             if self._end is not None:
                 return
             now = time.monotonic()
@@ -242,10 +243,11 @@ class NodeService:
         elif link is Link.DOWN:
             self.view.notice = "connection lost, reconnecting"
             self._sessions.on_link_down()
+        elif link is Link.NOBODY:
+            self._wrong_key_tries = 0
         else:
-            self._sessions.on_link_down()
             self._wrong_key_tries += 1
-            # Once may be a coordinator that is just going down.
+            # Once may be a coordinator that is just going down; but then nobody listens there for a while.
             if not self._was_up and self._wrong_key_tries >= _WRONG_KEY_TRIES:
                 if link is Link.REFUSED:
                     raise NodeError(Exit.REFUSED, "the coordinator does not admit this node's key")

@@ -46,7 +46,10 @@ class VirtualCoordinator:
             self.config,
             replica,
             replay_scale(step_rule(self.manifest), codes),
-            [Member(node=node, key=key, name=name) for node, (key, name) in self.enrolled.items()],
+            [
+                Member(node=node, key=key, name=name, has_left=self.visits(node)[-1:] == ["left"])
+                for node, (key, name) in self.enrolled.items()
+            ],
             Roster(
                 Enrolment(node, key, name, node in self.quarantined)
                 for node, (key, name) in self.enrolled.items()
@@ -136,6 +139,10 @@ class VirtualCoordinator:
             case Welcome():
                 assert message.node in self.enrolled
                 assert message.round == len(self.frames)
+
+    def visits(self, node: int) -> list[str]:
+        """What was noted of a node's coming and going, as the ledger keeps it."""
+        return [note.kind for note in self.notes if note.node == node and note.kind in ("joined", "left")]
 
     def noted(self, kind: str) -> list[str]:
         return [note.text for note in self.notes if note.kind == kind]

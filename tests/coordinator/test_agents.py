@@ -1,6 +1,7 @@
 """A run with several agents at the coordinator: tracks of their own, nodes and connections in common."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -161,10 +162,15 @@ def test_the_run_is_over_when_all_agents_are(served):
         assert isinstance(served.wire.sent[-1][2], Finished)
         assert served.wire.sent[-1][1] == agent
     assert served.service.conductors.is_over
+    now = time.monotonic()
     for agent in range(AGENTS):
-        assert not served.service.conductors.is_deserted
+        assert served.service.conductors.owe_the_end(now)
+        assert served.service.conductors.reason(now) == (
+            f"agent {agent}, all rounds are done: waiting for 0 (n0) to fetch the end"
+        )
         served.say(0, agent, Leave())
-    assert served.service.conductors.is_deserted
+    assert not served.service.conductors.owe_the_end(now)
+    assert served.service.conductors.reason(now) == ""
 
 
 def test_who_trains_one_agent_receives_nothing_of_the_others(served):

@@ -8,7 +8,7 @@ import pytest
 from coordinator.conductor import history_slice
 from coordinator.config import ServiceConfig
 from coordinator.effects import Persist, Send, SendPiece
-from coordinator.membership import FLOW_WINDOW, Presence
+from coordinator.membership import FAREWELL_S, FLOW_WINDOW, Presence
 from transport.messages import (
     HISTORY_BYTES,
     PROTOCOL_VERSION,
@@ -781,6 +781,66 @@ def test_a_node_far_behind_at_the_end_gets_the_end_after_the_rest(start):
     *_, finished = run.progress(1, 256, run.checkpoints[256][0])
     assert finished == Finished(300, run.replay().digest())
     assert run.progress(1, 300, run.checkpoints[300][0]) == []
+
+
+def owed(run):
+    return [member.node for member in run.conductor.owed_the_end(run.now)]
+
+
+def test_a_run_that_is_over_is_served_until_everyone_has_left(start):
+    run = start(2, rounds=3, quorum=2)
+    run.play([0, 1], 3)
+    assert owed(run) == [0, 1]
+    assert run.conductor.reason(run.now) == (
+        "all rounds are done: waiting for 0 (n0), 1 (n1) to fetch the end"
+    )
+    run.leave(0)
+    assert owed(run) == [1]
+    run.leave(1)
+    assert owed(run) == []
+    assert run.conductor.reason(run.now) == ""
+
+
+def test_who_lost_its_connection_at_the_end_may_come_back_for_it(start):
+    run = start(2, rounds=3, quorum=1)
+    run.play([0, 1], 2)
+    run.unsent(session_of(1))
+    run.report(0, 2)
+    run.leave(0)
+    assert run.conductor.is_over
+    assert owed(run) == [1]
+    run.coordinator.now += FAREWELL_S - 1
+    assert owed(run) == [1]
+    _, history, finished = run.hello(1, 2)
+    assert (len(history.frames), type(finished)) == (1, Finished)
+    run.leave(1)
+    assert owed(run) == []
+
+
+def test_who_was_killed_long_before_the_end_is_not_waited_for(start):
+    run = start(2, rounds=30, quorum=1)
+    run.play([0, 1], 10)
+    run.unsent(session_of(1))
+    run.play([0], 20, seconds=FAREWELL_S / 10)
+    run.leave(0)
+    assert owed(run) == []
+
+
+def test_after_a_restart_at_the_end_the_nodes_that_were_here_are_waited_for(start):
+    run = start(3, rounds=3, quorum=2)
+    run.play([0, 1, 2], 3)
+    run.leave(2)
+    run.outbox.clear()
+    run.coordinator.now += 1000
+    run.start()
+    assert run.conductor.is_over
+    assert owed(run) == [0, 1], "node 2 has left, and the ledger knows"
+    *_, finished = run.hello(0, 3)
+    assert finished == Finished(3, run.replay().digest())
+    run.leave(0)
+    assert owed(run) == [1]
+    run.coordinator.now += FAREWELL_S
+    assert owed(run) == []
 
 
 # ---- restart ------------------------------------------------------------------------------------------------------

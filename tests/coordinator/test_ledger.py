@@ -354,6 +354,18 @@ def test_quarantine_is_kept(path):
         assert [each.is_quarantined for each in ledger.members()] == [False, False]
 
 
+def test_who_left_and_has_not_come_back_is_known(path):
+    with Ledger(path, RUN, create=True) as ledger:
+        for node in range(5):
+            ledger.enrol(Enrolment(node, bytes([node]) * 32, "n"))
+        visits = {0: "joined left", 1: "joined left joined", 2: "joined", 3: "joined left joined lost left"}
+        for node, kinds in visits.items():
+            for kind in kinds.split():
+                ledger.note(4, kind, node, "")
+    with Ledger(path, RUN, read_only=True) as ledger:
+        assert [each.has_left for each in ledger.members()] == [True, False, False, True, False]
+
+
 def test_divergences_are_counted_since_the_last_release(ledger):
     assert ledger.divergences() == {}
     ledger.note(4, "diverged", 1, "")

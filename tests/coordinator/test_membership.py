@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.membership import FLOW_WINDOW, TRANSITIONS, Event, Member, Presence, transition
+from coordinator.membership import (
+    FAREWELL_S,
+    FLOW_WINDOW,
+    QUIET_AFTER_S,
+    TRANSITIONS,
+    Event,
+    Member,
+    Presence,
+    transition,
+)
 from coordinator.pace import Latency
 from transport.messages import REPORT_ROUND_MODULUS
 
@@ -53,6 +62,41 @@ def test_everyone_can_leave_be_lost_and_come_back():
         for event in (Event.LEFT, Event.LOST):
             assert transition(presence, event) is GONE
         assert transition(presence, Event.HELLO) is JOINING
+
+
+@pytest.mark.parametrize(
+    ("state", "owed_s"),
+    [
+        # who went without a word, or was here when the coordinator was killed
+        ({"presence": GONE}, FAREWELL_S),
+        # who has been told needs a moment to say that it goes, and may be in the midst of a probe
+        ({"presence": LIVE, "is_finished": True}, FAREWELL_S),
+        # who has not been told may be loading a base
+        ({"presence": JOINING}, QUIET_AFTER_S),
+        ({"presence": LIVE}, QUIET_AFTER_S),
+        ({"presence": SILENT, "latency": Latency(100.0, 0.0)}, 2 * Latency(100.0, 0.0).timeout_s),
+        ({"presence": GONE, "has_left": True}, 0.0),
+    ],
+)
+def test_how_long_a_run_that_is_over_is_served_for_a_member(state, owed_s):
+    someone = member(heard_at=1000.0, **state)
+    assert someone.is_owed_the_end(1000.0 + owed_s - 0.001) is (owed_s > 0)
+    assert not someone.is_owed_the_end(1000.0 + owed_s)
+
+
+def test_who_left_has_left_until_it_comes_back():
+    someone = member()
+    for event, has_left in (
+        (Event.HELLO, False),
+        (Event.LOST, False),
+        (Event.HELLO, False),
+        (Event.LEFT, True),
+        (Event.LOST, True),
+        (Event.HEARD, True),
+        (Event.HELLO, False),
+    ):
+        someone.note(event)
+        assert someone.has_left is has_left
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def main():
             read_tokenizer_digest(arguments.base),
             lambda manifest: GatedTrainer(manifest, seed, wait_at_gate, arguments.broken),
             name=arguments.state.name,
-            connect_timeout_s=30.0,
+            connect_timeout_s=120.0,
             evaluate_every=0,
             agents=arguments.agents,
             show=show,

@@ -137,6 +137,38 @@ def test_saved_weights_that_were_cut_off_are_passed_over(swarm):
 # ---- the coordinator ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(600)
+def test_a_coordinator_killed_at_every_write_boundary(swarm):
+    """Incarnation n dies at its n-th boundary, until one has no more of them; each goes on from what the last left."""
+    rounds = 8
+    swarm.init("--quorum", 2, rounds=rounds).serve()
+    stop(swarm)
+    swarm.open_until(rounds)
+    for name in ("ada", "ben"):
+        swarm.join(name)
+    port, known, deaths, number = parse_ticket(swarm.ticket).port, [], [], 0
+    while True:
+        number += 1
+        swarm.coordinator = None
+        process = swarm.start("coordinator", INJECTED, f"die-at={number}", "serve", swarm.run, "--port", port)
+        swarm.poll(lambda p=process: not p.is_running, "the end of a coordinator")
+        commits = swarm.commits()
+        assert commits[: len(known)] == known, "what was committed stays"
+        known = commits
+        assert swarm.audit().rounds == len(known)
+        if process.popen.returncode == 0:
+            break
+        assert process.popen.returncode == -signal.SIGKILL, process
+        deaths.append(process.err.rpartition("killed ")[2].split(" (")[0].split(" VALUES")[0].strip())
+        swarm.processes.remove(process)
+    swarm.coordinator = process
+    swarm.assert_finished("ada", "ben")
+    for name in ("ada", "ben"):
+        assert rounds_of(swarm, name) == list(range(rounds)), "nothing twice, nothing left out"
+    assert len(deaths) >= 6
+    assert any("commits" in death for death in deaths), deaths
+
+
 def test_a_coordinator_that_sleeps(swarm):
     swarm.init("--quorum", 2).serve()
     for name in ("ada", "ben"):
@@ -304,6 +336,8 @@ def test_a_member_that_asks_and_never_reads_is_dropped(swarm, tmp_path, peer):
     swarm.poll(is_dropped, "an end of patience")
     assert resident_bytes(swarm.coordinator) - before < 64 * MB
     swarm.open_until(30)
+    assert swarm.nodes["ada"].wait() == 0, swarm.nodes["ada"]
+    stop(swarm)  # it would wait a while for mallory to come back
     swarm.assert_finished("ada")
 
 

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 
-from node.service import NodeService
+from node.service import NodeError, NodeService
 from node.state import StateDirectory
+from transport.exits import Exit
 from transport.keys import new_key_pair
+from transport.messages import PROTOCOL_VERSION, Finished, Welcome, encode
 from transport.session import Jumped, Keep, Open, StartOver
+from transport.sockets import Link
 from transport.ticket import Ticket
 from zo.replica import Replica
 from zo.weights import zeros
@@ -141,3 +144,51 @@ def test_a_snapshot_that_could_not_be_used_leaves_the_weights_alone(service, sta
 def test_an_opened_run_has_measured_its_kernel(service, manifest):
     service._carry_out([(0, Open(manifest))])
     assert 0 < service._sessions.by_agent[0].work_per_s < 1e14
+
+
+def test_handshakes_in_a_row_that_fail_are_another_coordinator(service):
+    service._on_link(Link.WRONG_KEY)
+    service._on_link(Link.WRONG_KEY)
+    with pytest.raises(NodeError, match="does not have the ticket's key") as failed:
+        service._on_link(Link.WRONG_KEY)
+    assert failed.value.code is Exit.WRONG_KEY
+
+
+def test_a_coordinator_that_is_killed_again_and_again_is_not_taken_for_another(service):
+    """It dies in the midst of a handshake, and then nobody listens there for a while."""
+    for _ in range(20):
+        service._on_link(Link.WRONG_KEY)
+        service._on_link(Link.NOBODY)
+
+
+class LastWords:
+    """A socket at whose other end the coordinator said that the run is over, and was gone."""
+
+    def __init__(self, *happenings):
+        self.happenings = list(happenings)
+
+    def poll(self, timeout_s):
+        return self.happenings.pop(0)
+
+    def send(self, frame):
+        return True
+
+    def socket_count(self):
+        return None
+
+
+def test_what_was_said_before_a_connection_broke_is_heard(service, manifest):
+    """While a long probe runs, the run may end and the coordinator go: its last words wait here all the same."""
+    replica = Replica(manifest, zeros(manifest.adapter.size), manifest.run.rounds, bytes(16))
+    service._sessions.by_agent[0].replica = replica
+    real, service._socket = (
+        service._socket,
+        LastWords(
+            ([Link.UP], []),
+            ([], [encode(Welcome(PROTOCOL_VERSION, 0, manifest.encode(), replica.round, 0, None))]),
+            ([Link.DOWN, Link.NOBODY], [encode(Finished(replica.round, replica.digest()))]),
+        ),
+    )
+    service._loop()
+    service._socket = real
+    assert service._end.code is Exit.OK
