@@ -14,8 +14,8 @@ from coordinator.conductor import history_slice
 from coordinator.ledger import Ledger, LedgerError
 from coordinator.membership import FLOW_WINDOW
 from coordinator.rundir import RunDirectory
-from coordinator.snapshots import MAX_REPLAY_WORK, is_due
-from transport.messages import HISTORY_BYTES, Offer, Piece
+from coordinator.snapshots import MAX_REPLAY_WORK, is_due, offer
+from transport.messages import Offer, Piece
 from zo.commit import Commit, decode_entry
 from zo.manifest import Manifest
 from zo.replica import Replica
@@ -110,25 +110,7 @@ class Archive:
 
     def offer_for(self, round: int) -> Offer | None:
         """What a node at a round is offered to catch up with; None if replaying is certainly cheaper."""
-        snapshot = self._newest
-        if snapshot is None or snapshot.round <= round:
-            return None
-        replay_bytes, replay_codes = self.ledger.cost_since(round)
-        tail_bytes, tail_codes = self.ledger.cost_since(snapshot.round)
-        last_revert = self.ledger.last_revert()
-        can_replay = last_revert is None or last_revert < round
-        if can_replay and replay_bytes <= HISTORY_BYTES:
-            return None  # one or two frames: not worth a choice
-        return Offer(
-            snapshot.content,
-            snapshot.round,
-            snapshot.num_bytes,
-            tail_bytes,
-            tail_codes,
-            replay_bytes,
-            replay_codes,
-            can_replay,
-        )
+        return offer(self._newest, round, self.ledger.last_revert(), self.ledger.cost_since)
 
     def digests_between(self, first: int, last: int) -> list[bytes]:
         """The digests after first..last commits, replayed from a snapshot; none if that would take long."""

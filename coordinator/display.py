@@ -119,18 +119,24 @@ def simulation_view(result: SimulationResult, seconds: float) -> RenderableType:
             f"joins, {result.leaves:,} departures, {result.coordinator_kills} coordinator kills",
         ),
         (f"{result.frames_lost:,}", "frames lost"),
+        (f"{result.leaps:,}", "times a node went on from a snapshot instead of replaying"),
         (
             f"{result.reports_counted:,}",
             f"reports counted, none twice; {result.reports_late:,} of them a round late",
         ),
         (f"{result.median_round_s:.1f} s", f"median round; the longest took {result.longest_round_s:.1f} s"),
         (
-            f"{result.replicas_equal:,}",
-            f"of {result.nodes_at_the_end:,} nodes were up to date at the end, all equal",
+            f"{result.nodes_at_the_end:,}",
+            "nodes were there at the end: all of them learned of it, and are equal",
         ),
     ]
     if result.round_after_mass_loss_s is not None:
-        rows.append((f"{result.round_after_mass_loss_s:.1f} s", "for the round in which most nodes vanished"))
+        rows.append(
+            (
+                f"{result.round_after_mass_loss_s:.1f} s",
+                f"for the round in which most nodes vanished; its deadline was {result.deadline_at_mass_loss_s:.1f} s",
+            )
+        )
     for number, text in rows:
         table.add_row(str(number), text)
     return Group(table, Text(f"digest {result.digest}   seed {result.seed}"))

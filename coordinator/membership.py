@@ -18,8 +18,9 @@ QUIET_AFTER_S: Final = 150.0
 """Two and a half of the longest times between two messages of a node that waits for the others."""
 LOST_AFTER_S: Final = 900.0
 """Long enough to load a large base from a slow disk. Who speaks again is asked who it is, and is here again."""
-FAREWELL_S: Final = 30.0
-"""How long a run that is over waits for who went without a word: several attempts to reconnect, 5 s apart at most."""
+FAREWELL_S: Final = 45.0
+"""How long a run that is over waits for who went without a word: several attempts to reconnect, 5 s apart at most, and
+longer than `GREET_S`, after which a node that waits in vain says `Hello` again."""
 
 
 class Presence(enum.Enum):

@@ -1,9 +1,10 @@
 """A simulation of a whole swarm: the real conductor and the real sessions over a virtual network and a virtual clock.
 
 Everything that happens follows from one seed: which nodes are slow, which frames are lost, who leaves and comes back,
-when the coordinator is killed. A failure is therefore found again with its seed. What is not real: sockets, the file
-under the ledger, losses (codes are random), and that nodes at the same point of the chain share their weights;
-`witnesses` hold and compute their own.
+when the coordinator is killed. A failure is therefore found again with its seed. When the last round is done, the
+network calms down; but every connection breaks once more, the coordinator is killed once more, and everybody must
+find to the end all the same. What is not real: sockets, the files under ledger and snapshots, losses (codes are
+random), and that nodes at the same point of the chain share their weights; `witnesses` hold and compute their own.
 """
 
 import heapq
@@ -17,22 +18,42 @@ import numpy as np
 
 from coordinator.conductor import Conductor, history_slice
 from coordinator.config import ServiceConfig
-from coordinator.effects import Effect, Enrol, Note, Persist, PersistCheckpoint, Quarantine, Send
+from coordinator.effects import (
+    Effect,
+    Enrol,
+    Note,
+    Persist,
+    PersistCheckpoint,
+    Quarantine,
+    Send,
+    SendPiece,
+    send,
+)
 from coordinator.ledger import num_codes
-from coordinator.membership import FLOW_WINDOW, Member
+from coordinator.membership import FAREWELL_S, FLOW_WINDOW, Member
 from coordinator.roster import Enrolment, Roster
+from coordinator.snapshots import KEPT_NEWEST, Stored, offer
 from transport.exits import Exit
-from transport.messages import FromCoordinator, FromNode, WireError, decode_from_coordinator
-from transport.session import Applied, End, Open, Session, StartOver, Transmit
+from transport.messages import (
+    PIECE_BYTES,
+    FromCoordinator,
+    FromNode,
+    Piece,
+    WireError,
+    decode_from_coordinator,
+)
+from transport.session import Applied, End, Jumped, Keep, Open, Session, StartOver, Transmit
 from transport.session import Effect as SessionEffect
 from zo.commit import COMMIT_TAG, Commit, Entry, chain_digest, decode_entry
 from zo.manifest import Manifest, validate
 from zo.replica import Replica
+from zo.snapshot import content_address, encode_snapshot
 from zo.steps import Scale, step_rule
 from zo.weights import zeros
 
 _RECONNECT_S: Final = 0.5
 _TICK_S: Final = 1.0
+_SNAPSHOT_ROUNDS: Final = 16
 _SIZE: Final = 64
 _REMEMBERED_ENTRIES: Final = 1024
 
@@ -79,22 +100,23 @@ class SimulationResult(msgspec.Struct, frozen=True, kw_only=True):
     longest_round_s: float
     median_round_s: float
     deadline_at_mass_loss_s: float | None
-    """How long a round could wait at most when the nodes vanished; None if none did."""
+    """How long the round could wait in which the nodes vanished, as learned from those before; None if none did."""
     round_after_mass_loss_s: float | None
     """How long the round took in which they vanished."""
+    leaps: int
+    """How often a node went on from a snapshot."""
     nodes_at_the_end: int
-    replicas_equal: int
-    """Nodes that were up to date at the end, all of them with the digest of a fault-free replay."""
+    """Nodes that were there when the last round was done; all of them learned so, and have the final digest."""
     digest: str
 
 
 class _SharedReplica(Replica):
     """A replica that looks the next state up instead of computing it; equal chains have equal weights (law 1)."""
 
-    def __init__(self, world: "_World") -> None:
+    def __init__(self, world: "_World", round: int, head: bytes) -> None:
         self._world = world
-        self.round = 0
-        self.head = world.manifest.run_id
+        self.round = round
+        self.head = head
         self.weights = world.no_weights
 
     def apply(self, entry: object, frame: bytes | None = None, history: object = None) -> None:
@@ -118,9 +140,15 @@ class _Node:
     session: Session | None = None
     connection: int = 0
     """Counts connections: what was sent over an older one never arrives."""
+    up_at: float = 0.0
+    """When the last frame that it sent arrives: those of one connection stay in order, as TCP keeps them."""
+    down_at: float = 0.0
+    """The same of the last frame that was sent to it."""
     is_up: bool = False
     is_probing: bool = False
     saved: tuple[Manifest, Replica] | None = None
+    has_finished: bool = False
+    """Whether it ended since the run is over, with the right digest."""
 
 
 @dataclass
@@ -140,6 +168,17 @@ class _World:
         self.heads: list[bytes] = [self.manifest.run_id]
         self.checkpoints: dict[int, tuple[bytes, Scale]] = {}
         self.members: dict[int, tuple[bytes, str]] = {}
+        self.left: set[int] = set()
+        """Members whose last noted word is that they leave."""
+        self.bytes_before: list[int] = [0]
+        self.codes_before: list[int] = [0]
+        self.snapshot: Stored | None = None
+        self.snapshots: dict[bytes, bytes] = {}
+        """By content, the newest few."""
+        self.is_calm = False
+        self.is_served = True
+        self.at_the_end: list[_Node] = []
+        """Who was up when the last round was done."""
         self.truth = Replica(self.manifest, zeros(self.manifest.adapter.size))
         self.digests: dict[int, bytes] = {0: self.truth.digest()}
         self._entry_by_frame: dict[bytes, Entry] = {}
@@ -149,7 +188,7 @@ class _World:
         self.nodes: list[_Node] = []
         self.node_by_session: dict[bytes, _Node] = {}
         self.generation = 0
-        self.lost = self.joins = self.leaves = self.kills = self.counted = self.late = 0
+        self.lost = self.joins = self.leaves = self.kills = self.counted = self.late = self.leaps = 0
         self.round_opened_at = 0.0
         self.round_times: list[float] = []
         self.mass_lost_in: int | None = None
@@ -160,14 +199,17 @@ class _World:
 
     # ---- time -------------------------------------------------------------------------------------------------------
 
-    def at(self, delay: float, action: Callable[[], None]) -> None:
+    def at(self, delay: float, action: Callable[[], None], not_before: float = 0.0) -> float:
+        """Do something after `delay` seconds; when that is."""
         self._sequence += 1
-        heapq.heappush(self._events, (self.now + delay, self._sequence, action))
+        when = max(self.now + delay, not_before)
+        heapq.heappush(self._events, (when, self._sequence, action))
+        return when
 
     def run(self) -> None:
-        """Until the run is over, or nothing can happen any more."""
+        """Until nobody is owed the run's end any more, or nothing can happen any more."""
         limit = self.scenario.rounds * 100 * (self.scenario.probe_s + 2 * self.scenario.latency_s) + 3600
-        while not self.conductor.is_over and (self._events or self._wake_at is not None):
+        while self.is_served and (self._events or self._wake_at is not None):
             if self._wake_at is None or (self._events and self._events[0][0] <= self._wake_at):
                 self.now, _, action = heapq.heappop(self._events)
                 action()
@@ -195,7 +237,10 @@ class _World:
             assert isinstance(entry, Commit)
             _, scale = rule.advance(scale, number, np.frombuffer(entry.codes, np.int8))
         replica = Replica(self.manifest, self.truth.weights, self.truth.round, self.truth.head)
-        members = [Member(node=node, key=key, name=name) for node, (key, name) in self.members.items()]
+        members = [
+            Member(node=node, key=key, name=name, has_left=node in self.left)
+            for node, (key, name) in self.members.items()
+        ]
         return Conductor(
             self.manifest,
             ServiceConfig(quorum=max(1, self.scenario.nodes // 50), capacity=4096),
@@ -206,23 +251,48 @@ class _World:
             self.heads.__getitem__,
             lambda round: self.checkpoints[round][0] if round in self.checkpoints else None,
             lambda first, last: history_slice(self.frames[first : min(last, first + FLOW_WINDOW)]),
-            lambda round: None,
+            lambda round: offer(self.snapshot, round, None, self._cost_since),
             lambda first, last: [],
             self.now,
+        )
+
+    def _cost_since(self, first: int) -> tuple[int, int]:
+        return (
+            self.bytes_before[-1] - self.bytes_before[first],
+            self.codes_before[-1] - self.codes_before[first],
         )
 
     def kill_coordinator(self) -> None:
         """SIGKILL and a restart: memory is gone, the ledger is not."""
         self.kills += 1
         self.generation += 1
-        self.node_by_session.clear()
         self.conductor = self._start_conductor()
         self._wake_at = None
+        self._break_connections(_RECONNECT_S)
+
+    def _break_connections(self, mean_s: float) -> None:
+        """All at once; everybody is back after half to one and a half times `mean_s`."""
         for node in self.nodes:
             if node.is_up and node.session is not None:
+                self.node_by_session.pop(self._session_id(node), None)
                 node.connection += 1
                 node.session.on_link_down()
-                self.at(_RECONNECT_S * (0.5 + self.rng.random()), self._reconnection(node, node.connection))
+                self.at(mean_s * (0.5 + self.rng.random()), self._reconnection(node, node.connection))
+
+    def _calm_down(self) -> None:
+        """The last round is done. No frame is lost from now on, but everything breaks off once more."""
+        self.is_calm = True
+        self.at_the_end = [node for node in self.nodes if node.is_up]
+        self._break_connections(FAREWELL_S / 2)
+        if self.scenario.coordinator_kills:
+            self.at(self.rng.random(), self.kill_coordinator)
+        self._tick_conductor()
+
+    def _tick_conductor(self) -> None:
+        """As the service does at the end."""
+        self.carry_out(self.conductor.on_tick(self.now))
+        self.is_served = bool(self.conductor.owed_the_end(self.now))
+        self.at(_TICK_S, self._tick_conductor)
 
     def carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -230,6 +300,8 @@ class _World:
         for effect in self.conductor.settle():
             self._do(effect)
         self._wake_at = self.conductor.wake_at()
+        if self._wake_at is not None and self.conductor.round == self.mass_lost_in:
+            self.mass_deadline = self._wake_at - self.round_opened_at
 
     def _do(self, effect: Effect) -> None:
         match effect:
@@ -247,9 +319,15 @@ class _World:
                 self.members[node_number] = key, name
             case Quarantine(node_number):
                 self.fail(f"node {node_number} was quarantined, and nobody is faulty")
-            case Note(kind, _, text):
+            case SendPiece(session, content, offset):
+                data = self.snapshots.get(content, b"")
+                piece = Piece(content, offset, len(data), data[offset : offset + PIECE_BYTES])
+                self._do(send(session, piece))
+            case Note(kind, node_number, text):
                 if kind in ("diverged", "misfit"):
                     self.fail(text)
+                if node_number is not None and kind in ("joined", "left"):
+                    (self.left.add if kind == "left" else self.left.discard)(node_number)
 
     def _persist(self, commit: Commit, frame: bytes) -> None:
         self.frames.append(frame)
@@ -260,17 +338,23 @@ class _World:
             or self.truth.round == self.scenario.rounds
         ):
             self.digests[self.truth.round] = self.truth.digest()
+        self.bytes_before.append(self.bytes_before[-1] + len(frame))
+        self.codes_before.append(self.codes_before[-1] + num_codes(commit))
+        if self.truth.round % _SNAPSHOT_ROUNDS == 0:
+            self._save_snapshot()
         self.counted += num_codes(commit) // self.manifest.probe.directions
         self.late += len(commit.late)
         took = self.now - self.round_opened_at
         self.round_times.append(took)
         self.round_opened_at = self.now
         self.progress(self.truth.round, self.scenario.rounds)
-        self._churn()
         scenario = self.scenario
+        if self.truth.round == scenario.rounds:
+            self.at(0.0, self._calm_down)  # once this commit is sent
+            return
+        self._churn()
         if scenario.mass_loss and commit.round == scenario.rounds // 2:
             self.mass_lost_in = commit.round + 1
-            self.mass_deadline = self.conductor.config.max_wait_s
             chosen = self.rng.sample(range(len(self.nodes)), round(scenario.mass_loss * len(self.nodes)))
             for index in chosen:
                 self._vanish(self.nodes[index])
@@ -280,6 +364,13 @@ class _World:
         ]
         if commit.round in kills:
             self.at(self.rng.random() * scenario.probe_s, self.kill_coordinator)
+
+    def _save_snapshot(self) -> None:
+        data = encode_snapshot(self.truth, self.manifest)
+        self.snapshot = Stored(self.truth.round, content_address(data), len(data))
+        self.snapshots[self.snapshot.content] = data
+        if len(self.snapshots) > KEPT_NEWEST:
+            del self.snapshots[next(iter(self.snapshots))]
 
     # ---- nodes ------------------------------------------------------------------------------------------------------
 
@@ -298,7 +389,7 @@ class _World:
 
     def _boot(self, node: _Node) -> Callable[[], None]:
         def boot() -> None:
-            if node.is_up:
+            if node.is_up or self.is_calm:
                 return
             node.is_up = True
             node.is_probing = False
@@ -371,9 +462,18 @@ class _World:
                     Replica(self.manifest, replica.weights, replica.round, replica.head),
                 )
 
+    def _is_lost(self) -> bool:
+        """Whether a frame never arrives."""
+        is_lost = not self.is_calm and self.rng.random() < self.scenario.loss
+        self.lost += is_lost
+        return is_lost
+
+    def _latency(self) -> float:
+        """Time of a frame on its way, in seconds."""
+        return self.scenario.latency_s * self.rng.lognormvariate(0.0, 0.3)
+
     def _deliver(self, node: _Node, frame: bytes) -> None:
-        if self.rng.random() < self.scenario.loss:
-            self.lost += 1
+        if self._is_lost():
             return
         connection = node.connection
 
@@ -381,7 +481,7 @@ class _World:
             if node.is_up and node.connection == connection and node.session is not None:
                 self._node_does(node, node.session.on_message(self._decode(frame), self.now))
 
-        self.at(self.scenario.latency_s * self.rng.lognormvariate(0.0, 0.3), arrive)
+        node.down_at = self.at(self._latency(), arrive, node.down_at)
 
     def _decode(self, frame: bytes) -> FromCoordinator:
         if frame[1] == COMMIT_TAG:  # after the array's header; the same object for all, as from a history
@@ -415,11 +515,17 @@ class _World:
                         self._node_does(node, session.opened(self._fresh_replica(node), self.now))
                 case StartOver(reason):
                     self.fail(f"node {node.number} was told to start over: {reason}")
+                case Jumped(round) if round and not node.is_witness:
+                    self.leaps += 1
+                    assert session.replica is not None
+                    session.replica = _SharedReplica(self, round, session.replica.head)
                 case End(code, reason):
                     if code is not Exit.OK and node.is_up:
                         self.fail(f"node {node.number} gave up with exit code {code.value}: {reason}")
+                    node.has_finished = True
+                    node.is_up = False
                     return
-                case Applied():
+                case Applied() | Jumped() | Keep():
                     pass
         if session is not None:
             self._probe_if_wanted(node, session)
@@ -427,7 +533,7 @@ class _World:
     def _fresh_replica(self, node: _Node) -> Replica:
         if node.is_witness:
             return Replica(self.manifest, zeros(self.manifest.adapter.size))
-        return _SharedReplica(self)
+        return _SharedReplica(self, 0, self.manifest.run_id)
 
     def _probe_if_wanted(self, node: _Node, session: Session) -> None:
         wanted = session.next_probe()
@@ -445,8 +551,7 @@ class _World:
         self.at(node.probe_s * (0.8 + 0.4 * self.rng.random()), probed)
 
     def _send_up(self, node: _Node, message: FromNode) -> None:
-        if self.rng.random() < self.scenario.loss:
-            self.lost += 1
+        if self._is_lost():
             return
         session, key, generation = self._session_id(node), node.key, self.generation
 
@@ -454,7 +559,7 @@ class _World:
             if self.generation == generation:
                 self.carry_out(self.conductor.on_message(session, key, message, self.now))
 
-        self.at(self.scenario.latency_s * self.rng.lognormvariate(0.0, 0.3), arrive)
+        node.up_at = self.at(self._latency(), arrive, node.up_at)
 
     # ---- shared weights ---------------------------------------------------------------------------------------------
 
@@ -495,7 +600,8 @@ def simulate(
         progress: called with (rounds done, rounds in all).
 
     Raises:
-        SimulationError: replicas differ, a report counted twice, a node was refused, or the run got stuck.
+        SimulationError: replicas differ, a report counted twice, a node was refused or never learned that the run is
+            over, or the run got stuck.
     """
     world = _World(manifest, scenario, progress)
     world.populate()
@@ -503,16 +609,14 @@ def simulate(
     if not world.conductor.is_over:
         world.fail(f"nothing can happen any more at round {world.conductor.round}")
     _check_ledger(world)
-    equal = 0
-    for node in world.nodes:
-        replica = node.session.replica if node.is_up and node.session is not None else None
-        if replica is None:
-            continue
-        if replica.head != world.heads[replica.round]:
-            world.fail(f"node {node.number} at round {replica.round} is on another chain")
-        if replica.round in world.digests and replica.digest() != world.digests[replica.round]:
-            world.fail(f"node {node.number} differs from the replay at round {replica.round}")
-        equal += replica.round >= scenario.rounds - 1
+    for node in world.at_the_end:
+        session = node.session
+        assert session is not None
+        if not node.has_finished:
+            world.fail(f"node {node.number} was left waiting for the end, {session.stage.value}")
+        assert session.replica is not None
+        if session.replica.digest() != world.digests[scenario.rounds]:
+            world.fail(f"node {node.number} differs from the replay at the end")
     times = sorted(world.round_times)
     lost_in = world.mass_lost_in
     return SimulationResult(
@@ -529,8 +633,8 @@ def simulate(
         median_round_s=times[len(times) // 2],
         deadline_at_mass_loss_s=world.mass_deadline,
         round_after_mass_loss_s=world.round_times[lost_in] if lost_in is not None else None,
-        nodes_at_the_end=sum(node.is_up for node in world.nodes),
-        replicas_equal=equal,
+        leaps=world.leaps,
+        nodes_at_the_end=len(world.at_the_end),
         digest=world.truth.digest().hex(),
     )
 

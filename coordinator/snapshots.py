@@ -5,13 +5,13 @@ needed for the truth, which is the ledger: they save newcomers bytes and a resta
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from coordinator.ledger import StorageError
 from transport.durable import write_atomically
-from transport.messages import PIECE_BYTES
+from transport.messages import HISTORY_BYTES, PIECE_BYTES, Offer
 from zo.commit import DIGEST_BYTES
 from zo.snapshot import content_address
 
@@ -61,6 +61,39 @@ def kept(rounds: Sequence[int]) -> set[int]:
         # Within a class of ages the oldest stays: it then moves on into the next class instead of leaving a gap.
         oldest_by_age[(ordered[0] - round).bit_length()] = round
     return keep | set(oldest_by_age.values())
+
+
+def offer(
+    snapshot: Stored | None,
+    round: int,
+    last_revert: int | None,
+    cost_since: Callable[[int], tuple[int, int]],
+) -> Offer | None:
+    """What a node is offered to catch up with; None if the ledger's entries are certainly cheaper.
+
+    Args:
+        snapshot: the newest, if there is one.
+        round: commits that the node has.
+        last_revert: round of the newest entry that takes back others, if there is one.
+        cost_since: bytes and codes of all entries from a round on.
+    """
+    if snapshot is None or snapshot.round <= round:
+        return None
+    replay_bytes, replay_codes = cost_since(round)
+    can_replay = last_revert is None or last_revert < round
+    if can_replay and replay_bytes <= HISTORY_BYTES:
+        return None  # one or two frames: not worth a choice
+    tail_bytes, tail_codes = cost_since(snapshot.round)
+    return Offer(
+        snapshot.content,
+        snapshot.round,
+        snapshot.num_bytes,
+        tail_bytes,
+        tail_codes,
+        replay_bytes,
+        replay_codes,
+        can_replay,
+    )
 
 
 class SnapshotStore:

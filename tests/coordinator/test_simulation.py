@@ -1,0 +1,78 @@
+"""The simulation: what it promises holds, what follows from a seed follows from it, and a broken promise is noticed."""
+
+import msgspec
+import pytest
+
+from coordinator import simulation
+from coordinator.conductor import Conductor
+from coordinator.membership import Member, Presence
+from coordinator.simulation import Scenario, SimulationError, simulate, virtual
+from transport.session import Session
+
+SMALL = Scenario(nodes=60, rounds=80, seed=1)
+
+
+def run(make_manifest, scenario=SMALL, **changes):
+    scenario = msgspec.structs.replace(scenario, **changes)
+    return simulate(virtual(make_manifest(directions=4), scenario), scenario, lambda done, total: None)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_swarm_in_a_storm(make_manifest, seed):
+    result = run(make_manifest, seed=seed)
+    assert result.rounds == 80
+    assert result.joins > 3 * 60
+    assert result.frames_lost > 500
+    assert result.coordinator_kills == 3, "two on the way, and one after the end"
+    assert result.reports_counted > 80 * 10
+    assert result.nodes_at_the_end > 20
+
+
+def test_nodes_far_behind_take_a_snapshot(make_manifest):
+    assert run(make_manifest, nodes=200, rounds=160, loss=0.02).leaps > 50
+
+
+def test_everything_follows_from_the_seed(make_manifest):
+    once, again, other = (run(make_manifest, seed=seed) for seed in (3, 3, 4))
+    assert once == again
+    assert once.digest != other.digest
+
+
+def test_without_kills_nobody_is_left_waiting_either(make_manifest):
+    result = run(make_manifest, coordinator_kills=0)
+    assert result.coordinator_kills == 0
+    assert result.nodes_at_the_end > 20
+
+
+def test_with_90_percent_of_the_nodes_lost_at_once_the_next_round_closes_within_its_deadline(make_manifest):
+    result = run(make_manifest, nodes=1000, rounds=20, mass_loss=0.9, churn=0.0, loss=0.0, slow=0.0)
+    assert result.nodes_at_the_end == 100
+    assert result.round_after_mass_loss_s <= result.deadline_at_mass_loss_s + 1e-9
+    assert result.round_after_mass_loss_s < 5 * result.median_round_s
+
+
+def test_a_coordinator_that_goes_too_early_is_noticed(make_manifest, monkeypatch):
+    monkeypatch.setattr(Member, "is_owed_the_end", lambda self, now: self.presence is not Presence.GONE)
+    with pytest.raises(SimulationError, match="was left waiting for the end"):
+        run(make_manifest)
+
+
+def test_a_report_that_is_applied_twice_is_noticed(make_manifest, monkeypatch):
+    """As if a late report were counted though it had counted in its own round."""
+    close = Conductor._open_round
+
+    def forget(self, round):
+        close(self, msgspec.structs.replace(round, may_be_late=frozenset(self.members)))
+
+    monkeypatch.setattr(Conductor, "_open_round", forget)
+    manifest = virtual(make_manifest(directions=4, staleness=1, first_exponent=0), SMALL)
+    with pytest.raises(SimulationError, match=r"was applied twice \(seed 1: `simulate --seed 1`"):
+        simulate(manifest, SMALL, lambda done, total: None)
+
+
+def test_a_node_that_gives_up_is_noticed(make_manifest, monkeypatch):
+    monkeypatch.setattr(
+        Session, "_history", lambda self, frames: self._fail(simulation.Exit.DAMAGED, "it is none")
+    )
+    with pytest.raises(SimulationError, match="gave up with exit code 6: it is none"):
+        run(make_manifest)
