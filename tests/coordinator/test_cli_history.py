@@ -42,7 +42,7 @@ def base(tmp_path):
     directory.mkdir()
     (directory / "config.json").write_text("{}")
     (directory / "tokenizer.json").write_text("{}")
-    header = {"a.q_proj.weight": {"dtype": "F32", "shape": [8, 8], "data_offsets": [0, 256]}}
+    header = {"layers.0.q_proj.weight": {"dtype": "F32", "shape": [8, 8], "data_offsets": [0, 256]}}
     encoded = json.dumps(header).encode()
     (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(256))
     return directory
