@@ -211,8 +211,13 @@ class Adapter:
         tokenizer.save_pretrained(directory)
 
 
-def with_adapter(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:
+def with_adapter(model: torch.nn.Module, adapter: Path, name: str = NAME) -> torch.nn.Module:
     """The model with a PEFT adapter from a directory, in evaluation mode.
+
+    Args:
+        model: a base, or what this gave before: then the adapter is one more, and the first stays the active one.
+        adapter: the directory.
+        name: what PEFT is to call it.
 
     Raises:
         BaseError: there is none, or it is broken or another model's.
@@ -220,7 +225,11 @@ def with_adapter(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:
     if not (adapter / "adapter_config.json").is_file():
         raise BaseError(f"{adapter} is not a PEFT adapter: it has no adapter_config.json")
     try:
-        loaded: torch.nn.Module = PeftModel.from_pretrained(model, str(adapter)).eval()
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(adapter), name)
+            loaded: torch.nn.Module = model.eval()
+        else:
+            loaded = PeftModel.from_pretrained(model, str(adapter), name).eval()
     except Exception as error:  # PEFT raises many kinds for a broken file
         raise BaseError(f"cannot load the adapter {adapter}: {error}") from error
     return loaded

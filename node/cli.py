@@ -18,8 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from node import embedded
 from node.base import BaseError, load_base, read_digest, read_tokenizer_digest
 from node.cli_app import (
+    AdapterOption,
     ColumnOption,
     LabelOption,
+    MixOption,
     ModelOption,
     OwnQuantizeOption,
     QuantizeOption,
@@ -39,13 +41,14 @@ from node.display import summary, view_line
 from node.quantization import agreed
 from node.records import DataError
 from node.service import NodeError, NodeService, View
-from node.state import StateDirectory, StateError, default_state, load_result
-from node.tasks import asked, keep_manifest
+from node.state import StateDirectory, StateError, default_state, held_agents, load_result
+from node.tasks import adapters_in, asked, check_mix, keep_manifest
 from node.wire import shown
 from transport.exits import Exit
 from transport.ticket import parse_ticket
 from zo import kernels
 from zo.manifest import MAX_AGENTS, Manifest
+from zo.replica import Replica
 
 # torch, transformers and peft take seconds to import; the modules that need them are imported where they are used, so
 # that a wrong ticket or an unreachable coordinator is said at once.
@@ -227,13 +230,24 @@ def export(
             "--merge", help="Write the whole model, the adapter merged into it.", show_default=False
         ),
     ] = False,
+    agent: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, help="Of this agent.", show_default="all that are there, each in a folder"
+        ),
+    ] = None,
 ) -> None:
-    """Write the newest weights as a plain PEFT adapter, for PeftModel.from_pretrained, or as a whole model."""
+    """Write the newest weights as a plain PEFT adapter, for PeftModel.from_pretrained, or as a whole model.
+
+    Of a run with several agents each becomes an adapter in a folder of its own, agent-0 and so on, unless one is named.
+    """
     with failures_explained():
-        try:
-            manifest, replica = load_result(source)
-        except StateError as error:
-            raise NodeError(Exit.INPUT, str(error)) from error
+        manifest, replicas = _results(source, agent)
+        several = manifest.agents.count > 1
+        if merge and several and agent is None:
+            raise NodeError(
+                Exit.INPUT, "--merge makes one model of one agent: name it with --agent, as in --agent 0"
+            )
         path = model or str(embedded.path())
         _check_base(path, manifest, model)
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -243,17 +257,21 @@ def export(
         base = load_base(path, threads=1, labels=manifest.task.head_labels)
         adapter = adapt(base, manifest)
         try:
-            if merge:
-                adapter.export_merged(output, replica.weights, base.tokenizer)
-            else:
-                adapter.export(output, replica.weights, path)
-            keep_manifest(output, manifest)
+            for replica in replicas:
+                folder = output / f"agent-{replica.agent}" if several and agent is None else output
+                if merge:
+                    adapter.export_merged(folder, replica.weights, base.tokenizer)
+                else:
+                    adapter.export(folder, replica.weights, path)
+                keep_manifest(folder, manifest)
         except OSError as error:
             raise StateError(f"cannot write {output}: {error}") from error
-        out.print(f"round {replica.round}, digest {replica.digest().hex()}", highlight=False)
+        for replica in replicas:
+            whose = f"agent {replica.agent}, " if several else ""
+            out.print(f"{whose}round {replica.round}, digest {replica.digest().hex()}", highlight=False)
         kind = "CausalLM" if manifest.task.head_labels is None else "SequenceClassification"
         how = f"AutoModelFor{kind}.from_pretrained(" if merge else "PeftModel.from_pretrained(base, "
-        out.print(f"wrote {output}: {how}{str(output)!r})", highlight=False, soft_wrap=True)
+        out.print(f"wrote {output}: {how}{str(folder)!r})", highlight=False, soft_wrap=True)
 
 
 @app.command(
@@ -266,10 +284,8 @@ def evaluate(
         typer.Option(metavar="FILE", help="Text to measure the loss on: .txt or .jsonl.", show_default=False),
     ],
     model: ModelOption = None,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="A PEFT adapter.", show_default="the base alone"),
-    ] = None,
+    adapter: AdapterOption = None,
+    mix: MixOption = None,
     task: TaskOption = None,
     label: LabelOption = None,
     template: TemplateOption = None,
@@ -288,18 +304,24 @@ def evaluate(
 ) -> None:
     """Measure the loss of the base, with or without an adapter, as plain transformers and PEFT compute it.
 
-    Where there are labels, the accuracy too: the share of the rows whose label the model thinks the likeliest.
+    Where there are labels, the accuracy too: the share of the rows whose label the model thinks the likeliest. Several
+    adapters predict together; their vote has an accuracy, but no loss.
     """
     with failures_explained():
         path = model or str(embedded.path())
-        wanted, length = asked(path, adapter, task, label, template, sequence_length)
+        adapters = adapters_in(adapter or [])
+        check_mix(mix, adapters)
+        wanted, length = asked(path, adapters, task, label, template, sequence_length)
+        if mix == "vote" and not wanted.labels:
+            raise DataError("a vote has no loss, and there are no labels to count: use --mix mean")
         from node.language import open_model, read_data
         from node.losses import measure
 
         base, measured = open_model(
             path,
-            adapter,
+            adapters,
             wanted,
+            mix=mix or "mean",
             threads=threads or len(os.sched_getaffinity(0)),
             quantize=quantize,
             skip_quantize=skip_quantize or (),
@@ -316,9 +338,13 @@ def evaluate(
                 progress=lambda done, _: bar.update(shown, completed=done),
             )
         if json:
-            figures: dict[str, float | int] = {"loss": found.loss, "windows": rows.num_windows}
+            figures: dict[str, float | int] = {} if mix == "vote" else {"loss": found.loss}
+            figures |= {"windows": rows.num_windows}
             figures |= {"tokens": rows.num_scored} if found.accuracy is None else {"accuracy": found.accuracy}
             print(json_format.dumps(figures))
+        elif mix == "vote":
+            share = 100 * (found.accuracy or 0.0)
+            out.print(f"accuracy {share:.1f} % over {rows.num_windows} rows", highlight=False, soft_wrap=True)
         else:
             of_what = {"text": "token over {} windows", "completion": "completion's token over {} rows"}
             what = of_what.get(wanted.kind, "label over {} rows").format(rows.num_windows)
@@ -350,6 +376,17 @@ def demo(
             fail(error, Exit.MISMATCH)
         if not passed:
             raise typer.Exit(1)
+
+
+def _results(source: Path, agent: int | None) -> tuple[Manifest, list[Replica]]:
+    """The manifest, and the weights of the agent that is named, or of all that are there."""
+    try:
+        found = [load_result(source, each) for each in (held_agents(source) if agent is None else [agent])]
+        if not found:
+            found = [load_result(source)]  # which says what is missing
+    except StateError as error:
+        raise NodeError(Exit.INPUT, str(error)) from error
+    return found[0][0], [replica for _, replica in found]
 
 
 def _agent_numbers(text: str | None) -> list[int] | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
@@ -12,6 +13,7 @@ from node.quantization import QuantizationError
 from node.records import EXAMPLES, DataError
 from node.service import NodeError
 from node.state import StateBusyError, StateError
+from node.tasks import Mix
 from transport.exits import HELP, Exit
 from transport.keys import KeyFileError
 from transport.sockets import SocketError
@@ -68,6 +70,24 @@ SkipOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME", help="Linear module to leave unquantised; may be repeated.", show_default=False
+    ),
+]
+AdapterOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--adapter",
+        metavar="DIR",
+        help="A PEFT adapter, or an export of several agents; may be repeated.",
+        show_default="the base alone",
+    ),
+]
+MixOption = Annotated[
+    Mix | None,
+    typer.Option(
+        "--mix",
+        metavar="mean|vote",
+        help="Of several adapters: the mean of their probabilities, or a vote of what each holds the likeliest.",
+        show_default="mean",
     ),
 ]
 TaskOption = Annotated[

@@ -12,7 +12,9 @@ from rich.text import Text
 
 from node import embedded
 from node.cli_app import (
+    AdapterOption,
     LabelOption,
+    MixOption,
     ModelOption,
     OwnQuantizeOption,
     QuantizeOption,
@@ -29,7 +31,7 @@ from node.cli_app import (
 from node.doctor import Finding, examine
 from node.quantization import agreed
 from node.state import StateDirectory, default_state
-from node.tasks import asked
+from node.tasks import adapters_in, asked, check_mix
 from transport.exits import Exit
 from transport.ticket import parse_ticket
 from zo import kernels
@@ -135,10 +137,8 @@ def predict(
         str, typer.Argument(metavar="PROMPT", help="What to go on from, or to classify.", show_default=False)
     ],
     model: ModelOption = None,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="A PEFT adapter.", show_default="the base alone"),
-    ] = None,
+    adapter: AdapterOption = None,
+    mix: MixOption = None,
     task: TaskOption = None,
     label: LabelOption = None,
     template: TemplateOption = None,
@@ -150,17 +150,22 @@ def predict(
     """Print what the model says after a prompt, the likeliest token each time; or the likeliest label.
 
     If the tokenizer has a chat template, the prompt is a user's turn. The probability of a label goes to stderr.
+    Several adapters predict together: by the mean of their probabilities, or by vote, where of equal votes that of the
+    earlier adapter counts.
     """
     with failures_explained():
         path = model or str(embedded.path())
-        wanted, length = asked(path, adapter, task, label, template, None)
+        adapters = adapters_in(adapter or [])
+        check_mix(mix, adapters)
+        wanted, length = asked(path, adapters, task, label, template, None)
         from node.generation import classify, complete
         from node.language import open_model
 
         base, asked_model = open_model(
             path,
-            adapter,
+            adapters,
             wanted,
+            mix=mix or "mean",
             threads=threads or len(os.sched_getaffinity(0)),
             quantize=quantize,
             skip_quantize=skip_quantize or (),

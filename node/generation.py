@@ -11,6 +11,7 @@ from node import labelled
 from node.base import Base
 from node.completions import prompt_ids
 from node.losses import label_logits
+from node.mixture import Mixture
 from node.records import DataError
 from zo.manifest import Task
 
@@ -34,6 +35,9 @@ def complete(base: Base, model: torch.nn.Module, prompt: str, max_tokens: int) -
     if limit is not None and len(ids) >= limit:
         raise DataError(f"the prompt has {len(ids)} tokens, the base takes {limit}; shorten it")
     room = max_tokens if limit is None else min(max_tokens, limit - len(ids))
+    if isinstance(model, Mixture):
+        made_together = _generate(model, ids, room, _ends(base))
+        return str(base.tokenizer.decode(made_together, skip_special_tokens=True))
     generating: Any = model
     end = base.tokenizer.eos_token_id
     tokens = torch.tensor([ids])
@@ -48,6 +52,34 @@ def complete(base: Base, model: torch.nn.Module, prompt: str, max_tokens: int) -
         )
     text: str = base.tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)
     return text
+
+
+def _generate(model: Mixture, ids: list[int], room: int, ends: set[int]) -> list[int]:
+    """The likeliest tokens after these, one by one, up to one that ends the text."""
+    made: list[int] = []
+    past_by_agent: dict[int, Any] = {}
+    new = torch.tensor([ids], device=next(model.parameters()).device)
+
+    def last(each: torch.nn.Module, agent: int) -> torch.Tensor:
+        found: Any = each(input_ids=new, past_key_values=past_by_agent.get(agent), use_cache=True)
+        past_by_agent[agent] = found.past_key_values
+        logits: torch.Tensor = found.logits[0, -1]
+        return logits
+
+    with torch.inference_mode():
+        while len(made) < room:
+            made.append(int(model.together(last).argmax()))
+            if made[-1] in ends:
+                break
+            new = new.new_tensor([[made[-1]]])
+    return made
+
+
+def _ends(base: Base) -> set[int]:
+    """The tokens that end a text: the tokenizer's, and those of the model's own configuration."""
+    configured = getattr(getattr(base.model, "generation_config", None), "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    return {token for token in [*listed, base.tokenizer.eos_token_id] if token is not None}
 
 
 def classify(

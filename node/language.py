@@ -16,9 +16,11 @@ from node.completions import read_completions
 from node.data import Sequences, read_windows
 from node.labelled import read_labelled
 from node.losses import evaluate
+from node.mixture import Mixture
 from node.probe import Probe, Probed
 from node.records import DataError
 from node.rehearsal import Rehearsal, rehearse
+from node.tasks import Mix
 from zo import kernels
 from zo.directions import Direction, run_key
 from zo.initial import initial_weights
@@ -131,14 +133,15 @@ def adapt(base: Base, manifest: Manifest) -> Adapter:
 
 def open_model(
     path: str,
-    adapter: Path | None,
+    adapters: Sequence[Path],
     task: Task,
     *,
+    mix: Mix = "mean",
     threads: int,
     quantize: Kind = "none",
     skip_quantize: Sequence[str] = (),
 ) -> tuple[Base, torch.nn.Module]:
-    """A base, and the model for a task: the base itself, or with a PEFT adapter.
+    """A base, and the model for a task: the base itself, or with a PEFT adapter, or with several that are mixed.
 
     Raises:
         BaseError: one of them is missing or broken, or they do not belong together, or there is no trained head.
@@ -146,8 +149,10 @@ def open_model(
     base = load_base(
         path, threads=threads, quantize=quantize, skip_quantize=skip_quantize, labels=task.head_labels
     )
-    if adapter is not None:
-        return base, with_adapter(base.model, adapter)
+    if len(adapters) == 1:
+        return base, with_adapter(base.model, adapters[0])
+    if adapters:
+        return base, Mixture(base.model, adapters, mix)
     if base.head is not None and not base.head.is_in_files:
         raise BaseError(
             f"the base {path} has no classification head of {len(task.labels)} labels; name an adapter that has one "

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from node.adapter import Adapter
 from node.data import AnyBatch, Batch, LabelledBatch, Sequences
+from node.mixture import asked_together
 from zo.weights import to_float
 
 
@@ -73,13 +74,17 @@ def label_logits(model: torch.nn.Module, batch: LabelledBatch) -> torch.Tensor:
     device = next(model.parameters()).device
     ids = torch.from_numpy(batch.tokens).to(device)
     with torch.inference_mode():
-        if batch.words is not None:
-            ends, position = np.unique(batch.lengths - 1, return_inverse=True)
-            logits = _logits_at(model, ids, ends)
-            return logits[np.arange(len(ids)), position][:, batch.words].float()
-        mask = (np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]).astype(np.int64)
-        found: torch.Tensor = model(input_ids=ids, attention_mask=torch.from_numpy(mask).to(device)).logits
-    return found.float()
+        return asked_together(model, lambda each, _: _label_logits(each, batch, ids)).float()
+
+
+def _label_logits(model: torch.nn.Module, batch: LabelledBatch, ids: torch.Tensor) -> torch.Tensor:
+    """As `label_logits`, of one agent."""
+    if batch.words is not None:
+        ends, position = np.unique(batch.lengths - 1, return_inverse=True)
+        return _logits_at(model, ids, ends)[np.arange(len(ids)), position][:, batch.words]
+    mask = (np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]).astype(np.int64)
+    found: torch.Tensor = model(input_ids=ids, attention_mask=torch.from_numpy(mask).to(ids.device)).logits
+    return found
 
 
 def _logits_at(model: torch.nn.Module, ids: torch.Tensor, positions: NDArray[np.int64]) -> torch.Tensor:
@@ -114,7 +119,7 @@ def _token_losses(model: torch.nn.Module, batch: Batch) -> RowLosses:
     columns = np.flatnonzero(scored.any(0))
     chosen = torch.from_numpy(scored[:, columns]).to(device)
     with torch.inference_mode():
-        logits = _logits_at(model, ids[:, :-1], columns)[chosen]
+        logits = asked_together(model, lambda each, _: _logits_at(each, ids[:, :-1], columns)[chosen])
         targets = ids[:, 1:][:, torch.from_numpy(columns).to(device)][chosen]
         each = cross_entropy(logits.float(), targets, reduction="none").cpu().numpy()
     # In float64: two losses whose difference is the slope shall not differ by how they were summed.

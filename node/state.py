@@ -168,6 +168,16 @@ def load_result(path: Path, agent: int = 0) -> tuple[Manifest, Replica]:
         raise StateError(f"{path}: {error}") from error
 
 
+def held_agents(path: Path) -> list[int]:
+    """The agents of which `load_result` finds weights; none if it is no such directory."""
+    directory = StateDirectory(path)
+    try:
+        manifest = parse_manifest(directory.manifest_path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, ManifestError):
+        return []
+    return [agent for agent in range(manifest.agents.count) if _newest_snapshot(directory, agent).is_file()]
+
+
 def _newest_snapshot(directory: StateDirectory, agent: int) -> Path:
     """A node keeps one snapshot of an agent; a coordinator keeps several, named ROUND-CONTENT.zo."""
     rounds = {

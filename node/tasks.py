@@ -8,15 +8,20 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
-from node.base import resolve
+from node.base import BaseError, resolve
 from node.records import DataError
 from zo.manifest import Manifest, ManifestError, Task, TaskKind, parse_manifest, task
 from zo.toml import documented_toml
 
 MANIFEST_FILE: Final = "manifest.toml"
+ADAPTER_FILE: Final = "adapter_config.json"
 SEQUENCE_LENGTH: Final = 128
+
+
+Mix = Literal["mean", "vote"]
+"""How several agents predict together: the mean of their probabilities, or a vote of what each holds the likeliest."""
 
 
 class Asked(NamedTuple):
@@ -32,9 +37,33 @@ def keep_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST_FILE).write_text(text, "utf-8")
 
 
+def adapters_in(folders: Sequence[Path]) -> list[Path]:
+    """The PEFT adapters that are meant: each folder itself, or the agents of an export of several (`agent-0`, …).
+
+    Raises:
+        BaseError: a folder holds none.
+    """
+    found: list[Path] = []
+    for folder in folders:
+        if (folder / ADAPTER_FILE).is_file():
+            found.append(folder)
+            continue
+        agents = [path for path in folder.glob("agent-*") if (path / ADAPTER_FILE).is_file()]
+        if not agents:
+            raise BaseError(f"{folder} is not a PEFT adapter: it has no {ADAPTER_FILE}")
+        found += sorted(agents, key=lambda path: (len(path.name), path.name))
+    return found
+
+
+def check_mix(mix: Mix | None, adapters: Sequence[Path]) -> None:
+    """Check that there is something to mix. Raises DataError."""
+    if mix is not None and len(adapters) < 2:
+        raise DataError(f"--mix {mix} takes several adapters, got {len(adapters)}: repeat --adapter")
+
+
 def asked(
     model: str,
-    adapter: Path | None,
+    adapters: Sequence[Path],
     kind: TaskKind | None,
     labels: Sequence[str] | None,
     template: str | None,
@@ -44,7 +73,7 @@ def asked(
 
     Args:
         model: directory or hub name of the base.
-        adapter: directory of a PEFT adapter.
+        adapters: directories of PEFT adapters; the first tells.
         kind: of the task.
         labels: of the rows, as `zo.manifest.task` takes them; for a head those of the model's files if there are none.
         template: of a verbalizer.
@@ -54,7 +83,7 @@ def asked(
         DataError: what is given does not make a task.
         BaseError: there is no such model.
     """
-    known = _exported_from(adapter or resolve(model))
+    known = _exported_from(adapters[0] if adapters else resolve(model))
     length = sequence_length or (known.probe.sequence_length if known else SEQUENCE_LENGTH)
     if known is not None and kind in (None, known.task.kind) and not labels and template is None:
         return Asked(known.task, length)

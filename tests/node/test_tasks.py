@@ -20,18 +20,33 @@ LABELS = ("bad", "good")
 HEAD = Task(kind="head", labels=LABELS)
 
 
-@pytest.fixture(scope="module")
-def exported(encoder, make_manifest, tmp_path_factory):
-    """An adapter with a head that calls everything good, with its run's manifest beside it."""
-    folder = tmp_path_factory.mktemp("adapter")
+def export_head(folder, encoder, manifest, label, value):
+    """An adapter with a head that says this of everything: a logit of one label, the others being 0."""
     base = load_base(encoder, threads=1, labels=LABELS)
     adapter = Adapter(base, key=(1, 2), targets=("query",), rank=2, alpha=4, train="B")
     weights = np.zeros(adapter.size, np.int32)
     bias = next(parameter for parameter in adapter.layout.parameters if parameter.name == HEAD_BIAS)
-    weights[bias.offset + 1] = 2**28
+    weights[bias.offset + label] = int(value * 2**28)
     adapter.export(folder, weights, str(encoder))
-    keep_manifest(folder, make_manifest(kind="head", labels=LABELS, sequence_length=12))
+    keep_manifest(folder, manifest)
     return folder
+
+
+@pytest.fixture(scope="module")
+def head_manifest(make_manifest):
+    return make_manifest(kind="head", labels=LABELS, sequence_length=12)
+
+
+@pytest.fixture(scope="module")
+def exported(encoder, head_manifest, tmp_path_factory):
+    """An adapter with a head that calls everything good, with its run's manifest beside it."""
+    return export_head(tmp_path_factory.mktemp("adapter"), encoder, head_manifest, 1, 1.0)
+
+
+@pytest.fixture(scope="module")
+def contrary(encoder, head_manifest, tmp_path_factory):
+    """One that calls everything bad, if less surely."""
+    return export_head(tmp_path_factory.mktemp("adapter"), encoder, head_manifest, 0, 0.5)
 
 
 @pytest.fixture
@@ -50,17 +65,17 @@ BY_NUMBER = ("--column", "label=1", "--column", "text=2")
 
 def test_plain_text_unless_told_otherwise(encoder, exported, tmp_path):
     model = str(encoder)
-    assert asked(model, None, None, None, None, None) == (Task(), 128)
-    assert asked(model, tmp_path, None, None, None, 32) == (Task(), 32)
-    assert asked(model, None, "head", LABELS, None, None) == (HEAD, 128)
+    assert asked(model, [], None, None, None, None) == (Task(), 128)
+    assert asked(model, [tmp_path], None, None, None, 32) == (Task(), 32)
+    assert asked(model, [], "head", LABELS, None, None) == (HEAD, 128)
 
 
 def test_an_export_says_what_its_run_was_about(encoder, exported):
     model = str(encoder)
-    assert asked(model, exported, None, None, None, None) == (HEAD, 12)
-    assert asked(str(exported), None, None, None, None, 40) == (HEAD, 40)
-    assert asked(model, exported, "text", None, None, None) == (Task(), 12)
-    assert asked(model, exported, None, ["0", "1"], None, None).task.labels == ("0", "1")
+    assert asked(model, [exported], None, None, None, None) == (HEAD, 12)
+    assert asked(str(exported), [], None, None, None, 40) == (HEAD, 40)
+    assert asked(model, [exported], "text", None, None, None) == (Task(), 12)
+    assert asked(model, [exported], None, ["0", "1"], None, None).task.labels == ("0", "1")
 
 
 def test_a_classifier_says_its_labels(save_model, tmp_path):
@@ -70,14 +85,14 @@ def test_a_classifier_says_its_labels(save_model, tmp_path):
         num_hidden_layers=0, hidden_size=12, vocab_size=8, id2label={0: "a", 1: "b"}
     )
     folder = save_model(transformers.BertForSequenceClassification(config), tmp_path / "base")
-    assert asked(str(folder), None, "head", None, None, None).task.labels == ("a", "b")
+    assert asked(str(folder), [], "head", None, None, None).task.labels == ("a", "b")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"id2label": 5}', '{"id2label": {"x": "y"}}', "{}"])
 def test_labels_that_nobody_says_are_asked_for(encoder, tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(DataError, match=r"must name at least two, got \[\]\. Name all labels with --label"):
-        asked(str(tmp_path), None, "head", None, None, None)
+        asked(str(tmp_path), [], "head", None, None, None)
 
 
 def test_evaluate_measures_loss_and_accuracy(encoder, exported, rows):
@@ -98,6 +113,35 @@ def test_predict_prints_the_label_alone(encoder, exported):
     assert shown.exit_code == 0, shown.output
     assert shown.stdout == "good\n"
     assert shown.stderr.startswith("probability 0.7")
+
+
+@pytest.mark.parametrize(
+    ("mix", "order", "label", "probability"),
+    [
+        # 1 / (1 + e^-1) = 0.731 and 1 / (1 + e^0.5) = 0.378 that it is good
+        ("mean", "01", "good", (0.731 + 0.378) / 2),
+        ("mean", "011", "bad", 1 - (0.731 + 2 * 0.378) / 3),
+        ("vote", "01", "good", 1 / 2),
+        ("vote", "10", "bad", 1 / 2),
+        ("vote", "011", "bad", 2 / 3),
+    ],
+)
+def test_heads_predict_together(encoder, exported, contrary, mix, order, label, probability):
+    folders = [(exported, contrary)[int(each)] for each in order]
+    adapters = [option for folder in folders for option in ("--adapter", folder)]
+    shown = run("predict", "Return the value", "--model", encoder, "--mix", mix, *adapters)
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout == f"{label}\n"
+    assert float(shown.stderr.split()[1]) == pytest.approx(probability, abs=0.002)
+
+
+def test_a_vote_has_an_accuracy_and_no_loss(encoder, exported, contrary, rows):
+    adapters = [option for folder in (contrary, exported, contrary) for option in ("--adapter", folder)]
+    options = ("--model", encoder, *adapters, "--data", rows, *BY_NUMBER, "--mix", "vote")
+    shown = run("evaluate", *options)
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout == "accuracy 33.3 % over 3 rows\n"
+    assert json.loads(run("evaluate", *options, "--json").stdout) == {"windows": 3, "accuracy": 1 / 3}
 
 
 def fails(result, code, *words):
@@ -157,8 +201,8 @@ def test_a_language_model_says_the_label(tmp_path):
 
 
 def test_the_embedded_model_is_asked_for_plain_text():
-    assert asked(str(embedded.path()), None, None, None, None, None) == (Task(), 128)
+    assert asked(str(embedded.path()), [], None, None, None, None) == (Task(), 128)
     assert (
         msgspec.structs.replace(Task(), kind="completion")
-        == asked(str(embedded.path()), None, "completion", None, None, None).task
+        == asked(str(embedded.path()), [], "completion", None, None, None).task
     )
