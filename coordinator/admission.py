@@ -57,8 +57,9 @@ def refusal(
     if hello.round > round or head_after(hello.round) != hello.head:
         return Refuse(
             "fork",
-            f"this node's state at round {hello.round} is not part of this ledger (now at round {round}). "
-            "Was the run directory restored from an old backup? Delete the node's state to start over",
+            f"this node's state at round {hello.round} is not part of this ledger, which is at round {round}: the run "
+            "directory was restored from an older copy, or its disk lost writes. To go on from this ledger, join with "
+            "--start-over: the node's weights are set aside, not deleted",
         )
     if node is None and len(roster) >= capacity:
         return Refuse("full", f"the run has {len(roster)} nodes, its capacity is {capacity}")

@@ -346,7 +346,8 @@ class Conductor:
             return []
         if follow.round > self.round or self._head_after(follow.round) != follow.head:
             reason = (
-                f"the state at round {follow.round}, which this node would go on from, is not in the ledger"
+                f"the state at round {follow.round}, which this node would go on from, is not in the ledger; join with "
+                "--start-over"
             )
             return [
                 send(member.session, Refuse("fork", reason)),

@@ -105,6 +105,14 @@ def join(
     eval_every: Annotated[
         int, typer.Option(metavar="N", min=1, help="Measure it every so many rounds.")
     ] = 50,
+    start_over: Annotated[
+        bool,
+        typer.Option(
+            "--start-over",
+            help="Set the saved weights aside, and take the run's from the beginning; the key and number stay.",
+            show_default=False,
+        ),
+    ] = False,
     quantize: QuantizeOption = None,
     skip_quantize: SkipOption = None,
     threads: ThreadsOption = None,
@@ -147,6 +155,12 @@ def join(
         with directory.lock(), _log(directory.log_path) as log, _live_line(is_renewed=not show_wire) as show:
             base_digest, tokenizer_digest = read_digest(path), read_tokenizer_digest(path)
             _compile_kernels()
+            if start_over and (aside := directory.set_aside()) is not None:
+                err.print(
+                    f"set the saved weights aside in {aside}, where `zo-node export` finds them",
+                    highlight=False,
+                    soft_wrap=True,
+                )
             num_threads = threads or len(os.sched_getaffinity(0))
 
             def open_trainer(manifest: Manifest) -> Any:

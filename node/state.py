@@ -8,7 +8,9 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 from transport.catchup import Download
@@ -73,6 +75,32 @@ class StateDirectory:
     def save_manifest(self, manifest: Manifest) -> None:
         """Keep the manifest. Raises StateError."""
         _write(self.manifest_path, documented_toml(manifest, "The manifest of the run.").encode())
+
+    def set_aside(self) -> Path | None:
+        """Move the saved weights of all agents into a directory of their own, which `load_result` reads as it does this
+        one; the node then starts from round 0. Nothing is deleted.
+
+        Returns:
+            that directory; None if nothing was saved.
+
+        Raises:
+            StateError: it cannot be written.
+        """
+        saved = [*self.path.glob("snapshot.zo"), *self.path.glob("agent-*/snapshot.zo")]
+        if not saved:
+            return None
+        aside = next(path for n in count(1) if not (path := self.path / f"set-aside-{n}").exists())
+        try:
+            aside.mkdir()
+            if self.manifest_path.exists():
+                shutil.copy(self.manifest_path, aside)
+            for path in saved:
+                target = aside / path.relative_to(self.path)
+                target.parent.mkdir(exist_ok=True)
+                path.rename(target)
+        except OSError as error:
+            raise StateError(f"cannot set the saved weights aside in {aside}: {error.strerror}") from error
+        return aside
 
     def agent(self, agent: int) -> "AgentState":
         """What is kept of one agent."""

@@ -201,7 +201,7 @@ def test_long_histories_come_in_several_messages(start):
         (
             "fork",
             {"round": 3, "head": bytes(16)},
-            "state at round 3 is not part of this ledger (now at round 0)",
+            "state at round 3 is not part of this ledger, which is at round 0",
         ),
         ("fork", {"head": bytes(16)}, "state at round 0 is not part of this ledger"),
         ("fork", {"round": 2**40, "head": bytes(16)}, "is not part of this ledger"),

@@ -58,6 +58,7 @@ def main():
     parser.add_argument("--broken", action="store_true", help="every loss is NaN")
     parser.add_argument("--freeze-at", choices=FREEZE_AT, help="stop with SIGSTOP as soon as it is there")
     parser.add_argument("--heartbeat-ms", type=int, help="notice dead connections sooner")
+    parser.add_argument("--start-over", action="store_true", help="as of zo-node join")
     parser.add_argument("--clock-jumps", action="store_true", help="days forwards and back, at every look")
     arguments = parser.parse_args()
     assert "torch" not in sys.modules
@@ -82,6 +83,8 @@ def main():
 
     with state.lock(), state.log_path.open("a", buffering=1) as log:
         seed = state.private_seed()
+        if arguments.start_over:
+            state.set_aside()
         service = NodeService(
             arguments.ticket,
             state,

@@ -216,10 +216,15 @@ def test_a_log_that_was_cut_off_is_a_shorter_ledger(swarm):
     swarm.serve()
     for name in ("ada", "ben"):
         assert swarm.nodes[name].wait() == 11, swarm.nodes[name]
-        assert "is not part of this ledger" in swarm.nodes[name].err
-        shutil.rmtree(swarm.state(name))
-        swarm.join(name)
+        said = swarm.nodes[name].err
+        assert f"this node's state at round 12 is not part of this ledger, which is at round {left}" in said
+        assert "join with --start-over" in said
+        swarm.join(name, "--start-over")
     swarm.assert_finished("ada", "ben")
+    assert [member.node for member in swarm.status().members] == [0, 1], "they kept their numbers"
+    for name in ("ada", "ben"):
+        aside = load_result(swarm.state(name) / "set-aside-1")[1]
+        assert aside.round == 12, "what the ledger has forgotten is still there for who wants it"
 
 
 def test_damaged_snapshots_are_passed_over(swarm):

@@ -7,9 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 from node import cli
+from node.state import StateDirectory, load_result
 from transport.exits import Exit
 from transport.keys import new_key_pair
 from transport.ticket import Ticket
+from zo.replica import Replica
+from zo.weights import zeros
 
 TICKET = str(Ticket("127.0.0.1", 9, bytes(16), new_key_pair().public))
 COMMANDS = ("join", "export", "evaluate", "demo", "calibrate", "doctor", "predict")
@@ -72,14 +75,27 @@ def test_nobody_answers(text, tmp_path):
     )
 
 
+def test_starting_over_sets_the_weights_aside(text, tmp_path, make_manifest):
+    manifest = make_manifest()
+    state = StateDirectory(tmp_path / "state")
+    with state.lock():
+        state.save_manifest(manifest)
+        state.agent(0).save(Replica(manifest, zeros(500), 7, bytes(16)), manifest)
+    options = ("--data", text, "--state", state.path, "--connect-timeout", 0.1, "--start-over")
+    result = run("join", TICKET, *options)
+    assert result.exit_code == Exit.UNREACHABLE
+    assert f"set the saved weights aside in {state.path / 'set-aside-1'}" in result.stderr
+    assert load_result(state.path / "set-aside-1")[1].round == 7
+    assert state.agent(0).load(manifest.run_id) is None
+    assert "set the saved weights" not in run("join", TICKET, *options).stderr, "there was nothing any more"
+
+
 def test_a_base_that_is_none(text, tmp_path):
     options = ("--data", text, "--state", tmp_path / "state", "--model", tmp_path)
     fails(run("join", TICKET, *options), Exit.BASE, "has no config.json")
 
 
 def test_a_state_that_another_node_uses(text, tmp_path):
-    from node.state import StateDirectory
-
     with StateDirectory(tmp_path / "state").lock():
         result = run("join", TICKET, "--data", text, "--state", tmp_path / "state")
     fails(result, Exit.BUSY, "another node uses the state directory", "give it its own --name")

@@ -76,6 +76,38 @@ def test_a_save_that_fails_keeps_what_was_there(state, manifest, replica, monkey
     assert state.agent(0).load(manifest.run_id)[1].digest() == replica.digest()
 
 
+def test_what_is_set_aside_can_be_read_there_and_is_not_gone_on_from(state, make_manifest):
+    manifest = make_manifest(count=3)
+    assert state.set_aside() is None, "there was nothing"
+    key = state.keys()
+    state.save_manifest(manifest)
+    for number in (1, 2):
+        for agent in (0, 2):
+            head = bytes([number]) * 16
+            state.agent(agent).save(Replica(manifest, zeros(500), number, head, agent), manifest)
+        aside = state.set_aside()
+        assert aside == state.path / f"set-aside-{number}"
+        for agent in (0, 2):
+            assert state.agent(agent).load(manifest.run_id) is None
+            assert load_result(aside, agent)[1].round == number
+    assert state.keys() == key, "it stays the same node"
+
+
+def test_weights_that_cannot_be_set_aside_stay(state, manifest, replica, monkeypatch):
+    state.save_manifest(manifest)
+    state.agent(0).save(replica, manifest)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copy", full)
+    with pytest.raises(
+        StateError, match=r"cannot set the saved weights aside in .*set-aside-1: No space left"
+    ):
+        state.set_aside()
+    assert state.agent(0).load(manifest.run_id)[1].digest() == replica.digest()
+
+
 def test_the_key_is_made_once_and_only_the_owner_can_read_it(state):
     assert state.keys() == state.keys()
     assert stat.S_IMODE((state.path / "node.key").stat().st_mode) == 0o600
