@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from coordinator.roster import Roster
+from transport import hub
 from transport.messages import PROTOCOL_VERSION, Hello, Refuse
 from zo.manifest import Manifest
 
@@ -47,7 +48,8 @@ def refusal(
     if hello.base.hex() != base.digest:
         return Refuse(
             "base",
-            f"this node's base has digest {hello.base.hex()}, the run's base {base.name!r} has {base.digest}",
+            f"this node's base has digest {hello.base.hex()}, the run's base "
+            f"{hub.spelled(base.name, base.revision)!r} has {base.digest}",
         )
     if hello.tokenizer.hex() != base.tokenizer_digest:
         return Refuse(

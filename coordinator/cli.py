@@ -28,9 +28,7 @@ from coordinator.rundir import RunDirectory
 from coordinator.service import Service
 from coordinator.status import Status, read_status
 from coordinator.trained import default_targets, head_of
-from transport import base_files
-from transport.adapter_files import AdapterFilesError, Factors, read_start
-from transport.adapter_files import digest as adapter_digest
+from transport import base_files, hub
 from transport.messages import PROTOCOL_VERSION
 from transport.sockets import CoordinatorSocket
 from transport.ticket import Ticket, reachable_host
@@ -57,8 +55,6 @@ from zo.quantization import Kind, check_shapes
 from zo.replica import Replica
 
 _EPSILON = 0.01
-_RANK = 4
-_ALPHA = 8.0
 
 
 @app.command(
@@ -68,10 +64,11 @@ _ALPHA = 8.0
 def init(
     run: RunArgument,
     model: Annotated[
-        Path,
+        str,
         typer.Option(
-            metavar="DIR",
-            help="Base model: config.json, *.safetensors and tokenizer.",
+            metavar="MODEL",
+            help="Base model: a directory with config.json, *.safetensors and tokenizer, or NAME or NAME@REVISION on "
+            "the Hugging Face hub.",
             show_default=False,
         ),
     ],
@@ -122,18 +119,8 @@ def init(
             show_default=False,
         ),
     ] = None,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="A PEFT LoRA adapter to start from: it brings rank, alpha and modules, and nodes must have it.",
-            show_default="generated values",
-        ),
-    ] = None,
-    rank: Annotated[int | None, typer.Option(metavar="N", help="LoRA rank.", show_default=str(_RANK))] = None,
-    alpha: Annotated[
-        float | None, typer.Option(metavar="X", help="LoRA alpha.", show_default=str(_ALPHA))
-    ] = None,
+    rank: Annotated[int, typer.Option(metavar="N", help="LoRA rank.")] = 4,
+    alpha: Annotated[float, typer.Option(metavar="X", help="LoRA alpha.")] = 8.0,
     train: Annotated[
         Literal["B", "AB"],
         typer.Option(metavar="B|AB", help="B: freeze A, train B from zero. AB: train both."),
@@ -213,12 +200,15 @@ def init(
     """
     with failures_explained():
         directory = RunDirectory(run)
-        tensors = base_files.tensor_shapes(model)
+        found = hub.find(model)
+        tensors = base_files.tensor_shapes(found.folder)
         shapes = base_files.linear_shapes(tensors)
+        targets = () if target == ["none"] else tuple(target or default_targets(shapes))
         base = BaseModel(
-            name=model.resolve().name,
-            digest=base_files.digest(model),
-            tokenizer_digest=base_files.tokenizer_digest(model),
+            name=found.name,
+            revision=found.revision,
+            digest=base_files.digest(found.folder),
+            tokenizer_digest=base_files.tokenizer_digest(found.folder),
             quantize=quantize,
             skip_quantize=tuple(skip_quantize or ()),
             any_quantization=any_quantization,
@@ -227,22 +217,8 @@ def init(
             trained = task_of(task, label or (), template)
             head = None
             if trained.head_labels is not None:
-                head = head_of(base_files.configuration(model), tensors, len(trained.head_labels))
-            if adapter is None:
-                start = None
-                factors = Factors(
-                    targets=() if target == ["none"] else tuple(target or default_targets(shapes)),
-                    rank=_RANK if rank is None else rank,
-                    alpha=_ALPHA if alpha is None else alpha,
-                )
-            elif (rank, alpha, target) != (None, None, None):
-                raise ManifestError(
-                    "--adapter brings rank, alpha and modules: leave out --rank, --alpha and --target"
-                )
-            else:
-                start = read_start(adapter, shapes, head)
-                factors = start.factors
-            layout = lora_layout(shapes, factors.targets, factors.rank, train, head)
+                head = head_of(base_files.configuration(found.folder), tensors, len(trained.head_labels))
+            layout = lora_layout(shapes, targets, rank, train, head)
             manifest = validate(
                 Manifest(
                     protocol=PROTOCOL_VERSION,
@@ -255,11 +231,10 @@ def init(
                     base=base,
                     task=trained,
                     adapter=Adapter(
-                        targets=factors.targets,
-                        rank=factors.rank,
-                        alpha=factors.alpha,
+                        targets=targets,
+                        rank=rank,
+                        alpha=alpha,
                         train=train,
-                        start="" if adapter is None else adapter_digest(adapter),
                         size=layout.size,
                         layout_digest=layout.digest().hex(),
                     ),
@@ -280,7 +255,7 @@ def init(
                     parity=Parity(digest_every=digest_every, share_loss=share_loss),
                 )
             )
-        except (base_files.BaseFilesError, AdapterFilesError):
+        except base_files.BaseFilesError:
             raise
         except ValueError as error:
             raise ManifestError(str(error)) from error
@@ -291,17 +266,11 @@ def init(
             if epsilon is not None:
                 raise ManifestError("give --epsilon or --calibrate, not both: the second measures the first")
             directory.check_absent()
-            more = () if adapter is None else ("--adapter", str(adapter))
-            found = proposed_epsilon(manifest, model, calibrate, more)
-            probing = msgspec.structs.replace(manifest.probe, epsilon=found)
+            proposed = proposed_epsilon(manifest, found.folder, calibrate)
+            probing = msgspec.structs.replace(manifest.probe, epsilon=proposed)
             manifest = validate(msgspec.structs.replace(manifest, probe=probing))
-            out.print(f"epsilon {found:g}, as measured", highlight=False)
-        try:
-            weights = initial_weights(
-                layout, run_key(manifest.run_id), train, None if start is None else start.values
-            )
-        except ValueError as error:
-            raise AdapterFilesError(f"{adapter}: {error}") from error
+            out.print(f"epsilon {proposed:g}, as measured", highlight=False)
+        weights = initial_weights(layout, run_key(manifest.run_id), manifest.adapter.train)
         directory.create(manifest, config, Replica(manifest, weights))
     out.print(f"Made {run}: run {manifest.run_id.hex()}", highlight=False, soft_wrap=True)
     out.print(

@@ -15,7 +15,6 @@ from coordinator.history import HistoryError
 from coordinator.ledger import LedgerError, StorageError
 from coordinator.rundir import BusyError, RunDirectoryError
 from coordinator.simulation import SimulationError
-from transport.adapter_files import AdapterFilesError
 from transport.base_files import BaseFilesError
 from transport.exits import HELP, Exit
 from transport.keys import KeyFileError
@@ -49,7 +48,6 @@ _EXIT_BY_ERROR: dict[type[Exception], Exit] = {
     HistoryError: Exit.INPUT,
     ConfigError: Exit.INPUT,
     BaseFilesError: Exit.BASE,
-    AdapterFilesError: Exit.BASE,
     KeyFileError: Exit.INPUT,
     BusyError: Exit.BUSY,
     SocketError: Exit.BUSY,

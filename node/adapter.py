@@ -6,7 +6,7 @@ Where the numbers come from is decided elsewhere: `load` takes a view, `export` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,8 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.numpy import save_file
 
 from node.base import Base, BaseError
-from node.heads import HeadModule, whole_head
-from transport.adapter_files import Start
+from node.heads import HeadModule
+from transport import hub
 from zo.directions import RunKey
 from zo.initial import adapted_modules
 from zo.layout import HEAD, Layout, initial_lora_A, lora_layout
@@ -55,7 +55,6 @@ class Adapter:
         rank: int,
         alpha: float,
         train: Literal["B", "AB"],
-        start: Start | None = None,
     ) -> None:
         """Put LoRA layers on the targeted linear modules of the base; the model still computes the base.
 
@@ -66,11 +65,9 @@ class Adapter:
             rank: columns of B, rows of A.
             alpha: B A is scaled by alpha / rank.
             train: whether the vector holds B alone or A and B.
-            start: an adapter whose frozen values take the place of the generated ones.
 
         Raises:
-            ValueError: an unknown target (its near matches are named), a base that has an adapter already, or a start
-                that has something beside the head which the base does not have.
+            ValueError: an unknown target (its near matches are named), or a base that has an adapter already.
         """
         if any(hasattr(module, "lora_A") for module in base.model.modules()):
             raise ValueError(f"the base {base.path} has an adapter already; load it again for another")
@@ -97,36 +94,24 @@ class Adapter:
         self._frozen: dict[str, NDArray[np.float32]] = {}
         for index, (name, path) in enumerate(self.paths.items()):
             out_features, in_features = base.linear_shapes[name]
-            given = None if start is None else start.values.get(f"{name}.lora_A")
-            A = initial_lora_A(key, index, (rank, in_features)) if given is None else given
+            A = initial_lora_A(key, index, (rank, in_features))
             B = torch.zeros(out_features, rank)
             for factor, values in (("lora_A", torch.from_numpy(A.copy())), ("lora_B", B)):
                 _set(self.model, f"{path}.{factor}.{NAME}.weight", values)
             if train == "B":
                 self._frozen[f"{path}.lora_A.weight"] = A
         if base.head is not None:
-            self._take_head(base.head, {} if start is None else start.beside_head)
+            self._take_head(base.head)
         self.hold(1)
 
-    def _take_head(self, head: HeadModule, beside: Mapping[str, NDArray[np.float32]]) -> None:
+    def _take_head(self, head: HeadModule) -> None:
         """See to it that the head is a part of the vector and of what is exported, with what goes beside it."""
         self.paths[HEAD] = head.path
-        saved = {*head.saved, *(whole_head(self.model, path.rpartition(".")[0]) for path in beside)}
-        for path, values in beside.items():
-            try:
-                expected = tuple(self.model.get_parameter(path).shape)
-            except AttributeError:
-                expected = ()
-            if values.shape != expected:
-                raise ValueError(
-                    f"{path} of the adapter to start from is of shape {values.shape}, here {expected}"
-                )
-            _set(self.model, path, torch.from_numpy(values.copy()))
-        for path in sorted(saved):
+        for path in head.saved:
             for name, parameter in self.model.get_submodule(path).named_parameters():
                 self._frozen[f"{path}.{name}"] = parameter.cpu().numpy()
         self.config.task_type = "SEQ_CLS"
-        self.config.modules_to_save = [path.rpartition(".")[2] for path in sorted(saved)]
+        self.config.modules_to_save = [path.rpartition(".")[2] for path in head.saved]
 
     def hold(self, num_views: int) -> None:
         """Make room for so many views of the vector; the model goes on computing with the first of them.
@@ -173,7 +158,7 @@ class Adapter:
         Args:
             directory: made if it is missing; receives adapter_config.json and adapter_model.safetensors.
             weights: the weights of a run, int32 (size,).
-            base_name: what the adapter's configuration names as its base: a hub name or a path.
+            base_name: what the adapter's configuration names as its base: a path, a hub name, or NAME@REVISION.
 
         Raises:
             ValueError: the weights do not fit the layout.
@@ -186,7 +171,8 @@ class Adapter:
             self._path(name).replace(f".{NAME}.weight", ".weight"): values
             for name, values in self.layout.split(to_float(weights)).items()
         }
-        config = LoraConfig(**{**self.config.to_dict(), "base_model_name_or_path": base_name})
+        config = LoraConfig(**self.config.to_dict())
+        config.base_model_name_or_path, config.revision = hub.split(base_name)
         config.inference_mode = True
         if not isinstance(config.target_modules, str):
             config.target_modules = sorted(

@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from node import quantization
 from node.quantization import QuantizationError
-from transport import base_files
+from transport import base_files, hub
 from zo.quantization import Kind
 
 # torch and transformers take seconds to import: a wrong path or digest is refused before that.
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from node.heads import HeadModule
 
-HUB_PATTERNS = ("*.json", "*.safetensors", *base_files.TOKENIZER_PATTERNS)
+
+_Read = TypeVar("_Read")
 
 
 class BaseError(RuntimeError):
@@ -73,7 +74,7 @@ def load_base(
     """The base in a directory, or of a name that the Hugging Face hub (or its cache here) knows.
 
     Args:
-        path: a directory with config.json, *.safetensors and tokenizer files, or a hub name.
+        path: a directory with config.json, *.safetensors and tokenizer files, or a hub name (see `transport.hub`).
         threads: how many threads torch may use in this process; None leaves torch's choice.
         quantize: how to hold the linear layers; embeddings and the output layer are never quantised.
         skip_quantize: linear modules to leave as they are: whole names, or what follows a "." in them.
@@ -248,10 +249,9 @@ def read_tokenizer_digest(path: str | Path) -> str:
     return _explained(base_files.tokenizer_digest, path)
 
 
-def _explained(read: Callable[[Path], str], path: str | Path) -> str:
-    folder = resolve(path)
+def _explained(read: Callable[[Path], _Read], path: str | Path) -> _Read:
     try:
-        return read(folder)
+        return read(hub.find(path).folder)
     except base_files.BaseFilesError as error:
         raise BaseError(str(error)) from error
 
@@ -262,40 +262,7 @@ def resolve(path: str | Path) -> Path:
     Raises:
         BaseError: neither a directory nor a name under which the hub or the cache has a model.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise BaseError(f"the base {path} is a file; name the directory that holds its config.json.")
-    # A hub name is NAME or OWNER/NAME: what cannot be one was meant as a directory.
-    if isinstance(path, Path) or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
-        raise BaseError(
-            f"the base {path} does not exist; name a directory with a config.json, or a hub name."
-        )
-    return _fetch(str(path))
-
-
-def _fetch(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_PATTERNS)))
-    except GatedRepoError as error:
-        raise BaseError(
-            f"the base {name} is gated: accept its licence on https://huggingface.co/{name} and log in "
-            "with `hf auth login`."
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise BaseError(
-            f"the base {name} is neither a directory here nor a model on the hub; check the spelling, "
-            "or log in with `hf auth login` if it is private."
-        ) from error
-    except Exception as error:  # offline shows in many ways: connection, time-out, proxy, not in the cache
-        raise BaseError(
-            f"the base {name} is no directory here, not in the cache, and the hub did not answer: "
-            f"{_first_line(error)}. Connect, or name a local directory."
-        ) from error
+    return _explained(lambda folder: folder, path)
 
 
 def _first_line(error: Exception) -> str:

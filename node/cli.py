@@ -26,7 +26,6 @@ from node.cli_app import (
     OwnQuantizeOption,
     QuantizeOption,
     SkipOption,
-    StartOption,
     TaskOption,
     TemplateOption,
     ThreadsOption,
@@ -42,10 +41,10 @@ from node.display import summary, view_line
 from node.quantization import agreed
 from node.records import DataError
 from node.service import NodeError, NodeService, View
-from node.start import check_start, start_of
 from node.state import StateDirectory, StateError, default_state, held_agents, load_result
 from node.tasks import adapters_in, asked, check_mix, keep_manifest
 from node.wire import shown
+from transport import hub
 from transport.exits import Exit
 from transport.ticket import parse_ticket
 from zo import kernels
@@ -87,7 +86,6 @@ def join(
             metavar="DIR", help="Where to keep key and weights.", show_default="~/.local/state/zo-node/…"
         ),
     ] = None,
-    adapter: StartOption = None,
     agents: Annotated[
         str | None,
         typer.Option(
@@ -169,7 +167,6 @@ def join(
             def open_trainer(manifest: Manifest) -> Any:
                 from node.language import LanguageTrainer, read_data
 
-                check_start(manifest, adapter)
                 kind, skip = agreed(manifest.base, quantize, skip_quantize)
                 base = load_base(
                     path,
@@ -189,7 +186,6 @@ def join(
                     held_out,
                     private_seed=directory.private_seed(),
                     threads=num_threads,
-                    start=adapter,
                 )
                 rehearsal = trainer.rehearse(at_once)
                 log({"rehearsal": asdict(rehearsal)})
@@ -243,7 +239,6 @@ def export(
         ),
     ],
     model: ModelOption = None,
-    adapter: StartOption = None,
     merge: Annotated[
         bool,
         typer.Option(
@@ -274,16 +269,15 @@ def export(
             raise DataError(f"{output} exists already; choose another directory")
         from node.language import adapt
 
-        check_start(manifest, adapter)
         base = load_base(path, threads=1, labels=manifest.task.head_labels)
-        trained = adapt(base, manifest, start_of(manifest, adapter, base))
+        adapter = adapt(base, manifest)
         try:
             for replica in replicas:
                 folder = output / f"agent-{replica.agent}" if several and agent is None else output
                 if merge:
-                    trained.export_merged(folder, replica.weights, base.tokenizer)
+                    adapter.export_merged(folder, replica.weights, base.tokenizer)
                 else:
-                    trained.export(folder, replica.weights, path)
+                    adapter.export(folder, replica.weights, path)
                 keep_manifest(folder, manifest)
         except OSError as error:
             raise StateError(f"cannot write {output}: {error}") from error
@@ -434,10 +428,10 @@ def _check_file(file: Path) -> None:
 def _check_base(path: str, manifest: Manifest, model: str | None) -> None:
     digest = read_digest(path)
     if digest != manifest.base.digest:
+        spelled = hub.spelled(manifest.base.name, manifest.base.revision)
         cure = "" if model else ". Name the run's base with --model"
         raise BaseError(
-            f"the base {path} has digest {digest}, the run's base {manifest.base.name!r} has "
-            f"{manifest.base.digest}{cure}"
+            f"the base {path} has digest {digest}, the run's base {spelled!r} has {manifest.base.digest}{cure}"
         )
 
 

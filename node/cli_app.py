@@ -49,7 +49,7 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         metavar="MODEL",
-        help="Base model: a directory or a Hugging Face name.",
+        help="Base model: a directory, or NAME or NAME@REVISION on the Hugging Face hub.",
         show_default="the small one of this program",
     ),
 ]
@@ -115,15 +115,6 @@ TemplateOption = Annotated[
         metavar="TEXT",
         help="What a verbalizer's word follows, with {text} for the row's text.",
         show_default="as the adapter's run",
-    ),
-]
-StartOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--adapter",
-        metavar="DIR",
-        help="The PEFT adapter that the run starts from, if it does.",
-        show_default=False,
     ),
 ]
 ColumnOption = Annotated[

@@ -18,7 +18,6 @@ from node.cli_app import (
     ModelOption,
     QuantizeOption,
     SkipOption,
-    StartOption,
     ThreadsOption,
     app,
     columns_by_field,
@@ -56,7 +55,6 @@ def calibrate(
     ],
     column: ColumnOption = None,
     model: ModelOption = None,
-    adapter: StartOption = None,
     quantize: QuantizeOption = None,
     skip_quantize: SkipOption = None,
     directions: Annotated[int, typer.Option(metavar="N", min=2, help="Directions to average over.")] = 8,
@@ -81,9 +79,7 @@ def calibrate(
         )
         rows = read_data(data, base, manifest.task, manifest.probe.sequence_length, columns_by_field(column))
         err.print(f"data: {rows}", style="dim", highlight=False)
-        trainer = LanguageTrainer(
-            manifest, base, rows, None, private_seed=0, threads=num_threads, start=adapter
-        )
+        trainer = LanguageTrainer(manifest, base, rows, None, private_seed=0, threads=num_threads)
         columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
             shown = bar.add_task("", total=None)

@@ -20,9 +20,7 @@ from node.mixture import Mixture
 from node.probe import Probe, Probed
 from node.records import DataError
 from node.rehearsal import Rehearsal, rehearse
-from node.start import start_of
 from node.tasks import Mix
-from transport.adapter_files import Start
 from zo import kernels
 from zo.directions import Direction, run_key
 from zo.initial import initial_weights
@@ -43,7 +41,6 @@ class LanguageTrainer:
         *,
         private_seed: int,
         threads: int,
-        start: Path | None = None,
     ) -> None:
         """Put the adapter into the base, and check that both are the run's.
 
@@ -54,16 +51,14 @@ class LanguageTrainer:
             held_out: what `evaluate` measures; None if nothing.
             private_seed: decides batches and rounding; never leaves the node.
             threads: for the integer kernels; torch's are set when the base is loaded.
-            start: directory of the PEFT adapter that the run starts from, if it does.
 
         Raises:
-            BaseError: the adapter that the manifest describes does not come out of this base, or `start` is not it.
+            BaseError: the adapter that the manifest describes does not come out of this base.
         """
         kernels.set_threads(threads)
         self._manifest = manifest
         self._held_out = held_out
-        self._start = start_of(manifest, start, base)
-        self._adapter = adapt(base, manifest, self._start)
+        self._adapter = adapt(base, manifest)
         self._probe = Probe(
             self._adapter,
             windows,
@@ -78,8 +73,7 @@ class LanguageTrainer:
     def initial_weights(self) -> NDArray[np.int32]:
         """The weights of round 0: (size,) int32."""
         key = run_key(self._manifest.run_id)
-        start = None if self._start is None else self._start.values
-        return initial_weights(self._adapter.layout, key, self._manifest.adapter.train, start)
+        return initial_weights(self._adapter.layout, key, self._manifest.adapter.train)
 
     def rehearse(self, at_once: int | None = None) -> Rehearsal:
         """Try noise and speed at the weights of round 0, and probe as was found from then on; see `rehearse`."""
@@ -111,7 +105,7 @@ class LanguageTrainer:
         return evaluate(self._adapter, weights, self._held_out, batch_size=batch_size)
 
 
-def adapt(base: Base, manifest: Manifest, start: Start | None = None) -> Adapter:
+def adapt(base: Base, manifest: Manifest) -> Adapter:
     """The manifest's adapter inside the base.
 
     Raises:
@@ -126,7 +120,6 @@ def adapt(base: Base, manifest: Manifest, start: Start | None = None) -> Adapter
             rank=wanted.rank,
             alpha=wanted.alpha,
             train=wanted.train,
-            start=start,
         )
     except ValueError as error:
         raise BaseError(f"the run's adapter does not fit the base {base.path}: {error}") from error

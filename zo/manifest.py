@@ -66,6 +66,14 @@ class BaseModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             min_length=1, max_length=256, description="Name of the base, for people and for error messages."
         ),
     ]
+    revision: Annotated[
+        str,
+        Meta(
+            max_length=256,
+            description="Commit on the Hugging Face hub that init read; empty if the base was a directory. "
+            "For people and for error messages: the digests decide.",
+        ),
+    ] = ""
     digest: Annotated[
         Hex16,
         Meta(
@@ -206,14 +214,6 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             description='"B": A is frozen, generated from the run id, and B starts at zero; "AB": both are trained.'
         ),
     ]
-    start: Annotated[
-        str,
-        Meta(
-            pattern=r"^([0-9a-f]{32})?$",
-            description="BLAKE2b-128 over the files of the PEFT adapter that the weights start from, which nodes must "
-            "have; empty: they start from generated values.",
-        ),
-    ] = ""
     size: Annotated[
         int,
         Meta(ge=1, le=2**31, description="Number of trained parameters, from the base and the fields above."),
