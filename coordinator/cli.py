@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import resource
 import secrets
 import signal
 import sys
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 import msgspec
 import typer
@@ -29,6 +30,7 @@ from coordinator.service import Service
 from coordinator.status import Status, read_status
 from coordinator.trained import default_targets, head_of
 from transport import base_files, hub
+from transport.connections import MOST_OF_A_KEY, MOST_SILENT
 from transport.messages import PROTOCOL_VERSION
 from transport.sockets import CoordinatorSocket
 from transport.ticket import Ticket, reachable_host
@@ -55,6 +57,9 @@ from zo.quantization import Kind, check_shapes
 from zo.replica import Replica
 
 _EPSILON = 0.01
+
+_OTHER_FILES: Final = 128
+"""Ledger, locks, snapshots, and what a library may open."""
 
 
 @app.command(
@@ -344,6 +349,7 @@ def serve(
                     show = partial(_show_replay, bar, task)
                     restored.append(restore(directory, manifest, ledger.track(agent), show))
             _tell_origins(restored)
+            _allow_connections(MOST_SILENT + MOST_OF_A_KEY * config.capacity)
             end = CoordinatorSocket(config.host, config.port, keys)
             try:
                 ticket = Ticket(
@@ -355,6 +361,17 @@ def serve(
                 _serve(service, stopping, stay)
             finally:
                 end.close()
+
+
+def _allow_connections(number: int) -> None:
+    """Let this process hold so many connections, if the system does: usual are 1,024 files, which any stranger could
+    use up, and a connection that cannot be accepted keeps libzmq busy."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if resource.RLIM_INFINITY != soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _show_replay(bar: Progress, task: TaskID, done: int, total: int) -> None:

@@ -1,9 +1,12 @@
 """What goes wrong between processes: each has its exit code and one clear line, and the run loses nothing."""
 
+import contextlib
 import json
 import resource
 import shutil
 import signal
+import socket
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -112,6 +115,24 @@ def test_a_full_disk_stops_the_coordinator_and_loses_nothing(swarm, says):
     assert swarm.command("coordinator.cli", "verify", swarm.run).wait() == 0
     for name in ("ada", "ben"):
         assert [r["round"] for r in swarm.log(name) if "members" in r] == list(range(30))
+
+
+def test_strangers_who_take_all_the_files_of_a_process_take_none_from_nodes(swarm):
+    few = 64
+
+    def limit_descriptors():  # 1,024 are usual, and a peer could open as many connections
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+    swarm.init("--quorum", 1, rounds=8).serve(preexec_fn=limit_descriptors)
+    port = parse_ticket(swarm.ticket).port
+    with contextlib.ExitStack() as strangers:
+        for _ in range(2 * few):
+            strangers.enter_context(socket.create_connection(("127.0.0.1", port)))
+        files = Path(f"/proc/{swarm.coordinator.popen.pid}/fd")
+        swarm.poll(lambda: len(list(files.iterdir())) > 2 * few, "all strangers accepted")
+        swarm.join("ada")
+        swarm.open_until(8)
+        swarm.assert_finished("ada")
 
 
 def test_a_peer_that_sends_junk_disturbs_nobody(swarm):
