@@ -123,6 +123,7 @@ def test_saved_weights_that_were_cut_off_are_passed_over(swarm):
         swarm.join(name)
     swarm.poll_members("ada", "ben")
     swarm.run_until(8)
+    swarm.poll(lambda: rounds_of(swarm, "ben") == list(range(8)), "ben at round 8")
     swarm.nodes["ben"].send(signal.SIGTERM)
     assert swarm.nodes["ben"].wait() == 0
     saved = swarm.state("ben") / "snapshot.zo"
