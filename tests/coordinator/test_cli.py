@@ -148,7 +148,11 @@ def test_a_head_needs_to_know_how_wide_the_base_is(base, tmp_path):
 
 
 def test_a_base_that_is_none(tmp_path):
-    fails(run("init", tmp_path / "run", "--model", tmp_path / "no"), Exit.BASE, "does not exist; name a directory")
+    fails(
+        run("init", tmp_path / "run", "--model", tmp_path / "no"),
+        Exit.BASE,
+        "does not exist; name a directory",
+    )
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "model.safetensors").write_bytes(b"\x05\0\0\0\0\0\0\0hello")
     fails(run("init", tmp_path / "run", "--model", tmp_path / "bad"), Exit.BASE, "is not a safetensors file")
