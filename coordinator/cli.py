@@ -45,6 +45,7 @@ from zo.manifest import (
     BaseModel,
     Manifest,
     ManifestError,
+    Objective,
     Parity,
     Probing,
     Run,
@@ -172,6 +173,25 @@ def init(
             help="Nodes train every agent, or those that each names with `join --agents`.",
         ),
     ] = "all",
+    objective: Annotated[
+        Objective,
+        typer.Option(
+            metavar="NAME",
+            help="What the loss is: cross-entropy, or one less a score: accuracy, token-f1 or exact-match of what the "
+            "model says after a prompt, or a callable that each node has.",
+        ),
+    ] = "cross-entropy",
+    score: Annotated[
+        str,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="With a callable, its name for people; nodes name theirs when they join.",
+            show_default=False,
+        ),
+    ] = "",
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Most tokens said after a prompt, where that is judged.")
+    ] = 32,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Sequences in a node's batch.")] = 8,
     sequence_length: Annotated[int, typer.Option(metavar="N", help="Tokens in a sequence.")] = 128,
     digest_every: Annotated[
@@ -219,7 +239,12 @@ def init(
             any_quantization=any_quantization,
         )
         try:
-            trained = task_of(task, label or (), template)
+            trained = msgspec.structs.replace(
+                task_of(task, label or (), template),
+                objective=objective,
+                score=score,
+                max_new_tokens=max_new_tokens,
+            )
             head = None
             if trained.head_labels is not None:
                 head = head_of(base_files.configuration(found.folder), tensors, len(trained.head_labels))
@@ -271,7 +296,8 @@ def init(
             if epsilon is not None:
                 raise ManifestError("give --epsilon or --calibrate, not both: the second measures the first")
             directory.check_absent()
-            proposed = proposed_epsilon(manifest, found.folder, calibrate)
+            own = ["--score", score] if score else []
+            proposed = proposed_epsilon(manifest, found.folder, calibrate, own)
             probing = msgspec.structs.replace(manifest.probe, epsilon=proposed)
             manifest = validate(msgspec.structs.replace(manifest, probe=probing))
             out.print(f"epsilon {proposed:g}, as measured", highlight=False)

@@ -21,10 +21,13 @@ from node.cli_app import (
     AdapterOption,
     ColumnOption,
     LabelOption,
+    MaxNewTokensOption,
     MixOption,
     ModelOption,
+    ObjectiveOption,
     OwnQuantizeOption,
     QuantizeOption,
+    ScoreOption,
     SkipOption,
     TaskOption,
     TemplateOption,
@@ -40,9 +43,10 @@ from node.cli_app import (
 from node.display import summary, view_line
 from node.quantization import agreed
 from node.records import DataError
+from node.scores import load_score
 from node.service import NodeError, NodeService, View
 from node.state import StateDirectory, StateError, default_state, held_agents, load_result
-from node.tasks import adapters_in, asked, check_mix, keep_manifest
+from node.tasks import adapters_in, asked, check_mix, judged_by, keep_manifest
 from node.wire import shown
 from transport import hub
 from transport.exits import Exit
@@ -114,6 +118,7 @@ def join(
             show_default=False,
         ),
     ] = False,
+    score: ScoreOption = None,
     quantize: QuantizeOption = None,
     skip_quantize: SkipOption = None,
     threads: ThreadsOption = None,
@@ -147,6 +152,7 @@ def join(
     with failures_explained():
         parsed = parse_ticket(ticket)
         columns = columns_by_field(column)
+        own_score = load_score(score) if score else None
         named = _agent_numbers(agents)
         for file in [*data, *(eval_data or [])]:
             _check_file(file.expanduser())
@@ -186,12 +192,14 @@ def join(
                     held_out,
                     private_seed=directory.private_seed(),
                     threads=num_threads,
+                    score=own_score,
+                    warn=_warn,
                 )
                 rehearsal = trainer.rehearse(at_once)
                 log({"rehearsal": asdict(rehearsal)})
                 err.print(f"probing: {rehearsal}", style="dim", highlight=False)
                 if rehearsal.warning:
-                    err.print(f"warning: {rehearsal.warning}", style="yellow", markup=False, highlight=False)
+                    _warn(rehearsal.warning)
                 return trainer
 
             service = NodeService(
@@ -312,6 +320,9 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Rows in one forward pass.")] = 8,
+    objective: ObjectiveOption = None,
+    score: ScoreOption = None,
+    max_new_tokens: MaxNewTokensOption = None,
     quantize: OwnQuantizeOption = "none",
     skip_quantize: SkipOption = None,
     threads: ThreadsOption = None,
@@ -319,18 +330,22 @@ def evaluate(
 ) -> None:
     """Measure the loss of the base, with or without an adapter, as plain transformers and PEFT compute it.
 
-    Where there are labels, the accuracy too: the share of the rows whose label the model thinks the likeliest. Several
-    adapters predict together; their vote has an accuracy, but no loss.
+    Where there are labels, the accuracy too: the share of the rows whose label the model thinks the likeliest. And the
+    score, where the adapter's run had another objective than cross-entropy, or one is named here. Several adapters
+    predict together; their vote has an accuracy, but no loss.
     """
     with failures_explained():
         path = model or str(embedded.path())
         adapters = adapters_in(adapter or [])
         check_mix(mix, adapters)
         wanted, length = asked(path, adapters, task, label, template, sequence_length)
+        wanted = judged_by(wanted, objective, score, max_new_tokens)
+        own = load_score(score) if score else None
         if mix == "vote" and not wanted.labels:
             raise DataError("a vote has no loss, and there are no labels to count: use --mix mean")
         from node.language import open_model, read_data
         from node.losses import measure
+        from node.objectives import objective as objective_of
 
         base, measured = open_model(
             path,
@@ -343,19 +358,26 @@ def evaluate(
         )
         rows = read_data(data, base, wanted, length, columns_by_field(column))
         err.print(f"data: {rows}", style="dim", highlight=False)
+        scored = None
         columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
             shown = bar.add_task("", total=rows.num_windows)
-            found = measure(
-                measured,
-                rows,
-                batch_size=batch_size,
-                progress=lambda done, _: bar.update(shown, completed=done),
-            )
+
+            def progress(done: int, _: int) -> None:
+                bar.update(shown, completed=done)
+
+            found = measure(measured, rows, batch_size=batch_size, progress=progress)
+            if wanted.objective != "cross-entropy" and found.accuracy is None:
+                wanted_loss = objective_of(wanted, base, rows, own, _warn)
+                loss = measure(
+                    measured, rows, batch_size=batch_size, objective=wanted_loss, progress=progress
+                ).loss
+                scored = 1 - loss
         if json:
-            figures: dict[str, float | int] = {} if mix == "vote" else {"loss": found.loss}
+            figures: dict[str, Any] = {} if mix == "vote" else {"loss": found.loss}
             figures |= {"windows": rows.num_windows}
             figures |= {"tokens": rows.num_scored} if found.accuracy is None else {"accuracy": found.accuracy}
+            figures |= {} if scored is None else {"objective": wanted.objective, "score": scored}
             print(json_format.dumps(figures))
         elif mix == "vote":
             share = 100 * (found.accuracy or 0.0)
@@ -364,7 +386,12 @@ def evaluate(
             of_what = {"text": "token over {} windows", "completion": "completion's token over {} rows"}
             what = of_what.get(wanted.kind, "label over {} rows").format(rows.num_windows)
             accuracy = "" if found.accuracy is None else f", accuracy {100 * found.accuracy:.1f} %"
-            out.print(f"loss {found.loss:.4f} nats per {what}{accuracy}", highlight=False, soft_wrap=True)
+            score_shown = "" if scored is None else f", {wanted.score or wanted.objective} {scored:.4f}"
+            out.print(
+                f"loss {found.loss:.4f} nats per {what}{accuracy}{score_shown}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 @app.command(short_help="A whole run on this machine.", epilog=epilog("zo-node demo --output demo-out"))
@@ -460,6 +487,10 @@ def _log(path: Path) -> Iterator[Callable[[dict[str, object]], None]]:
     finally:
         with contextlib.suppress(OSError):  # what could not be written has been said
             file.close()
+
+
+def _warn(what: str) -> None:
+    err.print(f"warning: {what}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_sent(frame: bytes) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from node.base import BaseError
 from node.quantization import QuantizationError
 from node.records import EXAMPLES, DataError
+from node.scores import ScoreError
 from node.service import NodeError
 from node.state import StateBusyError, StateError
 from node.tasks import Mix
@@ -18,7 +19,7 @@ from transport.exits import HELP, Exit
 from transport.keys import KeyFileError
 from transport.sockets import SocketError
 from transport.ticket import TicketError
-from zo.manifest import TaskKind
+from zo.manifest import Objective, TaskKind
 from zo.quantization import Kind
 
 app = typer.Typer(
@@ -38,6 +39,7 @@ _EXIT_BY_ERROR: dict[type[Exception], Exit] = {
     DataError: Exit.INPUT,
     KeyFileError: Exit.INPUT,
     QuantizationError: Exit.INPUT,
+    ScoreError: Exit.INPUT,
     BaseError: Exit.BASE,
     StateError: Exit.STORAGE,
     StateBusyError: Exit.BUSY,
@@ -125,6 +127,34 @@ ColumnOption = Annotated[
         help="What a field of the data (text, label, prompt, completion) is called in the files, or the number of its "
         "column in a .tsv file without a line of names; may be repeated.",
         show_default="its own name",
+    ),
+]
+ObjectiveOption = Annotated[
+    Objective | None,
+    typer.Option(
+        "--objective",
+        metavar="NAME",
+        help=f"Score the model by this, too: {', '.join(get_args(Objective)[1:])}.",
+        show_default="as the adapter's run",
+    ),
+]
+MaxNewTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        metavar="N",
+        min=1,
+        help="Most tokens that the model says after a prompt, where that is judged.",
+        show_default="as the adapter's run; else 32",
+    ),
+]
+ScoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--score",
+        metavar="MODULE:FUNCTION",
+        help="Your own (prompts, completions) -> scores, where the run's objective is a callable.",
+        show_default=False,
     ),
 ]
 ThreadsOption = Annotated[

@@ -17,6 +17,7 @@ from node.cli_app import (
     ColumnOption,
     ModelOption,
     QuantizeOption,
+    ScoreOption,
     SkipOption,
     ThreadsOption,
     app,
@@ -28,6 +29,7 @@ from node.cli_app import (
 )
 from node.quantization import agreed
 from node.records import DataError
+from node.scores import load_score
 from node.service import NodeError
 from transport.exits import Exit
 from zo import kernels
@@ -55,6 +57,7 @@ def calibrate(
     ],
     column: ColumnOption = None,
     model: ModelOption = None,
+    score: ScoreOption = None,
     quantize: QuantizeOption = None,
     skip_quantize: SkipOption = None,
     directions: Annotated[int, typer.Option(metavar="N", min=2, help="Directions to average over.")] = 8,
@@ -79,7 +82,8 @@ def calibrate(
         )
         rows = read_data(data, base, manifest.task, manifest.probe.sequence_length, columns_by_field(column))
         err.print(f"data: {rows}", style="dim", highlight=False)
-        trainer = LanguageTrainer(manifest, base, rows, None, private_seed=0, threads=num_threads)
+        own = load_score(score) if score else None
+        trainer = LanguageTrainer(manifest, base, rows, None, private_seed=0, threads=num_threads, score=own)
         columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
             shown = bar.add_task("", total=None)

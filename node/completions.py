@@ -9,20 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from node.data import Batch, count
+from node.data import Batch, Pair, count
 from node.records import DataError, read_records
-
-
-class Pair(NamedTuple):
-    """A prompt and what follows it."""
-
-    prompt: str
-    completion: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +28,8 @@ class Completions:
     """(num_windows,): where the completion begins, at least 1."""
     ends: NDArray[np.int64]
     """(num_windows,): where it ends, and padding begins."""
+    pairs: tuple[Pair, ...]
+    """(num_windows,): prompt and completion as they stand in the data."""
     sequence_length: int
     """Most tokens in a row."""
     num_cut: int
@@ -59,7 +54,9 @@ class Completions:
         width = int(self.ends[rows].max())
         positions = np.arange(width)
         scored = (positions >= self.begins[rows, None]) & (positions < self.ends[rows, None])
-        return Batch(self.tokens[rows, :width].astype(np.int64), scored)
+        return Batch(
+            self.tokens[rows, :width].astype(np.int64), scored, tuple(self.pairs[row] for row in rows)
+        )
 
     def __str__(self) -> str:
         """One line that says what was read and what was left out."""
@@ -91,6 +88,7 @@ def read_completions(
     Raises:
         DataError: a file or a row of it cannot be read; a completion is empty; or no completion fits.
     """
+    pairs: list[Pair] = []
     rows: list[tuple[list[int], list[int]]] = []
     for place, values in read_records(paths, Pair._fields, columns):
         pair = Pair(*values)
@@ -101,9 +99,10 @@ def read_completions(
             raise DataError(
                 f"{place}: the prompt is empty, and the tokenizer has no token to begin with; give the row a prompt"
             )
+        pairs.append(pair)
         rows.append((prompt, completion_ids(tokenizer, pair)))
     try:
-        return arrange(rows, sequence_length)
+        return arrange(pairs, rows, sequence_length)
     except DataError as error:
         raise DataError(f"{', '.join(map(str, paths))}: {error}") from None
 
@@ -132,22 +131,30 @@ def completion_ids(tokenizer: Any, pair: Pair) -> list[int]:
     return token_ids(tokenizer, pair.completion) + end
 
 
-def arrange(rows: Sequence[tuple[list[int], list[int]]], sequence_length: int) -> Completions:
-    """Rows of prompt and completion, both tokens, cut to fit and padded to equal length.
+def arrange(
+    pairs: Sequence[Pair], rows: Sequence[tuple[list[int], list[int]]], sequence_length: int
+) -> Completions:
+    """Rows of prompt and completion, cut to fit and padded to equal length.
+
+    Args:
+        pairs: as they stand in the data.
+        rows: the same as tokens.
+        sequence_length: most tokens in a row, at least 2.
 
     Raises:
         DataError: no completion fits beside one token of its prompt.
     """
     if sequence_length < 2:
         raise ValueError(f"sequence_length must be at least 2, got {sequence_length}")
-    kept, cuts = [], []
-    for prompt, completion in rows:
+    kept, kept_pairs, cuts = [], [], []
+    for pair, (prompt, completion) in zip(pairs, rows, strict=True):
         room = sequence_length - len(completion)
         if room < 1:
             continue
         # The first token stays: models are trained with it at the beginning of every text.
         begin = prompt if len(prompt) <= room else [prompt[0], *prompt[len(prompt) - room + 1 :]]
         kept.append((begin, completion))
+        kept_pairs.append(pair)
         cuts.append(len(prompt) - len(begin))
     if not kept:
         raise DataError(
@@ -163,6 +170,7 @@ def arrange(rows: Sequence[tuple[list[int], list[int]]], sequence_length: int) -
         tokens=tokens,
         begins=begins,
         ends=ends,
+        pairs=tuple(kept_pairs),
         sequence_length=sequence_length,
         num_cut=sum(cut > 0 for cut in cuts),
         num_tokens_cut=sum(cuts),

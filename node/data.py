@@ -20,6 +20,13 @@ from node.records import DataError, read_records
 _Entry = TypeVar("_Entry", bound=np.generic)
 
 
+class Pair(NamedTuple):
+    """A prompt and what follows it."""
+
+    prompt: str
+    completion: str
+
+
 class Batch(NamedTuple):
     """What one forward pass sees of rows whose tokens are predicted."""
 
@@ -27,6 +34,8 @@ class Batch(NamedTuple):
     """(batch_size, length)."""
     scored: NDArray[np.bool_] | None = None
     """(batch_size, length): the tokens whose prediction is the loss; None: all but the first of each row."""
+    pairs: tuple[Pair, ...] = ()
+    """Of each row, prompt and completion as they stand in the data; none for plain text."""
 
 
 class LabelledBatch(NamedTuple):
@@ -66,7 +75,9 @@ def stacked(batches: Sequence[AnyBatch]) -> AnyBatch:
     plain = [batch for batch in batches if isinstance(batch, Batch)]
     scored = [padded(batch.scored) for batch in plain if batch.scored is not None]
     return Batch(
-        np.concatenate([padded(batch.tokens) for batch in plain]), np.concatenate(scored) if scored else None
+        np.concatenate([padded(batch.tokens) for batch in plain]),
+        np.concatenate(scored) if scored else None,
+        tuple(pair for batch in plain for pair in batch.pairs),
     )
 
 

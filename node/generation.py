@@ -1,7 +1,9 @@
-"""What a model says of one text: how it goes on, or which label it has. The tokens are those of training."""
+"""What a model says of texts: how they go on, or which label one has. The tokens are those of training."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -35,23 +37,53 @@ def complete(base: Base, model: torch.nn.Module, prompt: str, max_tokens: int) -
     if limit is not None and len(ids) >= limit:
         raise DataError(f"the prompt has {len(ids)} tokens, the base takes {limit}; shorten it")
     room = max_tokens if limit is None else min(max_tokens, limit - len(ids))
-    if isinstance(model, Mixture):
-        made_together = _generate(model, ids, room, _ends(base))
-        return str(base.tokenizer.decode(made_together, skip_special_tokens=True))
-    generating: Any = model
-    end = base.tokenizer.eos_token_id
-    tokens = torch.tensor([ids])
-    with torch.inference_mode():
-        made = generating.generate(
-            input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=room,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=0 if end is None else end,
-        )
-    text: str = base.tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)
+    (made,) = continuations(model, base, [ids], room)
+    text: str = base.tokenizer.decode(made, skip_special_tokens=True)
     return text
+
+
+def continuations(
+    model: torch.nn.Module, base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """What the model says after each of several prompts, the likeliest token each time: tokens, without the end.
+
+    Prompts of unequal length are padded at their beginnings. What is there does not count, so a row says what it would
+    say alone, up to the last digits of its logits.
+
+    Args:
+        model: a causal language model as transformers makes it, or several together.
+        base: which says what ends a text.
+        prompts: tokens, at least one in each.
+        max_new_tokens: most tokens to add.
+    """
+    ends = _ends(base)
+    if isinstance(model, Mixture):
+        made = [_generate(model, list(prompt), max_new_tokens, ends) for prompt in prompts]
+    else:
+        made = _generate_batch(model, prompts, max_new_tokens, ends)
+    return [list(takewhile(lambda token: token not in ends, each)) for each in made]
+
+
+def _generate_batch(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: set[int]
+) -> list[list[int]]:
+    width, padding = max(map(len, prompts)), min(ends, default=0)
+    tokens = np.array([[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        made = model.generate(
+            input_ids=torch.from_numpy(tokens).to(device),
+            attention_mask=torch.from_numpy(mask).to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=padding,
+        )
+    new: list[list[int]] = made[:, width:].tolist()
+    return new
 
 
 def _generate(model: Mixture, ids: list[int], room: int, ends: set[int]) -> list[int]:

@@ -17,9 +17,11 @@ from node.data import Sequences, read_windows
 from node.labelled import read_labelled
 from node.losses import evaluate
 from node.mixture import Mixture
+from node.objectives import objective
 from node.probe import Probe, Probed
 from node.records import DataError
 from node.rehearsal import Rehearsal, rehearse
+from node.scores import Score
 from node.tasks import Mix
 from zo import kernels
 from zo.directions import Direction, run_key
@@ -41,6 +43,8 @@ class LanguageTrainer:
         *,
         private_seed: int,
         threads: int,
+        score: Score | None = None,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Put the adapter into the base, and check that both are the run's.
 
@@ -51,13 +55,20 @@ class LanguageTrainer:
             held_out: what `evaluate` measures; None if nothing.
             private_seed: decides batches and rounding; never leaves the node.
             threads: for the integer kernels; torch's are set when the base is loaded.
+            score: the node's callable, if that is the run's objective.
+            warn: called if a score is not finite.
 
         Raises:
+            ScoreError: there is a callable and the run wants none, or the other way round.
+            DataError: prompts are too long for what the model is to say after them.
             BaseError: the adapter that the manifest describes does not come out of this base.
         """
         kernels.set_threads(threads)
         self._manifest = manifest
         self._held_out = held_out
+        self._objective = objective(manifest.task, base, windows, score, warn)
+        if held_out is not None:
+            objective(manifest.task, base, held_out, score)  # checks that these prompts fit as well
         self._adapter = adapt(base, manifest)
         self._probe = Probe(
             self._adapter,
@@ -68,6 +79,7 @@ class LanguageTrainer:
             batch_size=manifest.probe.batch_size,
             seed=private_seed,
             sides=manifest.probe.sides,
+            objective=self._objective,
         )
 
     def initial_weights(self) -> NDArray[np.int32]:
@@ -98,11 +110,13 @@ class LanguageTrainer:
         return self._probe.probe(weights, round, node, exponent, agent)
 
     def evaluate(self, weights: NDArray[np.int32]) -> float | None:
-        """Held-out loss in nats per token; None if nothing is held out."""
+        """Held-out loss, of the run's objective; None if nothing is held out."""
         if self._held_out is None:
             return None
         batch_size = self._manifest.probe.batch_size
-        return evaluate(self._adapter, weights, self._held_out, batch_size=batch_size)
+        return evaluate(
+            self._adapter, weights, self._held_out, batch_size=batch_size, objective=self._objective
+        )
 
 
 def adapt(base: Base, manifest: Manifest) -> Adapter:

@@ -28,9 +28,9 @@ class RowLosses(NamedTuple):
     """
 
     sums: NDArray[np.float64]
-    """(num_rows,) nats."""
+    """(num_rows,) nats, or other units of a loss."""
     counts: NDArray[np.int64]
-    """(num_rows,) tokens, or labels, whose prediction is the loss."""
+    """(num_rows,) tokens, labels, or texts that are judged."""
     hits: NDArray[np.bool_] | None = None
     """(num_rows,): whether the label was the likeliest; None if rows have none."""
 
@@ -50,9 +50,13 @@ class Measured(NamedTuple):
     """What was measured on all rows."""
 
     loss: float
-    """Nats per token or label."""
+    """Mean over everything that is judged: nats per token or label, for cross-entropy."""
     accuracy: float | None
     """Share of the rows whose label was the likeliest; None if rows have none."""
+
+
+Objective = Callable[[torch.nn.Module, AnyBatch], RowLosses]
+"""What says the loss of every row of a batch under the model as it is."""
 
 
 def row_losses(model: torch.nn.Module, batch: AnyBatch) -> RowLosses:
@@ -63,7 +67,18 @@ def row_losses(model: torch.nn.Module, batch: AnyBatch) -> RowLosses:
         each = cross_entropy(logits, labels, reduction="none").double().cpu().numpy()
         hits = (logits.argmax(1) == labels).cpu().numpy()
         return RowLosses(each, np.ones(len(each), np.int64), hits)
-    return _token_losses(model, batch)
+    logits, targets, counts = _token_logits(model, batch)
+    return _by_row(cross_entropy(logits, targets, reduction="none"), counts)
+
+
+def row_misses(model: torch.nn.Module, batch: AnyBatch) -> RowLosses:
+    """One less the accuracy of every row: what is not the likeliest, of its tokens or its label."""
+    if isinstance(batch, LabelledBatch):
+        hits = row_losses(model, batch).hits
+        assert hits is not None
+        return RowLosses((~hits).astype(np.float64), np.ones(len(hits), np.int64), hits)
+    logits, targets, counts = _token_logits(model, batch)
+    return _by_row((logits.argmax(1) != targets).float(), counts)
 
 
 def label_logits(model: torch.nn.Module, batch: LabelledBatch) -> torch.Tensor:
@@ -104,28 +119,34 @@ def _logits_at(model: torch.nn.Module, ids: torch.Tensor, positions: NDArray[np.
     return found[:, chosen]
 
 
-def _token_losses(model: torch.nn.Module, batch: Batch) -> RowLosses:
-    """Next-token cross-entropy of every row.
+def _token_logits(
+    model: torch.nn.Module, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.int64]]:
+    """What the model says of the predicted tokens of all rows, one after the other.
 
-    Every token is predicted from those before it in its row. The loss is on the tokens marked in `batch.scored`, never
-    the first of a row; on all but the first if it is None. What follows the last one marked (padding) has no influence:
-    a causal model does not see the future.
+    Every token is predicted from those before it in its row. What is predicted are the tokens marked in `batch.scored`,
+    never the first of a row; all but the first if it is None. What follows the last one marked (padding) has no
+    influence: a causal model does not see the future.
+
+    Returns:
+        logits (n, vocabulary) float32, the right tokens (n,), and how many of them each row has (num_rows,).
     """
     device = next(model.parameters()).device
     ids = torch.from_numpy(batch.tokens).to(device)
     # The last token predicts nothing: leaving it out saves its logits and a copy of all others.
     scored = (np.ones(batch.tokens.shape, np.bool_) if batch.scored is None else batch.scored)[:, 1:]
-    counts = scored.sum(1)
     columns = np.flatnonzero(scored.any(0))
     chosen = torch.from_numpy(scored[:, columns]).to(device)
     with torch.inference_mode():
         logits = asked_together(model, lambda each, _: _logits_at(each, ids[:, :-1], columns)[chosen])
-        targets = ids[:, 1:][:, torch.from_numpy(columns).to(device)][chosen]
-        each = cross_entropy(logits.float(), targets, reduction="none").cpu().numpy()
+    return logits.float(), ids[:, 1:][:, torch.from_numpy(columns).to(device)][chosen], scored.sum(1)
+
+
+def _by_row(each: torch.Tensor, counts: NDArray[np.int64]) -> RowLosses:
+    """Losses of tokens, (n,), added up for each row: `counts` says how many of them follow each other in one."""
     # In float64: two losses whose difference is the slope shall not differ by how they were summed.
-    rows = np.repeat(np.arange(len(counts)), counts)
     sums = np.zeros(len(counts), np.float64)
-    np.add.at(sums, rows, each)
+    np.add.at(sums, np.repeat(np.arange(len(counts)), counts), each.cpu().numpy())
     return RowLosses(sums, counts)
 
 
@@ -139,6 +160,7 @@ def measure(
     rows: Sequences,
     *,
     batch_size: int,
+    objective: Objective = row_losses,
     progress: Callable[[int, int], None] | None = None,
 ) -> Measured:
     """Loss, and accuracy where there are labels, over all rows, of the model as it is.
@@ -147,19 +169,20 @@ def measure(
         model: base, with or without an adapter.
         rows: held-out data.
         batch_size: rows in one forward pass.
+        objective: what the loss is.
         progress: called with (rows done, rows in all) after every forward pass.
     """
-    total, num_hits, has_labels = 0.0, 0, False
+    total, count, hits = 0.0, 0, []
     for start in range(0, rows.num_windows, batch_size):
         numbers = np.arange(start, min(start + batch_size, rows.num_windows))
-        losses = row_losses(model, rows.take(numbers))
+        losses = objective(model, rows.take(numbers))
         total += float(losses.sums.sum())
+        count += int(losses.counts.sum())
         if losses.hits is not None:
-            has_labels = True
-            num_hits += int(np.count_nonzero(losses.hits))
+            hits.append(losses.hits)
         if progress is not None:
             progress(start + len(numbers), rows.num_windows)
-    return Measured(total / rows.num_scored, num_hits / rows.num_windows if has_labels else None)
+    return Measured(total / count, float(np.concatenate(hits).mean()) if hits else None)
 
 
 def mean_loss_over(
@@ -167,10 +190,11 @@ def mean_loss_over(
     rows: Sequences,
     *,
     batch_size: int,
+    objective: Objective = row_losses,
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
-    """Mean loss over everything predicted in all rows, in nats, of the model as it is. Arguments as `measure`."""
-    return measure(model, rows, batch_size=batch_size, progress=progress).loss
+    """Mean loss over all rows, of the model as it is. Arguments as `measure`."""
+    return measure(model, rows, batch_size=batch_size, objective=objective, progress=progress).loss
 
 
 def evaluate(
@@ -179,11 +203,12 @@ def evaluate(
     rows: Sequences,
     *,
     batch_size: int,
+    objective: Objective = row_losses,
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
     """Mean loss over all rows at the given weights, int32 (adapter.size,), which the adapter holds afterwards.
 
-    The other arguments are those of `mean_loss_over`.
+    The other arguments are those of `measure`.
     """
     adapter.load(to_float(weights))
-    return mean_loss_over(adapter.model, rows, batch_size=batch_size, progress=progress)
+    return mean_loss_over(adapter.model, rows, batch_size=batch_size, objective=objective, progress=progress)

@@ -7,17 +7,16 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from node.adapter import Adapter
 from node.data import AnyBatch, Sequences, batch, stacked
-from node.losses import RowLosses, row_losses
+from node.losses import Objective, row_losses
 from node.stacked import side_by_side
 from zo import kernels
 from zo.codes import NO_VOTE, encode
@@ -64,7 +63,7 @@ class Probe:
         batch_size: int,
         seed: int,
         sides: int = 2,
-        measure: Callable[[torch.nn.Module, AnyBatch], RowLosses] = row_losses,
+        objective: Objective = row_losses,
         at_once: int = 0,
     ) -> None:
         """Fix what stays the same from round to round.
@@ -79,7 +78,7 @@ class Probe:
             seed: the node's own secret: decides batches and rounding, so that a round probed again after a
                 restart gives the same codes, as long as `at_once` is the same.
             sides: 2: two losses and a batch for each direction; 1: one loss for each, all on one batch.
-            measure: the loss of every row of a batch under the model as it is.
+            objective: what the loss is.
             at_once: see the attribute.
         """
         self.adapter = adapter
@@ -90,7 +89,7 @@ class Probe:
         self.batch_size = batch_size
         self.seed = seed
         self.sides = sides
-        self.measure = measure
+        self.objective = objective
         self.at_once = at_once
         self._forward_seconds = 0.0
 
@@ -174,7 +173,7 @@ class Probe:
         for side in range(sides):
             if side:
                 self.adapter.views[0].copy_(self.adapter.views[side])
-            found[0, side] = self.measure(self.adapter.model, drawn).mean
+            found[0, side] = self.objective(self.adapter.model, drawn).mean
         return found
 
     def _together(self, batches: Sequence[AnyBatch], sides: int) -> NDArray[np.float64]:
@@ -182,7 +181,7 @@ class Probe:
         num_views = sides * len(batches)
         together = stacked([drawn for drawn in batches for _ in range(sides)])
         with side_by_side(self.adapter, num_views):
-            return self.measure(self.adapter.model, together).means(num_views).reshape(-1, sides)
+            return self.objective(self.adapter.model, together).means(num_views).reshape(-1, sides)
 
     def draw(self, direction: Direction) -> AnyBatch:
         """The batch that a direction is measured on."""

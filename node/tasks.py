@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
+import msgspec
+
 from node.base import BaseError, resolve
 from node.records import DataError
-from zo.manifest import Manifest, ManifestError, Task, TaskKind, parse_manifest, task
+from zo.manifest import Manifest, ManifestError, Objective, Task, TaskKind, parse_manifest, task
 from zo.toml import documented_toml
 
 MANIFEST_FILE: Final = "manifest.toml"
@@ -94,6 +96,31 @@ def asked(
         return Asked(task(kind, labels or (), template), length)
     except ValueError as error:
         raise DataError(f"{error}. Name all labels with --label, once for each") from error
+
+
+def judged_by(
+    wanted: Task, objective: Objective | None, score: str | None, max_new_tokens: int | None
+) -> Task:
+    """The task with another objective, where one is given.
+
+    Args:
+        wanted: as `asked` gives it.
+        objective: another than the task's; a callable if only `score` is given.
+        score: the name of a callable.
+        max_new_tokens: most tokens said after a prompt.
+
+    Raises:
+        DataError: what is given does not go together.
+    """
+    changes: dict[str, object] = {}
+    if objective is not None or score is not None:
+        changes |= {"objective": objective or "callable", "score": score or ""}
+    if max_new_tokens is not None:
+        changes["max_new_tokens"] = max_new_tokens
+    try:
+        return msgspec.structs.replace(wanted, **changes)
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def _exported_from(folder: Path) -> Manifest | None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from node.completions import Pair, completion_ids, prompt_ids, token_ids
+from node.completions import completion_ids, prompt_ids, token_ids
+from node.data import Pair
 from node.records import DataError
 from zo.manifest import TEXT_PLACE, Task
 

@@ -20,6 +20,9 @@ _MAX_SAMPLES: Final = 2**32
 TaskKind = Literal["text", "completion", "verbalizer", "head"]
 TEXT_PLACE: Final = "{text}"
 DEFAULT_TEMPLATE: Final = "{text}\nAnswer:"
+Objective = Literal["cross-entropy", "accuracy", "token-f1", "exact-match", "callable"]
+GENERATED: Final[frozenset[Objective]] = frozenset({"token-f1", "exact-match", "callable"})
+"""Objectives that judge what the model says after a prompt."""
 Hex16 = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$")]
 
 
@@ -127,6 +130,29 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             "text. White space at its end goes between it and the word; a space, if there is none.",
         ),
     ] = ""
+    objective: Annotated[
+        Objective,
+        Meta(
+            description="What the loss is: cross-entropy, or one less a score that needs no gradient: accuracy of next "
+            "tokens or of labels; token-f1 or exact-match of what the model says after a prompt, against the "
+            "completion; or a callable that each node has of its own."
+        ),
+    ] = "cross-entropy"
+    score: Annotated[
+        str,
+        Meta(
+            max_length=256,
+            description="Of a callable: its name, for people. A node never loads code because this says so.",
+        ),
+    ] = ""
+    max_new_tokens: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=65536,
+            description="Most tokens that the model says after a prompt, where that is judged.",
+        ),
+    ] = 32
 
     @property
     def head_labels(self) -> tuple[str, ...] | None:
@@ -134,11 +160,22 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return self.labels if self.kind == "head" else None
 
     def __post_init__(self) -> None:
-        """Check that there are labels, words and a template where the kind asks for them, and only there.
+        """Check that there are labels, words, a template and prompts where kind and objective ask for them.
 
         Raises:
-            ValueError: it is otherwise, or a label or a word is not alone; the message says which.
+            ValueError: there are not, or they are where they mean nothing, or a label or a word is not alone; the
+                message says which.
         """
+        if self.objective in GENERATED and self.kind != "completion":
+            raise ValueError(
+                f"objective = {self.objective!r} judges what is said after a prompt: it needs kind = 'completion', got "
+                f"{self.kind!r}"
+            )
+        if (self.objective == "callable") != bool(self.score):
+            raise ValueError(
+                f"objective = {self.objective!r} and score = {self.score!r} do not go together: a callable has a name, "
+                "and only a callable has"
+            )
         if self.kind not in ("verbalizer", "head"):
             if self.labels:
                 raise ValueError(

@@ -138,3 +138,27 @@ def test_an_encoder_learns_labels_through_a_head(swarm, encoder, says, tmp_path)
     )
     assert measured.wait() == 0, measured
     assert json.loads(measured.out)["accuracy"] in (0.0, 0.5, 1.0)
+
+
+def test_a_function_of_the_nodes_own_judges_what_the_model_writes(swarm, says, tmp_path):
+    swarm.base = embedded.path()
+    wanted = (
+        "--task",
+        "completion",
+        "--objective",
+        "callable",
+        "--score",
+        "judge:score",
+        "--max-new-tokens",
+        3,
+    )
+    swarm.init(*PROBE, *wanted)
+    swarm.serve()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Return the", "completion": " absolute value."}\n' * 3)
+    says(join(swarm, "cho", rows), 3, "every node has of its own, 'judge:score': name yours with --score")
+    wrong = join(swarm, "dia", rows, "--score", "tests.e2e.judge:broken")
+    says(wrong, 3, "the score must be a number, got None for the prompt 'Return the' and the completion ")
+    join(swarm, "ada", rows, "--score", "tests.e2e.judge:score")
+    join(swarm, "ben", rows, "--score", "tests.e2e.judge:score")
+    swarm.assert_finished("ada", "ben")

@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from node import embedded
 from node.base import load_base
-from node.completions import Pair, arrange, completion_ids, prompt_ids, read_completions
-from node.data import Batch, read_windows
+from node.completions import arrange, completion_ids, prompt_ids, read_completions
+from node.data import Batch, Pair, read_windows
 from node.language import read_data
 from node.losses import mean_loss, mean_loss_over
 from node.records import DataError
@@ -118,15 +118,17 @@ def test_long_prompts_lose_their_front_and_long_completions_are_left_out(write):
     st.lists(st.tuples(st.text("ab", min_size=1), st.text("cd", min_size=1)), min_size=1), st.integers(2, 9)
 )
 def test_every_completion_is_kept_whole_or_left_out(pairs, sequence_length):
+    texts = [Pair(*each) for each in pairs]
     rows = [([ord(c) for c in prompt], [ord(c) for c in completion]) for prompt, completion in pairs]
     fitting = [(p, c) for p, c in pairs if len(c) < sequence_length]
     if not fitting:
         with pytest.raises(DataError, match="no completion"):
-            arrange(rows, sequence_length)
+            arrange(texts, rows, sequence_length)
         return
-    made = arrange(rows, sequence_length)
+    made = arrange(texts, rows, sequence_length)
     assert made.tokens.shape[1] <= sequence_length
     assert made.num_windows + made.num_dropped == len(pairs)
+    assert list(made.pairs) == fitting
     for row, begin, end, (prompt, completion) in zip(
         made.tokens, made.begins, made.ends, fitting, strict=True
     ):
@@ -204,7 +206,7 @@ def test_the_loss_is_that_of_the_completion_alone(base, write):
 
 def test_padding_does_not_change_a_loss(base, write):
     rows = read_completions([write(*PAIRS)], base.tokenizer, 64)
-    tokens, scored = rows.take(np.array([0, 2]))
+    tokens, scored, _ = rows.take(np.array([0, 2]))
     other = np.where(np.arange(tokens.shape[1]) >= rows.ends[[0, 2], None], 77, tokens)
     assert not np.array_equal(tokens, other)
     assert mean_loss(base.model, Batch(tokens, scored)) == mean_loss(base.model, Batch(other, scored))

@@ -156,8 +156,7 @@ def test_generation_ends_where_the_text_ends(folders, monkeypatch):
     ids = prompt_ids(base.tokenizer, "Return the")
     first = int(predicted(model, np.array([ids]))[0, -1].argmax())
     monkeypatch.setattr(base.model.generation_config, "eos_token_id", [first])
-    said = complete(base, model, "Return the", 20)
-    assert said == base.tokenizer.decode([first], skip_special_tokens=True)
+    assert complete(base, model, "Return the", 20) == ""
 
 
 def test_an_export_stands_for_its_agents_in_their_order(folders, tmp_path):

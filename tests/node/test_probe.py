@@ -143,21 +143,21 @@ def test_the_exponent_scales_the_codes(adapter, windows, weights):
 
 
 def said(*losses):
-    """A measure that says these, one after the other, instead of asking the model."""
+    """An objective that says these, one after the other, instead of asking the model."""
     each = iter(losses)
     return lambda *_: RowLosses(np.array([next(each)]), np.array([1]))
 
 
 def test_a_loss_that_is_not_finite_is_no_vote_and_is_counted(adapter, windows, weights):
-    measure = said(3.0, 2.5, math.nan, 2.0, 1.0, math.inf)
-    result = make_probe(adapter, windows, measure=measure).probe(weights, 0, NODE, 0)
+    objective = said(3.0, 2.5, math.nan, 2.0, 1.0, math.inf)
+    result = make_probe(adapter, windows, objective=objective).probe(weights, 0, NODE, 0)
     assert list(result.codes == NO_VOTE) == [False, True, True]
     assert result.num_no_votes == 2
     assert result.loss == 2.125
 
 
 def test_a_round_without_any_finite_loss_is_all_no_votes(adapter, windows, weights):
-    result = make_probe(adapter, windows, measure=said(*[math.nan] * 6)).probe(weights, 0, NODE, 0)
+    result = make_probe(adapter, windows, objective=said(*[math.nan] * 6)).probe(weights, 0, NODE, 0)
     assert list(result.codes) == [NO_VOTE] * 3
     assert math.isnan(result.loss)
 

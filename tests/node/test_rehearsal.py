@@ -39,7 +39,7 @@ class Clock:
         return row_losses(model, batch)
 
 
-def make_probe(adapter, measure=row_losses, directions=1, epsilon=EPSILON, length=16, sides=2):
+def make_probe(adapter, objective=row_losses, directions=1, epsilon=EPSILON, length=16, sides=2):
     tokens = np.random.default_rng(0).integers(2, 500, (6, length)).astype(np.int32)
     windows = Windows(tokens=tokens, num_texts=1, num_tokens=tokens.size, num_dropped=0)
     return Probe(
@@ -51,7 +51,7 @@ def make_probe(adapter, measure=row_losses, directions=1, epsilon=EPSILON, lengt
         batch_size=1,
         seed=3,
         sides=sides,
-        measure=measure,
+        objective=objective,
     )
 
 

@@ -62,7 +62,7 @@ def test_any_manifest_survives_its_toml(make_manifest, name, epsilon, step, alph
 def test_every_field_of_the_toml_is_explained(make_manifest):
     lines = documented_toml(make_manifest(), "A run.").splitlines()
     fields = [index for index, line in enumerate(lines) if " = " in line and not line.startswith("#")]
-    assert len(fields) == 35
+    assert len(fields) == 38
     assert all(lines[index - 1].startswith("# ") for index in fields)
     tables = [index for index, line in enumerate(lines) if line.startswith("[")]
     assert all(lines[index - 1].startswith("# ") for index in tables)
@@ -105,6 +105,9 @@ OUT_OF_RANGE = [
     ("task", "labels", tuple(map(str, range(1025)))),
     ("task", "words", "great"),
     ("task", "template", "{text}" + "x" * 16384),
+    ("task", "objective", "rouge"),
+    ("task", "score", "x" * 257),
+    ("task", "max_new_tokens", 0),
     ("adapter", "targets", ("x",) * 65),
     ("adapter", "rank", 0),
     ("adapter", "rank", 257),
@@ -152,6 +155,8 @@ def test_a_value_out_of_range_is_named_with_its_field(make_manifest, section, fi
     if field in ("words", "template"):
         words = {"labels": tuple("great"), "words": tuple("GREAT"), "template": "{text}"}
         manifest = make_manifest(quantize="nf4", kind="verbalizer", **words)
+    if field == "score":
+        manifest = make_manifest(quantize="nf4", kind="completion", objective="callable", score="m:f")
     wrong = msgspec.structs.replace(getattr(manifest, section), **{field: value})
     manifest = msgspec.structs.replace(manifest, **{section: wrong})
     shown = list(value) if isinstance(value, tuple) else value
@@ -263,6 +268,30 @@ def test_words_fit_the_labels(make_manifest, changes, words):
         make_manifest(**WORDS | changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"kind": "text", "objective": "token-f1"},
+            "objective = 'token-f1' judges what is said after a prompt",
+        ),
+        (
+            {"kind": "completion", "objective": "callable"},
+            "objective = 'callable' and score = '' do not go together",
+        ),
+        (
+            {"kind": "completion", "score": "m:f"},
+            "objective = 'cross-entropy' and score = 'm:f' do not go together",
+        ),
+    ],
+)
+def test_objectives_fit_the_task(make_manifest, changes, words):
+    assert make_manifest(objective="accuracy").task.kind == "text"
+    assert make_manifest(kind="completion", objective="callable", score="m:f").task.score == "m:f"
+    with pytest.raises(ValueError, match=words):
+        make_manifest(**changes)
+
+
 def test_a_task_from_a_command_line():
     assert task("text") == Task()
     assert task("head", ["0", "a=b"]) == Task(kind="head", labels=("0", "a=b"))
@@ -318,13 +347,14 @@ GOLDEN_BYTES = (
     "65a87265766973696f6ea0a6646967657374d920623062306230623062306230623062306230623062306230623062306230"
     "6230b0746f6b656e697a65725f646967657374d9203730373037303730373037303730373037303730373037303730373037"
     "303730a87175616e74697a65a46e6f6e65ad736b69705f7175616e74697a6590b0616e795f7175616e74697a6174696f6ec2"
-    "a47461736b84a46b696e64a474657874a66c6162656c7390a5776f72647390a874656d706c617465a0a76164617074657286"
-    "a77461726765747392a6715f70726f6aa6765f70726f6aa472616e6b04a5616c706861cb4020000000000000a5747261696e"
-    "a142a473697a65cd01f4ad6c61796f75745f646967657374d920316131613161316131613161316131613161316131613161"
-    "3161316131613161a66167656e747382a5636f756e7401aa61737369676e6d656e74a3616c6ca570726f626585a765707369"
-    "6c6f6ecb3f847ae147ae147baa646972656374696f6e7302aa62617463685f73697a6508af73657175656e63655f6c656e67"
-    "7468cc80a5736964657302a87363686564756c6584a473746570cb3f947ae147ae147ba56465636179a66c696e656172a973"
-    "6d6f6f7468696e6703ae66697273745f6578706f6e656e74fca670617269747982ac6469676573745f657665727904aa7368"
-    "6172655f6c6f7373c3"
+    "a47461736b87a46b696e64a474657874a66c6162656c7390a5776f72647390a874656d706c617465a0a96f626a6563746976"
+    "65ad63726f73732d656e74726f7079a573636f7265a0ae6d61785f6e65775f746f6b656e7320a76164617074657286a77461"
+    "726765747392a6715f70726f6aa6765f70726f6aa472616e6b04a5616c706861cb4020000000000000a5747261696ea142a4"
+    "73697a65cd01f4ad6c61796f75745f646967657374d920316131613161316131613161316131613161316131613161316131"
+    "6131613161a66167656e747382a5636f756e7401aa61737369676e6d656e74a3616c6ca570726f626585a7657073696c6f6e"
+    "cb3f847ae147ae147baa646972656374696f6e7302aa62617463685f73697a6508af73657175656e63655f6c656e677468cc"
+    "80a5736964657302a87363686564756c6584a473746570cb3f947ae147ae147ba56465636179a66c696e656172a9736d6f6f"
+    "7468696e6703ae66697273745f6578706f6e656e74fca670617269747982ac6469676573745f657665727904aa7368617265"
+    "5f6c6f7373c3"
 )
-GOLDEN_RUN_ID = "732f2590b899249f0ac0838669523f7d"
+GOLDEN_RUN_ID = "9f655351f51411d7b5ba01ffeac0f41a"
