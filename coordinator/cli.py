@@ -308,6 +308,7 @@ def init(
         f"{layout.size:,} trained parameters on {manifest.base.name}; {rounds} rounds of {directions} "
         f"direction{'s' * (directions > 1)} a node{f', for each of {agents} agents' if agents > 1 else ''}",
         highlight=False,
+        soft_wrap=True,
     )
     out.print(f"Next: zo-coordinator serve {run}", highlight=False, soft_wrap=True)
 
@@ -511,6 +512,7 @@ def _show_proof(proof: Audit, manifest: Manifest, seconds: float, json: bool) ->
         f"{whose}verified: {proof.rounds} commits in one chain, every step by the rule, {proof.digests_proven} digests "
         f"reproduced ({duration(seconds)})",
         highlight=False,
+        soft_wrap=True,
     )
     out.print(f"digest {proof.digest}\nhead   {proof.head}", highlight=False)
 

@@ -222,7 +222,7 @@ def join(
                 if error.code is Exit.BASE and model is None:
                     raise NodeError(error.code, f"{error}. Name the run's base with --model") from error
                 raise
-        err.print(reason, highlight=False)
+        err.print(reason, highlight=False, soft_wrap=True)
         err.print(summary(service.view), highlight=False)
         err.print(f"state in {directory.path}", style="dim", highlight=False, soft_wrap=True)
 
