@@ -74,8 +74,8 @@ def join(
         list[Path],
         typer.Option(
             metavar="FILE",
-            help="Private training data: .jsonl or .tsv with the fields of the run's task (text; prompt and "
-            "completion; text and label), or .txt; may be repeated.",
+            help="Private training data: .jsonl, .tsv or a saved dataset with the fields of the run's task (text; "
+            "prompt and completion; text and label), or .txt; may be repeated.",
             show_default=False,
         ),
     ],
@@ -103,7 +103,7 @@ def join(
         typer.Option(
             "--eval",
             metavar="FILE",
-            help="Held-out text to measure the loss on; may be repeated.",
+            help="Held-out data to measure the loss on; may be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -304,7 +304,9 @@ def export(
 def evaluate(
     data: Annotated[
         list[Path],
-        typer.Option(metavar="FILE", help="Text to measure the loss on: .txt or .jsonl.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="Data to measure on, as in join; may be repeated.", show_default=False
+        ),
     ],
     model: ModelOption = None,
     adapter: AdapterOption = None,
@@ -446,9 +448,9 @@ def _agent_numbers(text: str | None) -> list[int] | None:
 
 def _check_file(file: Path) -> None:
     """Say at once what is wrong with a file, before anything is loaded; `node.data` reads it later."""
-    if not file.is_file():
+    if not file.exists():
         raise DataError(f"{file}: no such file")
-    if file.stat().st_size == 0:
+    if file.is_file() and file.stat().st_size == 0:
         raise DataError(f"{file}: the file is empty")
 
 

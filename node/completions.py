@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from node.data import Batch, Pair, count
-from node.records import DataError, read_records
+from node.reading import read_records
+from node.records import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ def read_completions(
     """The rows of some files with prompts and completions, in the order given.
 
     Args:
-        paths: files as `node.records` reads them.
+        paths: files as `node.reading` reads them.
         tokenizer: a transformers tokenizer.
         sequence_length: most tokens in a row, at least 2.
         columns: what the fields "prompt" and "completion" are called in the files.

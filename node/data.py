@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from node.records import DataError, read_records
+from node.reading import read_records
+from node.records import DataError
 
 _Entry = TypeVar("_Entry", bound=np.generic)
 
@@ -148,7 +149,7 @@ def read_windows(
     Texts are tokenised without special tokens and joined, the tokenizer's end-of-text token between two of them.
 
     Args:
-        paths: files as `node.records` reads them; a .txt file is one text.
+        paths: files as `node.reading` reads them; a .txt file is one text.
         tokenizer: a transformers tokenizer.
         sequence_length: tokens in a window, at least 2.
         columns: what the field "text" is called in the files.

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from node.data import LabelledBatch, count
-from node.records import LABEL, DataError, read_records
+from node.reading import read_records
+from node.records import LABEL, DataError
 from node.verbalizer import fitting, verbalizer
 from zo.manifest import Task
 
@@ -83,7 +84,7 @@ def read_labelled(
     """The rows of some files with texts and labels, in the order given.
 
     Args:
-        paths: files as `node.records` reads them.
+        paths: files as `node.reading` reads them.
         tokenizer: a transformers tokenizer.
         sequence_length: most tokens in a row, at least 2.
         task: with the labels as they stand in the data.
@@ -96,7 +97,7 @@ def read_labelled(
     """
     number_by_label = {label: number for number, label in enumerate(task.labels)}
     places, texts, numbers = [], [], []
-    for place, (text, label) in read_records(paths, ("text", LABEL), columns):
+    for place, (text, label) in read_records(paths, ("text", LABEL), columns, number_by_label):
         if not text.strip():
             raise DataError(f"{place}: the text is empty; remove the row")
         if label not in number_by_label:

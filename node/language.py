@@ -185,7 +185,7 @@ def read_data(
     """The rows of some files, of the kind and the length that a run asks for.
 
     Args:
-        paths: files as `node.records` reads them.
+        paths: files as `node.reading` reads them.
         base: whose tokens they become.
         task: what the rows are.
         sequence_length: most tokens in a row.

@@ -1,7 +1,7 @@
-"""Rows of a node's data files: named fields out of .jsonl and .tsv files, whole texts out of .txt files.
+"""Rows of text files: named fields out of .jsonl and .tsv files, and whole texts.
 
-Decides which files can be read, where the fields of a row are, and in which words a bad row is refused. What becomes of
-the fields is the task's business (`node.data`, `node.completions`, `node.labelled`). Nothing in here leaves the node.
+Decides where the fields of a row are, and in which words a bad row is refused. Which files hold which rows is decided
+in `node.reading`. Nothing in here leaves the node.
 """
 
 from __future__ import annotations
@@ -31,43 +31,6 @@ class Record(NamedTuple):
     """What was asked for, in that order."""
 
 
-def read_records(
-    paths: Sequence[str | Path], fields: Sequence[str], columns: Mapping[str, str] | None = None
-) -> Iterator[Record]:
-    """The rows of some files, in the order given; blank lines are passed over.
-
-    A .jsonl file has an object with the fields in every line. A .tsv file has cells parted by tabs, and the names of
-    its columns in the first line; if `columns` gives numbers, there is no such line. A .txt file is one text, where
-    that is all that is asked for.
-
-    Args:
-        paths: the files, UTF-8.
-        fields: names of the values of a row.
-        columns: what a field is called in the files, or the number of its column from 1; a field's own name if it is
-            not in here.
-
-    Raises:
-        DataError: a file is missing, empty, not UTF-8 or of another kind; a column is missing; a row is malformed.
-    """
-    if not paths:
-        raise DataError("no data file was named")
-    named = {field: (columns or {}).get(field, field) for field in fields}
-    for path in paths:
-        file = Path(path).expanduser()
-        kind = file.suffix.lower()
-        if kind == ".txt" and tuple(fields) == ("text",):
-            yield Record(str(file), (read_text(file),))
-        elif kind == ".jsonl":
-            yield from _json_records(file, named)
-        elif kind == ".tsv":
-            yield from _table_records(file, named)
-        else:
-            or_text = " or .txt" if tuple(fields) == ("text",) else ""
-            raise DataError(
-                f"{file}: rows of {' and '.join(fields)} are expected, as .jsonl or .tsv{or_text}"
-            )
-
-
 def read_text(file: Path) -> str:
     """What a file holds, without a byte order mark.
 
@@ -86,7 +49,16 @@ def read_text(file: Path) -> str:
     return text
 
 
-def _json_records(file: Path, named: Mapping[str, str]) -> Iterator[Record]:
+def json_records(file: Path, named: Mapping[str, str]) -> Iterator[Record]:
+    """The rows of a .jsonl file: an object in every line.
+
+    Args:
+        file: UTF-8.
+        named: what each field is called in the objects.
+
+    Raises:
+        DataError: the file cannot be read, a line is something else, or it lacks a field.
+    """
     like = ", ".join(f'"{name}": {EXAMPLES.get(field, "...")}' for field, name in named.items())
     # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for the end of a line.
     for number, line in enumerate(read_text(file).split("\n"), start=1):
@@ -114,7 +86,16 @@ def _value(row: Mapping[str, object], field: str, name: str, place: str) -> str:
     return value
 
 
-def _table_records(file: Path, named: Mapping[str, str]) -> Iterator[Record]:
+def table_records(file: Path, named: Mapping[str, str]) -> Iterator[Record]:
+    """The rows of a .tsv file: cells parted by tabs, nothing quoted.
+
+    Args:
+        file: UTF-8; its first line names the columns, unless all of them are given by number.
+        named: what the column of each field is called, or its number from 1.
+
+    Raises:
+        DataError: the file cannot be read, has no such column, or a row has fewer or more cells than the first line.
+    """
     lines = [(number, line.rstrip("\r")) for number, line in enumerate(read_text(file).split("\n"), start=1)]
     rows = [(number, line.split("\t")) for number, line in lines if line.strip()]
     numbered = [name.isdecimal() for name in named.values()]

@@ -160,7 +160,9 @@ def test_rows_that_cannot_be_used_are_named(write, rows, words):
 
 
 def test_data_of_another_kind_is_refused_with_what_is_expected(write):
-    with pytest.raises(DataError, match=r"rows of prompt and completion are expected, as \.jsonl or \.tsv$"):
+    with pytest.raises(
+        DataError, match=r"rows of prompt and completion are expected, as \.jsonl, \.tsv or a saved"
+    ):
         read_completions([write("text", name="a.txt")], Letters(), 4)
     with pytest.raises(DataError, match=r"no field 'text'; the fields there are 'prompt', 'completion'"):
         read_windows([write(pair("a", "b"))], Letters(), 4)

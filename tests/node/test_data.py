@@ -78,7 +78,7 @@ def test_a_line_separator_inside_a_string_does_not_end_the_row(write):
     [
         ("a.txt", "", r"a\.txt: the file is empty"),
         ("a.jsonl", "\n \n", r"a\.jsonl: the file is empty"),
-        ("a.csv", "x", r"a\.csv: rows of text are expected, as \.jsonl or \.tsv or \.txt"),
+        ("a.csv", "x", r"a\.csv: rows of text are expected, as \.jsonl, \.tsv, \.txt or a saved dataset"),
         ("a.txt", b"ab\ncd\n\xff", r"a\.txt, line 3: byte 0xff at offset 6 is not UTF-8"),
         ("a.txt", b"ab\ncd\xc3", r"a\.txt, line 2: byte 0xc3 at offset 5 is not UTF-8"),
         ("a.jsonl", rows("ab") + "{", r"a\.jsonl, line 2: .*every line is an object like"),
@@ -102,7 +102,7 @@ def test_a_missing_file(tmp_path):
 
 def test_a_directory(tmp_path):
     (tmp_path / "a.txt").mkdir()
-    with pytest.raises(DataError, match=r"a\.txt: cannot be read: Is a directory"):
+    with pytest.raises(DataError, match=r"a\.txt: is a directory, but no dataset as `save_to_disk`"):
         read_windows([tmp_path / "a.txt"], Letters(), 4)
 
 

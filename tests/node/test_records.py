@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from node.records import DataError, read_records
+from node.reading import read_records
+from node.records import DataError
 
 PAIR = ("text", "label")
 
@@ -55,7 +56,12 @@ def test_files_of_several_kinds_follow_each_other(write):
 @pytest.mark.parametrize(
     ("name", "content", "columns", "words"),
     [
-        ("a.txt", "x", {}, r"a\.txt: rows of text and label are expected, as \.jsonl or \.tsv$"),
+        (
+            "a.txt",
+            "x",
+            {},
+            r"a\.txt: rows of text and label are expected, as \.jsonl, \.tsv or a saved dataset$",
+        ),
         ("a.csv", "x", {}, r"a\.csv: rows of text and label are expected"),
         ("a.tsv", "", {}, r"a\.tsv: the file is empty"),
         ("a.tsv", "text\tlabel\n\n", {}, r"a\.tsv: no row follows the names of the columns"),
