@@ -112,7 +112,8 @@ def simulation_view(result: SimulationResult, seconds: float) -> RenderableType:
     rows: list[tuple[object, str]] = [
         (
             f"{result.rounds:,}",
-            f"rounds in {duration(result.virtual_s)} of virtual time, {duration(seconds)} of real",
+            f"rounds{f' of each of {result.agents} agents' if result.agents > 1 else ''} in "
+            f"{duration(result.virtual_s)} of virtual time, {duration(seconds)} of real",
         ),
         (
             f"{result.joins:,}",

@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from coordinator.conductor import Conductor, history_slice
+from coordinator.conductors import AgentEffect, Conductors
 from coordinator.config import ServiceConfig
 from coordinator.effects import (
     Effect,
@@ -30,30 +30,27 @@ from coordinator.effects import (
     send,
 )
 from coordinator.ledger import num_codes
-from coordinator.membership import FAREWELL_S, FLOW_WINDOW, Member
+from coordinator.membership import FAREWELL_S
 from coordinator.roster import Enrolment, Roster
-from coordinator.snapshots import KEPT_NEWEST, Stored, offer
+from coordinator.virtual_track import VirtualTrack
 from transport.exits import Exit
 from transport.messages import (
-    PIECE_BYTES,
     FromCoordinator,
     FromNode,
-    Piece,
     WireError,
+    address,
+    addressed,
     decode_from_coordinator,
 )
 from transport.session import Applied, End, Jumped, Keep, Open, Session, StartOver, Transmit
-from transport.session import Effect as SessionEffect
-from zo.commit import COMMIT_TAG, Commit, Entry, chain_digest, decode_entry
+from transport.sessions import AgentEffect as SessionEffect
+from transport.sessions import Sessions
+from zo.commit import COMMIT_TAG, Commit, Entry, decode_entry
 from zo.manifest import Manifest, validate
 from zo.replica import Replica
-from zo.snapshot import content_address, encode_snapshot
-from zo.steps import Scale, step_rule
-from zo.weights import zeros
 
 _RECONNECT_S: Final = 0.5
 _TICK_S: Final = 1.0
-_SNAPSHOT_ROUNDS: Final = 16
 _SIZE: Final = 64
 _REMEMBERED_ENTRIES: Final = 1024
 
@@ -89,7 +86,9 @@ class SimulationResult(msgspec.Struct, frozen=True, kw_only=True):
     """What came of it."""
 
     seed: int
+    agents: int
     rounds: int
+    """Of each agent."""
     virtual_s: float
     reports_counted: int
     reports_late: int
@@ -108,27 +107,7 @@ class SimulationResult(msgspec.Struct, frozen=True, kw_only=True):
     nodes_at_the_end: int
     """Nodes that were there when the last round was done; all of them learned so, and have the final digest."""
     digest: str
-
-
-class _SharedReplica(Replica):
-    """A replica that looks the next state up instead of computing it; equal chains have equal weights (law 1)."""
-
-    def __init__(self, world: "_World", round: int, head: bytes) -> None:
-        self._world = world
-        self.round = round
-        self.head = head
-        self.weights = world.no_weights
-
-    def apply(self, entry: object, frame: bytes | None = None, history: object = None) -> None:
-        """Step along the chain; a commit that does not follow is refused as by a real replica."""
-        assert isinstance(entry, Commit)
-        self._check_follows(entry)
-        self.head = self._world.head_of(entry)
-        self.round += 1
-
-    def digest(self) -> bytes:
-        """What a real replica at this point of the chain has."""
-        return self._world.digest_at_head(self.round, self.head)
+    """Of agent 0's weights."""
 
 
 @dataclass
@@ -137,7 +116,9 @@ class _Node:
     key: bytes
     probe_s: float
     is_witness: bool
-    session: Session | None = None
+    agents: tuple[int, ...] | None
+    """Those that it names; None where every node trains all."""
+    sessions: Sessions | None = None
     connection: int = 0
     """Counts connections: what was sent over an older one never arrives."""
     up_at: float = 0.0
@@ -146,7 +127,10 @@ class _Node:
     """The same of the last frame that was sent to it."""
     is_up: bool = False
     is_probing: bool = False
-    saved: tuple[Manifest, Replica] | None = None
+    has_manifest: bool = False
+    """Whether this process of it knows the manifest."""
+    saved: dict[int, tuple[Manifest, Replica]] = field(default_factory=dict)
+    """By agent."""
     has_finished: bool = False
     """Whether it ended since the run is over, with the right digest."""
 
@@ -163,39 +147,25 @@ class _World:
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.scenario.seed)
-        self.no_weights = zeros(0)
-        self.frames: list[bytes] = []
-        self.heads: list[bytes] = [self.manifest.run_id]
-        self.checkpoints: dict[int, tuple[bytes, Scale]] = {}
-        self.members: dict[int, tuple[bytes, str]] = {}
-        self.left: set[int] = set()
-        """Members whose last noted word is that they leave."""
-        self.bytes_before: list[int] = [0]
-        self.codes_before: list[int] = [0]
-        self.snapshot: Stored | None = None
-        self.snapshots: dict[bytes, bytes] = {}
-        """By content, the newest few."""
+        self.tracks = [
+            VirtualTrack(self.manifest, agent, self.fail) for agent in range(self.manifest.agents.count)
+        ]
         self.is_calm = False
         self.is_served = True
         self.at_the_end: list[_Node] = []
         """Who was up when the last round was done."""
-        self.truth = Replica(self.manifest, zeros(self.manifest.adapter.size))
-        self.digests: dict[int, bytes] = {0: self.truth.digest()}
         self._entry_by_frame: dict[bytes, Entry] = {}
-        self._head_by_commit: dict[int, tuple[Commit, bytes]] = {}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0
         self.nodes: list[_Node] = []
         self.node_by_session: dict[bytes, _Node] = {}
         self.generation = 0
         self.lost = self.joins = self.leaves = self.kills = self.counted = self.late = self.leaps = 0
-        self.round_opened_at = 0.0
-        self.round_times: list[float] = []
         self.mass_lost_in: int | None = None
         self.mass_deadline: float | None = None
         self._wake_at: float | None = None
         """When the conductor's deadline is due."""
-        self.conductor = self._start_conductor()
+        self.conductors = self._start_conductors()
 
     # ---- time -------------------------------------------------------------------------------------------------------
 
@@ -215,9 +185,10 @@ class _World:
                 action()
             else:
                 self.now = max(self.now, self._wake_at)
-                self.carry_out(self.conductor.on_tick(self.now))
+                self.carry_out(self.conductors.on_tick(self.now))
             if self.now > limit:
-                self.fail(f"round {self.conductor.round} did not close within {limit:.0f} virtual seconds")
+                behind = min(each.round for each in self.conductors)
+                self.fail(f"round {behind} did not close within {limit:.0f} virtual seconds")
 
     def fail(self, what: str) -> None:
         raise SimulationError(
@@ -226,57 +197,26 @@ class _World:
 
     # ---- the coordinator ------------------------------------------------------------------------------------------
 
-    def _start_conductor(self) -> Conductor:
-        scale = step_rule(self.manifest).start()
-        known = max(self.checkpoints, default=0)
-        if known:
-            scale = self.checkpoints[known][1]
-        rule = step_rule(self.manifest)
-        for number in range(known, len(self.frames)):
-            entry = decode_entry(self.frames[number])
-            assert isinstance(entry, Commit)
-            _, scale = rule.advance(scale, number, np.frombuffer(entry.codes, np.int8))
-        replica = Replica(self.manifest, self.truth.weights, self.truth.round, self.truth.head)
-        members = [
-            Member(node=node, key=key, name=name, has_left=node in self.left)
-            for node, (key, name) in self.members.items()
-        ]
-        return Conductor(
-            self.manifest,
-            ServiceConfig(quorum=max(1, self.scenario.nodes // 50), capacity=4096),
-            replica,
-            scale,
-            members,
-            Roster(Enrolment(node, key, name) for node, (key, name) in self.members.items()),
-            self.heads.__getitem__,
-            lambda round: self.checkpoints[round][0] if round in self.checkpoints else None,
-            lambda first, last: history_slice(self.frames[first : min(last, first + FLOW_WINDOW)]),
-            lambda round: offer(self.snapshot, round, None, self._cost_since),
-            lambda first, last: [],
-            self.now,
-        )
-
-    def _cost_since(self, first: int) -> tuple[int, int]:
-        return (
-            self.bytes_before[-1] - self.bytes_before[first],
-            self.codes_before[-1] - self.codes_before[first],
-        )
+    def _start_conductors(self) -> Conductors:
+        config = ServiceConfig(quorum=max(1, self.scenario.nodes // 50), capacity=4096)
+        roster = Roster(each for track in self.tracks for each in track.enrolled)
+        return Conductors([track.start_conductor(config, roster, self.now) for track in self.tracks])
 
     def kill_coordinator(self) -> None:
         """SIGKILL and a restart: memory is gone, the ledger is not."""
         self.kills += 1
         self.generation += 1
-        self.conductor = self._start_conductor()
+        self.conductors = self._start_conductors()
         self._wake_at = None
         self._break_connections(_RECONNECT_S)
 
     def _break_connections(self, mean_s: float) -> None:
         """All at once; everybody is back after half to one and a half times `mean_s`."""
         for node in self.nodes:
-            if node.is_up and node.session is not None:
+            if node.is_up and node.sessions is not None:
                 self.node_by_session.pop(self._session_id(node), None)
                 node.connection += 1
-                node.session.on_link_down()
+                node.sessions.on_link_down()
                 self.at(mean_s * (0.5 + self.rng.random()), self._reconnection(node, node.connection))
 
     def _calm_down(self) -> None:
@@ -290,68 +230,53 @@ class _World:
 
     def _tick_conductor(self) -> None:
         """As the service does at the end."""
-        self.carry_out(self.conductor.on_tick(self.now))
-        self.is_served = bool(self.conductor.owed_the_end(self.now))
+        self.carry_out(self.conductors.on_tick(self.now))
+        self.is_served = self.conductors.owe_the_end(self.now)
         self.at(_TICK_S, self._tick_conductor)
 
-    def carry_out(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            self._do(effect)
-        for effect in self.conductor.settle():
-            self._do(effect)
-        self._wake_at = self.conductor.wake_at()
-        if self._wake_at is not None and self.conductor.round == self.mass_lost_in:
-            self.mass_deadline = self._wake_at - self.round_opened_at
+    def carry_out(self, effects: list[AgentEffect]) -> None:
+        for agent, effect in effects:
+            self._do(agent, effect)
+        for agent, effect in self.conductors.settle():
+            self._do(agent, effect)
+        self._wake_at = self.conductors.wake_at()
+        deadline = self.conductors[0].wake_at()
+        if deadline is not None and self.conductors[0].round == self.mass_lost_in:
+            self.mass_deadline = deadline - self.tracks[0].opened_at
 
-    def _do(self, effect: Effect) -> None:
+    def _do(self, agent: int, effect: Effect) -> None:
         match effect:
             case Send(session, _, frame):
                 node = self.node_by_session.get(session)
                 if node is not None:
-                    self._deliver(node, frame)
+                    self._deliver(node, address(frame, agent))
             case Persist(commit, frame):
-                self._persist(commit, frame)
+                self._persist(self.tracks[agent], commit, frame)
             case PersistCheckpoint(round, digest, scale):
-                self.checkpoints[round] = digest, scale
-                if digest != self.digests[round]:
-                    self.fail(f"the coordinator's replica differs from a replay at round {round}")
+                self.tracks[agent].checkpoint(round, digest, scale)
             case Enrol(node_number, key, name):
-                self.members[node_number] = key, name
+                self.tracks[agent].enrolled.append(Enrolment(node_number, key, name))
             case Quarantine(node_number):
                 self.fail(f"node {node_number} was quarantined, and nobody is faulty")
             case SendPiece(session, content, offset):
-                data = self.snapshots.get(content, b"")
-                piece = Piece(content, offset, len(data), data[offset : offset + PIECE_BYTES])
-                self._do(send(session, piece))
+                self._do(agent, send(session, self.tracks[agent].piece(content, offset)))
             case Note(kind, node_number, text):
                 if kind in ("diverged", "misfit"):
                     self.fail(text)
-                if node_number is not None and kind in ("joined", "left"):
-                    (self.left.add if kind == "left" else self.left.discard)(node_number)
+                if node_number is not None:
+                    self.tracks[agent].note(kind, node_number)
 
-    def _persist(self, commit: Commit, frame: bytes) -> None:
-        self.frames.append(frame)
-        self.truth.apply(commit, frame)
-        self.heads.append(self.truth.head)
-        if (
-            self.truth.round % self.manifest.parity.digest_every == 0
-            or self.truth.round == self.scenario.rounds
-        ):
-            self.digests[self.truth.round] = self.truth.digest()
-        self.bytes_before.append(self.bytes_before[-1] + len(frame))
-        self.codes_before.append(self.codes_before[-1] + num_codes(commit))
-        if self.truth.round % _SNAPSHOT_ROUNDS == 0:
-            self._save_snapshot()
+    def _persist(self, track: VirtualTrack, commit: Commit, frame: bytes) -> None:
+        track.persist(commit, frame, self.now)
         self.counted += num_codes(commit) // self.manifest.probe.directions
         self.late += len(commit.late)
-        took = self.now - self.round_opened_at
-        self.round_times.append(took)
-        self.round_opened_at = self.now
-        self.progress(self.truth.round, self.scenario.rounds)
         scenario = self.scenario
-        if self.truth.round == scenario.rounds:
+        done = min(len(each.frames) for each in self.tracks)
+        self.progress(done, scenario.rounds)
+        if done == scenario.rounds:
             self.at(0.0, self._calm_down)  # once this commit is sent
-            return
+        if track.agent or track.truth.round == scenario.rounds:
+            return  # what happens in a round happens in those of agent 0
         self._churn()
         if scenario.mass_loss and commit.round == scenario.rounds // 2:
             self.mass_lost_in = commit.round + 1
@@ -365,13 +290,6 @@ class _World:
         if commit.round in kills:
             self.at(self.rng.random() * scenario.probe_s, self.kill_coordinator)
 
-    def _save_snapshot(self) -> None:
-        data = encode_snapshot(self.truth, self.manifest)
-        self.snapshot = Stored(self.truth.round, content_address(data), len(data))
-        self.snapshots[self.snapshot.content] = data
-        if len(self.snapshots) > KEPT_NEWEST:
-            del self.snapshots[next(iter(self.snapshots))]
-
     # ---- nodes ------------------------------------------------------------------------------------------------------
 
     def populate(self) -> None:
@@ -383,9 +301,17 @@ class _World:
                 key=number.to_bytes(32, "big"),
                 probe_s=self.scenario.probe_s * speed,
                 is_witness=number < self.scenario.witnesses,
+                agents=self._chosen_agents(number),
             )
             self.nodes.append(node)
             self.at(self.rng.random() * self.scenario.probe_s, self._boot(node))
+
+    def _chosen_agents(self, number: int) -> tuple[int, ...] | None:
+        """What a node names at join, where it does: one agent in turn, so that each has nodes, and some others."""
+        count = len(self.tracks)
+        if self.manifest.agents.assignment == "all":
+            return None
+        return tuple(agent for agent in range(count) if agent == number % count or self.rng.random() < 0.5)
 
     def _boot(self, node: _Node) -> Callable[[], None]:
         def boot() -> None:
@@ -395,21 +321,28 @@ class _World:
             node.is_probing = False
             node.connection += 1
             self.joins += 1
-            base, tokenizer = (
-                bytes.fromhex(x) for x in (self.manifest.base.digest, self.manifest.base.tokenizer_digest)
-            )
-            node.session = Session(
-                self.manifest.run_id,
-                base,
-                tokenizer,
-                f"n{node.number}",
-                node.saved,
-                decode=self._decode_entry,
-            )
+            node.has_manifest = False
+            node.sessions = Sessions(node.agents, self._new_session(node))
             self._connect(node)
-            self.at(_TICK_S, self._ticking(node, node.session))
+            self.at(_TICK_S, self._ticking(node, node.sessions))
 
         return boot
+
+    def _new_session(self, node: _Node) -> Callable[[int], Session]:
+        base, tokenizer = self.manifest.base.digest, self.manifest.base.tokenizer_digest
+
+        def make(agent: int) -> Session:
+            return Session(
+                self.manifest.run_id,
+                bytes.fromhex(base),
+                bytes.fromhex(tokenizer),
+                f"n{node.number}",
+                node.saved.get(agent),
+                decode=self._decode_entry,
+                agent=agent,
+            )
+
+        return make
 
     def _reconnection(self, node: _Node, connection: int) -> Callable[[], None]:
         def reconnect() -> None:
@@ -419,17 +352,17 @@ class _World:
         return reconnect
 
     def _connect(self, node: _Node) -> None:
-        assert node.session is not None
+        assert node.sessions is not None
         self.node_by_session[self._session_id(node)] = node
-        self._node_does(node, node.session.on_link_up())
+        self._node_does(node, node.sessions.on_link_up())
 
     def _session_id(self, node: _Node) -> bytes:
         return node.number.to_bytes(4, "big") + node.connection.to_bytes(4, "big")
 
-    def _ticking(self, node: _Node, session: Session) -> Callable[[], None]:
+    def _ticking(self, node: _Node, sessions: Sessions) -> Callable[[], None]:
         def tick() -> None:
-            if node.is_up and node.session is session:
-                self._node_does(node, session.on_tick(self.now))
+            if node.is_up and node.sessions is sessions:
+                self._node_does(node, sessions.on_tick(self.now))
                 self.at(_TICK_S * 5, tick)
 
         return tick
@@ -439,8 +372,8 @@ class _World:
         for _ in range(int(count) + (self.rng.random() < count % 1)):
             node = self.rng.choice(self.nodes)
             if node.is_up:
-                if self.rng.random() < 0.5 and node.session is not None:
-                    self._node_does(node, node.session.leave())  # in good order
+                if self.rng.random() < 0.5 and node.sessions is not None:
+                    self._node_does(node, node.sessions.leave())  # in good order
                 self._vanish(node)
             else:
                 self.at(self.rng.random() * self.scenario.probe_s, self._boot(node))
@@ -451,16 +384,17 @@ class _World:
         self.leaves += 1
         node.is_up = False
         self.node_by_session.pop(self._session_id(node), None)
-        session, node.session = node.session, None
-        if session is not None and session.replica is not None:
+        sessions, node.sessions = node.sessions, None
+        for agent, session in sessions.by_agent.items() if sessions is not None else ():
+            replica = session.replica
+            if replica is None:
+                continue
             # What it saved is from some time ago, or lost.
-            node.saved = (self.manifest, session.replica) if self.rng.random() < 0.7 else None
-            if node.is_witness and node.saved is not None:
-                replica = session.replica
-                node.saved = (
-                    self.manifest,
-                    Replica(self.manifest, replica.weights, replica.round, replica.head),
-                )
+            node.saved.pop(agent, None)
+            if self.rng.random() < 0.7:
+                if node.is_witness:
+                    replica = Replica(self.manifest, replica.weights, replica.round, replica.head, agent)
+                node.saved[agent] = self.manifest, replica
 
     def _is_lost(self) -> bool:
         """Whether a frame never arrives."""
@@ -478,8 +412,9 @@ class _World:
         connection = node.connection
 
         def arrive() -> None:
-            if node.is_up and node.connection == connection and node.session is not None:
-                self._node_does(node, node.session.on_message(self._decode(frame), self.now))
+            if node.is_up and node.connection == connection and node.sessions is not None:
+                agent, bare = addressed(frame)
+                self._node_does(node, node.sessions.on_message(agent, self._decode(bare), self.now))
 
         node.down_at = self.at(self._latency(), arrive, node.down_at)
 
@@ -503,22 +438,27 @@ class _World:
         return entry
 
     def _node_does(self, node: _Node, effects: Sequence[SessionEffect]) -> None:
-        session = node.session
-        for effect in effects:
-            if session is None:
+        sessions = node.sessions
+        for agent, effect in effects:
+            if sessions is None:
                 return
+            session, track = sessions.by_agent[agent], self.tracks[agent]
             match effect:
                 case Transmit(message):
-                    self._send_up(node, message)
-                case Open():
+                    self._send_up(node, agent, message)
+                case Open(manifest):
                     if session.replica is None:
-                        self._node_does(node, session.opened(self._fresh_replica(node), self.now))
+                        fresh = track.fresh() if node.is_witness else track.shared()
+                        self._node_does(node, sessions.opened(agent, fresh, self.now))
+                    if not node.has_manifest:
+                        node.has_manifest = True
+                        self._node_does(node, sessions.on_manifest(manifest))
                 case StartOver(reason):
                     self.fail(f"node {node.number} was told to start over: {reason}")
                 case Jumped(round) if round and not node.is_witness:
                     self.leaps += 1
                     assert session.replica is not None
-                    session.replica = _SharedReplica(self, round, session.replica.head)
+                    session.replica = track.shared(round, session.replica.head)
                 case End(code, reason):
                     if code is not Exit.OK and node.is_up:
                         self.fail(f"node {node.number} gave up with exit code {code.value}: {reason}")
@@ -527,53 +467,35 @@ class _World:
                     return
                 case Applied() | Jumped() | Keep():
                     pass
-        if session is not None:
-            self._probe_if_wanted(node, session)
+        if sessions is not None:
+            self._probe_if_wanted(node, sessions)
 
-    def _fresh_replica(self, node: _Node) -> Replica:
-        if node.is_witness:
-            return Replica(self.manifest, zeros(self.manifest.adapter.size))
-        return _SharedReplica(self, 0, self.manifest.run_id)
-
-    def _probe_if_wanted(self, node: _Node, session: Session) -> None:
-        wanted = session.next_probe()
+    def _probe_if_wanted(self, node: _Node, sessions: Sessions) -> None:
+        wanted = sessions.next_probe()
         if wanted is None or node.is_probing:
             return
         node.is_probing = True
+        agent, round, _ = wanted
 
         def probed() -> None:
             node.is_probing = False
-            if not node.is_up or node.session is not session:
+            if not node.is_up or node.sessions is not sessions:
                 return
             codes = np.frombuffer(self.rng.randbytes(self.manifest.probe.directions), np.int8)
-            self._node_does(node, session.on_probed(wanted[0], codes, 4.0, self.now))
+            self._node_does(node, sessions.on_probed(agent, round, codes, 4.0, self.now))
 
         self.at(node.probe_s * (0.8 + 0.4 * self.rng.random()), probed)
 
-    def _send_up(self, node: _Node, message: FromNode) -> None:
+    def _send_up(self, node: _Node, agent: int, message: FromNode) -> None:
         if self._is_lost():
             return
         session, key, generation = self._session_id(node), node.key, self.generation
 
         def arrive() -> None:
             if self.generation == generation:
-                self.carry_out(self.conductor.on_message(session, key, message, self.now))
+                self.carry_out(self.conductors.on_message(session, key, agent, message, self.now))
 
         node.up_at = self.at(self._latency(), arrive, node.up_at)
-
-    # ---- shared weights ---------------------------------------------------------------------------------------------
-
-    def head_of(self, commit: Commit) -> bytes:
-        known = self._head_by_commit.get(commit.round)
-        if known is None or known[0] is not commit:
-            known = commit, chain_digest(commit.encode())
-            self._head_by_commit[commit.round] = known
-        return known[1]
-
-    def digest_at_head(self, round: int, head: bytes) -> bytes:
-        if self.heads[round] != head:
-            self.fail(f"a node at round {round} is on another chain")
-        return self.digests.get(round, bytes(16))
 
 
 def virtual(manifest: Manifest, scenario: Scenario) -> Manifest:
@@ -606,22 +528,24 @@ def simulate(
     world = _World(manifest, scenario, progress)
     world.populate()
     world.run()
-    if not world.conductor.is_over:
-        world.fail(f"nothing can happen any more at round {world.conductor.round}")
-    _check_ledger(world)
+    if not world.conductors.is_over:
+        world.fail(f"nothing can happen any more at round {min(each.round for each in world.conductors)}")
+    for track, conductor in zip(world.tracks, world.conductors, strict=True):
+        track.check(conductor.replica)
     for node in world.at_the_end:
-        session = node.session
-        assert session is not None
+        assert node.sessions is not None
         if not node.has_finished:
-            world.fail(f"node {node.number} was left waiting for the end, {session.stage.value}")
-        assert session.replica is not None
-        if session.replica.digest() != world.digests[scenario.rounds]:
-            world.fail(f"node {node.number} differs from the replay at the end")
-    times = sorted(world.round_times)
+            world.fail(f"node {node.number} was left waiting for the end, {node.sessions.stage.value}")
+        for agent, session in node.sessions.by_agent.items():
+            assert session.replica is not None
+            if not world.tracks[agent].is_final(session.replica):
+                world.fail(f"node {node.number} differs from the replay at the end")
+    times = sorted(time for track in world.tracks for time in track.round_times)
     lost_in = world.mass_lost_in
     return SimulationResult(
         seed=scenario.seed,
-        rounds=len(world.frames),
+        agents=len(world.tracks),
+        rounds=len(world.tracks[0].frames),
         virtual_s=world.now,
         reports_counted=world.counted,
         reports_late=world.late,
@@ -632,25 +556,8 @@ def simulate(
         longest_round_s=times[-1],
         median_round_s=times[len(times) // 2],
         deadline_at_mass_loss_s=world.mass_deadline,
-        round_after_mass_loss_s=world.round_times[lost_in] if lost_in is not None else None,
+        round_after_mass_loss_s=world.tracks[0].round_times[lost_in] if lost_in is not None else None,
         leaps=world.leaps,
         nodes_at_the_end=len(world.at_the_end),
-        digest=world.truth.digest().hex(),
+        digest=world.tracks[0].truth.digest().hex(),
     )
-
-
-def _check_ledger(world: _World) -> None:
-    """No (node, sample) may have been applied twice, and a fault-free replay must give the same weights."""
-    replay = Replica(world.manifest, zeros(world.manifest.adapter.size))
-    seen: set[tuple[int, int]] = set()
-    for frame in world.frames:
-        entry = decode_entry(frame)
-        assert isinstance(entry, Commit)
-        for node in entry.participants:
-            name = node, entry.round - (node in entry.late)
-            if name in seen:
-                world.fail(f"the report of node {name[0]} for round {name[1]} was applied twice")
-            seen.add(name)
-        replay.apply(entry, frame)
-    if replay.digest() != world.conductor.replica.digest():
-        world.fail("a replay of the ledger differs from the coordinator's replica")

@@ -7,6 +7,7 @@ from coordinator import simulation
 from coordinator.conductor import Conductor
 from coordinator.membership import Member, Presence
 from coordinator.simulation import Scenario, SimulationError, simulate, virtual
+from coordinator.virtual_track import VirtualTrack
 from transport.session import Session
 
 SMALL = Scenario(nodes=60, rounds=80, seed=1)
@@ -36,6 +37,33 @@ def test_everything_follows_from_the_seed(make_manifest):
     once, again, other = (run(make_manifest, seed=seed) for seed in (3, 3, 4))
     assert once == again
     assert once.digest != other.digest
+
+
+@pytest.mark.parametrize("assignment", ["all", "by-node"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_swarm_with_several_agents_in_a_storm(make_manifest, seed, assignment):
+    scenario = msgspec.structs.replace(SMALL, seed=seed, rounds=40)
+    manifest = virtual(make_manifest(directions=4, count=3, assignment=assignment), scenario)
+    result = simulate(manifest, scenario, lambda done, total: None)
+    assert (result.agents, result.rounds) == (3, 40)
+    assert result.coordinator_kills == 3
+    assert result.frames_lost > 500
+    assert result.reports_counted > 3 * 40 * 5
+    assert result.nodes_at_the_end > 10
+
+
+def test_an_agent_that_differs_is_noticed(make_manifest, monkeypatch):
+    start = VirtualTrack.start_conductor
+
+    def flipped(self, *arguments):
+        conductor = start(self, *arguments)
+        conductor.replica.weights[0] ^= self.agent == 2
+        return conductor
+
+    monkeypatch.setattr(VirtualTrack, "start_conductor", flipped)
+    manifest = virtual(make_manifest(directions=4, count=3), SMALL)
+    with pytest.raises(SimulationError, match="replica differs from a replay at round 4 of agent 2"):
+        simulate(manifest, SMALL, lambda done, total: None)
 
 
 def test_without_kills_nobody_is_left_waiting_either(make_manifest):
