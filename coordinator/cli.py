@@ -31,7 +31,9 @@ from coordinator.status import Status, read_status
 from coordinator.trained import default_targets, head_of
 from transport import base_files, hub
 from transport.connections import MOST_OF_A_KEY, MOST_SILENT
+from transport.keys import invitation_keys, standing_token
 from transport.messages import PROTOCOL_VERSION
+from transport.selftest import prove_closed
 from transport.sockets import CoordinatorSocket
 from transport.ticket import Ticket, reachable_host
 from zo import kernels
@@ -214,12 +216,20 @@ def init(
     port: Annotated[
         int, typer.Option(metavar="PORT", help="TCP port to listen on; 0 for any.")
     ] = ServiceConfig().port,
+    invite_only: Annotated[
+        bool,
+        typer.Option(
+            "--invite-only",
+            help="Let in only whom `invite` or `allow` names, not whoever has the ticket that serve prints.",
+            show_default=False,
+        ),
+    ] = False,
     name: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Name of the run, for people.", show_default="the directory's"),
     ] = None,
 ) -> None:
-    """Make a run directory: manifest, configuration, key and an empty ledger.
+    """Make a run directory: manifest, configuration, keys and an empty ledger.
 
     Reads the base's files without loading it. Nodes whose base differs from it are refused.
     """
@@ -302,7 +312,7 @@ def init(
             manifest = validate(msgspec.structs.replace(manifest, probe=probing))
             out.print(f"epsilon {proposed:g}, as measured", highlight=False)
         weights = initial_weights(layout, run_key(manifest.run_id), manifest.adapter.train)
-        directory.create(manifest, config, Replica(manifest, weights))
+        directory.create(manifest, config, Replica(manifest, weights), invite_only=invite_only)
     out.print(f"Made {run}: run {manifest.run_id.hex()}", highlight=False, soft_wrap=True)
     out.print(
         f"{layout.size:,} trained parameters on {manifest.base.name}; {rounds} rounds of {directions} "
@@ -365,7 +375,7 @@ def serve(
         stopping = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopping.set())
-        with directory.lock(), directory.ledger(manifest) as ledger:
+        with directory.lock(), directory.ledger(manifest) as ledger, directory.keyring() as keyring:
             if not kernels.is_compiled():
                 err.print("compiling the kernels, once for this machine …", style="dim")
                 kernels.compile_kernels()
@@ -377,14 +387,19 @@ def serve(
                     restored.append(restore(directory, manifest, ledger.track(agent), show))
             _tell_origins(restored)
             _allow_connections(MOST_SILENT + MOST_OF_A_KEY * config.capacity)
-            end = CoordinatorSocket(config.host, config.port, keys)
+            end = CoordinatorSocket(config.host, config.port, keys, keyring.passes)
             try:
-                ticket = Ticket(
-                    config.advertise or reachable_host(config.host), end.port, manifest.run_id, keys.public
-                )
+                prove_closed(end, config.host, keys.public)
+                place = config.advertise or reachable_host(config.host)
+                keyring.set_address(place, end.port)
+                token = standing_token(keys.secret)
+                if not keyring.lets_in(invitation_keys(token).public, time.time()):
+                    token = b""
+                    err.print("by invitation only: `zo-coordinator invite` lets new nodes in", style="dim")
+                ticket = Ticket(place, end.port, manifest.run_id, keys.public, token)
                 out.print(str(ticket), style="bold", highlight=False, soft_wrap=True)
                 sys.stdout.flush()
-                service = Service(directory, manifest, config, ledger, restored, end)
+                service = Service(directory, manifest, config, ledger, restored, end, keyring)
                 _serve(service, stopping, stay)
             finally:
                 end.close()
@@ -518,7 +533,7 @@ def _show_proof(proof: Audit, manifest: Manifest, seconds: float, json: bool) ->
 
 
 # After the commands above, so that `--help` lists these below them.
-from coordinator import cli_history  # noqa: E402, F401
+from coordinator import cli_history, cli_members  # noqa: E402, F401
 
 
 def main() -> None:

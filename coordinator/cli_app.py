@@ -12,6 +12,8 @@ from coordinator.audit import AuditError
 from coordinator.calibration import CalibrationError
 from coordinator.config import ConfigError
 from coordinator.history import HistoryError
+from coordinator.invitations import InvitationError
+from coordinator.keyring import KeyringError
 from coordinator.ledger import LedgerError, StorageError
 from coordinator.rundir import BusyError, RunDirectoryError
 from coordinator.simulation import SimulationError
@@ -52,6 +54,8 @@ _EXIT_BY_ERROR: dict[type[Exception], Exit] = {
     BusyError: Exit.BUSY,
     SocketError: Exit.BUSY,
     LedgerError: Exit.DAMAGED,
+    KeyringError: Exit.DAMAGED,
+    InvitationError: Exit.INPUT,
     SnapshotError: Exit.DAMAGED,
     AuditError: Exit.DAMAGED,
     StorageError: Exit.STORAGE,

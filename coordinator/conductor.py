@@ -27,14 +27,14 @@ from coordinator.effects import (
 )
 from coordinator.membership import Event, Member, Presence
 from coordinator.roster import Roster
-from coordinator.rounds import Outcome, Round, Verdict, decide, receive
+from coordinator.rounds import Outcome, Round, Verdict, decide, receive, withdraw
 from transport.messages import (
     HISTORY_BYTES,
     PROTOCOL_VERSION,
     Fetch,
     Finished,
     Follow,
-    FromNode,
+    FromMember,
     Hello,
     History,
     Identify,
@@ -186,7 +186,7 @@ class Conductor:
     # ---- events ---------------------------------------------------------------------------------------------------
 
     def on_message(
-        self, session: bytes, key: bytes, message: FromNode, now: float, *, has_manifest: bool = False
+        self, session: bytes, key: bytes, message: FromMember, now: float, *, has_manifest: bool = False
     ) -> list[Effect]:
         """A message of a session whose handshake proved `key`.
 
@@ -257,6 +257,19 @@ class Conductor:
             return []
         effects = list(self._replace(member, session))
         self._note(member, Event.LOST)
+        return [*effects, *self._pass_on(now)]
+
+    def on_shut_out(self, key: bytes, refusal: Refuse, now: float) -> list[Effect]:
+        """The node with this key may take part no more: it is told, and what it reported for this round is dropped."""
+        node = self._roster.node_of(key)
+        member = None if node is None else self.members.get(node)
+        if member is None:
+            return []
+        self._round = withdraw(self._round, member.node)
+        effects: list[Effect] = []
+        if member.session is not None:
+            effects.append(send(member.session, refusal))
+            effects += self._lose(member, Event.LOST, f"was shut out: {refusal.reason}")
         return [*effects, *self._pass_on(now)]
 
     def settle(self) -> list[Effect]:

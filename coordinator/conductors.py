@@ -10,7 +10,7 @@ from typing import Final
 from coordinator.conductor import Conductor
 from coordinator.effects import Effect, Note, Send, send
 from coordinator.membership import Member
-from transport.messages import FromNode, Hello, Refuse
+from transport.messages import FromMember, Hello, Refuse
 
 AgentEffect = tuple[int, Effect]
 """The agent whose track wants it, and what it wants. A `Send` of it is to be addressed."""
@@ -65,7 +65,7 @@ class Conductors:
     # ---- events ---------------------------------------------------------------------------------------------------
 
     def on_message(
-        self, session: bytes, key: bytes, agent: int, message: FromNode, now: float
+        self, session: bytes, key: bytes, agent: int, message: FromMember, now: float
     ) -> list[AgentEffect]:
         """A message about an agent, of a session whose handshake proved `key`."""
         if agent >= len(self):
@@ -92,11 +92,19 @@ class Conductors:
             effect for agent, each in enumerate(self) for effect in _of(agent, each.on_unsent(session, now))
         ]
 
+    def on_shut_out(self, key: bytes, refusal: Refuse, now: float) -> list[AgentEffect]:
+        """The node with this key may take part no more, in any track."""
+        return [
+            effect
+            for agent, each in enumerate(self)
+            for effect in _of(agent, each.on_shut_out(key, refusal, now))
+        ]
+
     def settle(self) -> list[AgentEffect]:
         """Bring the coordinator's own replicas up to the last commits; called after the effects are carried out."""
         return [effect for agent, each in enumerate(self) for effect in _of(agent, each.settle())]
 
-    def _unknown(self, session: bytes, agent: int, message: FromNode) -> list[AgentEffect]:
+    def _unknown(self, session: bytes, agent: int, message: FromMember) -> list[AgentEffect]:
         if not isinstance(message, Hello):
             return []
         last = len(self) - 1

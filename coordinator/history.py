@@ -250,13 +250,9 @@ def back_up(directory: RunDirectory, destination: Path) -> None:
                     FileNotFoundError
                 ):  # the service makes room for newer ones meanwhile
                     copy.snapshots(agent).save(stored.round, snapshots.read(stored))
-        source = sqlite3.connect(f"{directory.ledger_path.resolve().as_uri()}?mode=ro", uri=True)
-        target = sqlite3.connect(copy.ledger_path)
-        try:
-            source.backup(target)
-        finally:
-            source.close()
-            target.close()
+        _copy_database(directory.ledger_path, copy.ledger_path)
+        copy.keyring_path.touch(0o600)
+        _copy_database(directory.keyring_path, copy.keyring_path)
         for path in (
             directory.key_path,
             directory.config_path,
@@ -266,3 +262,14 @@ def back_up(directory: RunDirectory, destination: Path) -> None:
             shutil.copy2(path, destination / path.name)  # with its mode: the key stays its owner's alone
     except (OSError, sqlite3.Error) as error:
         raise StorageError(f"cannot back up to {destination}: {error}") from error
+
+
+def _copy_database(path: Path, copy: Path) -> None:
+    """A consistent copy, also while it is written. Raises sqlite3.Error."""
+    source = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+    target = sqlite3.connect(copy)
+    try:
+        source.backup(target)
+    finally:
+        source.close()
+        target.close()

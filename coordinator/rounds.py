@@ -69,6 +69,15 @@ def receive(
     )
 
 
+def withdraw(collection: Round, node: int) -> Round:
+    """The round without what a node reported for it."""
+    return msgspec.structs.replace(
+        collection,
+        codes_by_node={other: codes for other, codes in collection.codes_by_node.items() if other != node},
+        late_by_node={other: codes for other, codes in collection.late_by_node.items() if other != node},
+    )
+
+
 def decide(
     collection: Round, awaited: frozenset[int], quorum: int, wait_s: float, now: float
 ) -> tuple[Outcome, str]:

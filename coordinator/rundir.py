@@ -1,4 +1,4 @@
-"""The run directory: manifest, configuration, key, ledger and snapshots of one run, and who may write them."""
+"""The run directory: manifest, configuration, keys, ledger and snapshots of one run, and who may write them."""
 
 import contextlib
 import fcntl
@@ -10,10 +10,11 @@ from typing import Final
 import msgspec
 
 from coordinator.config import ConfigError, ServiceConfig, parse_config
+from coordinator.keyring import Keyring
 from coordinator.ledger import Ledger, StorageError
 from coordinator.snapshots import SnapshotStore, Stored
 from transport.durable import agent_folder, write_atomically
-from transport.keys import KeyPair, load_key, new_key_pair, save_key
+from transport.keys import KeyPair, invitation_keys, load_key, new_key_pair, save_key, standing_token
 from transport.messages import PROTOCOL_VERSION
 from zo.manifest import Manifest, ManifestError, parse_manifest
 from zo.replica import Replica
@@ -46,6 +47,7 @@ class RunDirectory:
         self.config_path = path / "coordinator.toml"
         self.key_path = path / "coordinator.key"
         self.ledger_path = path / "ledger.sqlite"
+        self.keyring_path = path / "keys.sqlite"
         self.initial_path = path / "initial.zo"
         self._snapshots: dict[int, SnapshotStore] = {}
 
@@ -62,8 +64,16 @@ class RunDirectory:
                 f"{self.path} exists already; choose another directory, or remove it first"
             )
 
-    def create(self, manifest: Manifest, config: ServiceConfig, initial: Replica) -> None:
+    def create(
+        self, manifest: Manifest, config: ServiceConfig, initial: Replica, *, invite_only: bool = False
+    ) -> None:
         """Make the directory and everything in it; its manifest last, so that half a directory is none.
+
+        Args:
+            manifest: of the run.
+            config: how it is operated at first.
+            initial: the weights of round 0.
+            invite_only: make no standing invitation.
 
         Raises:
             RunDirectoryError: there is something already.
@@ -72,7 +82,11 @@ class RunDirectory:
         self.check_absent()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            save_key(self.key_path, new_key_pair())
+            keys = new_key_pair()
+            save_key(self.key_path, keys)
+            with Keyring(self.keyring_path, create=True) as keyring:
+                if not invite_only:
+                    keyring.invite(invitation_keys(standing_token(keys.secret)).public)
             Ledger(self.ledger_path, manifest.run_id, create=True).close()
             write_atomically(self.initial_path, encode_snapshot(initial, manifest))
             write_atomically(self.config_path, documented_toml(config, _CONFIG_TITLE).encode())
@@ -114,6 +128,10 @@ class RunDirectory:
     def ledger(self, manifest: Manifest, *, read_only: bool = False) -> Ledger:
         """The ledger. Raises LedgerError, StorageError."""
         return Ledger(self.ledger_path, manifest.run_id, read_only=read_only)
+
+    def keyring(self) -> Keyring:
+        """Which keys may join. Raises KeyringError, StorageError."""
+        return Keyring(self.keyring_path)
 
     def initial(self, manifest: Manifest, agent: int = 0) -> Replica:
         """The weights of round 0, the same for every agent.

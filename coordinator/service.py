@@ -13,17 +13,31 @@ from coordinator.conductor import Conductor
 from coordinator.conductors import AgentEffect, Conductors
 from coordinator.config import ServiceConfig
 from coordinator.effects import Effect, Enrol, Note, Persist, PersistCheckpoint, Quarantine, Send, SendPiece
+from coordinator.invitations import REVOKED, Standing, admittance, redemption, rotation
+from coordinator.keyring import Keyring
 from coordinator.ledger import Checkpoint, Ledger, StorageError
 from coordinator.limits import Limits
 from coordinator.membership import Event, Member, Presence
 from coordinator.roster import Enrolment, Roster
 from coordinator.rundir import RunDirectory
 from coordinator.status import AgentStatus, MemberStatus, Status, status_of, stored_status
-from transport.messages import Hello, WireError, address, addressed, decode_from_node, encode
+from transport.messages import (
+    Admitted,
+    Hello,
+    Redeem,
+    Refuse,
+    Rotate,
+    WireError,
+    address,
+    addressed,
+    decode_from_node,
+    encode,
+)
 from transport.meter import Count
 from transport.sockets import CoordinatorSocket, Sent
 from zo.manifest import Manifest
 
+_LAST_WORD_S: Final = 1.0
 STATUS_EVERY_S: Final = 1.0
 SNAPSHOT_CHECK_S: Final = 5.0
 SPEED_MEMORY_S: Final = 20.0
@@ -101,6 +115,7 @@ class Service:
         ledger: Ledger,
         restored: Sequence[Restored],
         end: CoordinatorSocket,
+        keyring: Keyring,
     ) -> None:
         """Go on where the ledger ends.
 
@@ -111,6 +126,7 @@ class Service:
             ledger: of the run.
             restored: each agent's replica and step rule, in their order.
             end: where nodes connect.
+            keyring: which keys may join.
         """
         self._manifest = manifest
         self._ledger = ledger
@@ -118,6 +134,10 @@ class Service:
         before = stored_status(ledger)
         self._num_malformed = before.malformed_frames if before else 0
         self._gone: list[bytes] = []
+        self._keyring = keyring
+        self._capacity = config.capacity
+        self._to_cut: deque[tuple[float, bytes]] = deque()
+        """When connections end of sessions that have been told to go, if they do not go by themselves."""
         self._limits = Limits(manifest.agents.count)
         self._noted: Counter[tuple[int, str, int | None]] = Counter()
         self._roster = Roster(ledger.nodes())
@@ -172,7 +192,9 @@ class Service:
             now = time.monotonic()
             wake_at = self.conductors.wake_at()
             wait = 0.25 if wake_at is None else min(max(wake_at - now, 0.0), 0.25)
-            for arrival in self._end.receive(wait):
+            arrivals = list(self._end.receive(wait))
+            self._enforce()
+            for arrival in arrivals:
                 self._handle(arrival.session, arrival.key, arrival.frame)
             now = time.monotonic()
             self._carry_out(self.conductors.on_tick(now))
@@ -194,7 +216,9 @@ class Service:
 
     def _handle(self, session: bytes, key: bytes, frame: bytes) -> None:
         now = time.monotonic()
-        if not self._limits.may_speak(key, now):
+        standing = self._keyring.standing(key)
+        who = standing.identity or key
+        if not self._limits.may_speak(who, now):
             self._cut(session, "sends more than it is asked for")
             return
         try:
@@ -205,15 +229,67 @@ class Service:
             member = self.conductors.member_of(session)
             self._note(0, "malformed", None if member is None else member.node, str(error)[:500])
             return
-        if isinstance(message, Hello) and not self._limits.may_greet(key, now):
+        if isinstance(message, Hello) and not self._limits.may_greet(who, now):
             self._cut(session, "says hello without end")
             return
+        if isinstance(message, Redeem | Rotate):
+            self._answer(session, self._on_key(standing, message, key))
+            return
+        refusal = admittance(standing, agent)
+        if refusal is not None:
+            self._answer(session, refusal, agent)
+            self._to_cut.append((now + _LAST_WORD_S, session))
+            return
         member = self._member(agent, session)
-        effects = self.conductors.on_message(session, key, agent, message, now)
+        effects = self.conductors.on_message(session, who, agent, message, now)
         member = self._member(agent, session) or member
         if member is not None:
             member.up.add(len(frame), curve=True)
         self._carry_out(effects)
+
+    def _on_key(self, standing: Standing, message: Redeem | Rotate, key: bytes) -> Admitted | Refuse:
+        """What becomes of a node's wish to have a key admitted; durable, if it was granted."""
+        new = self._keyring.standing(message.key)
+        if isinstance(message, Redeem):
+            refusal = redemption(
+                standing,
+                message.run_id,
+                self._manifest.run_id,
+                new,
+                self._keyring.num_admitted(),
+                self._capacity,
+                time.time(),
+            )
+            if refusal is None and new.state is None and standing.invitation is not None:
+                self._keyring.redeem(standing.invitation, message.key)
+                how = f"invitation {standing.invitation.number}"
+                self._note(0, "admitted", None, f"{how} let the key {message.key.hex()} in")
+        else:
+            refusal = rotation(standing, new, self._keyring.num_keys_of(standing.identity))
+            if refusal is None and new.state is None:
+                self._keyring.rotate(key, message.key)
+                node = self._roster.node_of(standing.identity)
+                self._note(0, "rotated", node, f"the key {key.hex()} was replaced by {message.key.hex()}")
+        return Admitted(message.key) if refusal is None else refusal
+
+    def _answer(self, session: bytes, answer: Admitted | Refuse, agent: int = 0) -> None:
+        """Say something to a session that need not be a member's. It may be gone by now."""
+        self._end.send(session, address(encode(answer), agent))
+
+    def _enforce(self) -> None:
+        """Shut out whoever was revoked since the last look, and cut the connections of those who have been told."""
+        now = time.monotonic()
+        if self._keyring.refresh():
+            session_by_identity = {
+                member.key: member.session for conductor in self.conductors for member in conductor.present
+            }
+            for identity, session in session_by_identity.items():
+                if self._keyring.is_revoked(identity):
+                    self._carry_out(self.conductors.on_shut_out(identity, REVOKED, now))
+                    if session is not None:
+                        self._to_cut.append((now + _LAST_WORD_S, session))
+        while self._to_cut and self._to_cut[0][0] <= now:
+            self._end.cut(self._to_cut.popleft()[1])
 
     def _member(self, agent: int, session: bytes) -> Member | None:
         """Whose session this is in an agent's track."""

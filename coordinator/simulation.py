@@ -36,7 +36,7 @@ from coordinator.virtual_track import VirtualTrack
 from transport.exits import Exit
 from transport.messages import (
     FromCoordinator,
-    FromNode,
+    FromMember,
     WireError,
     address,
     addressed,
@@ -486,7 +486,7 @@ class _World:
 
         self.at(node.probe_s * (0.8 + 0.4 * self.rng.random()), probed)
 
-    def _send_up(self, node: _Node, agent: int, message: FromNode) -> None:
+    def _send_up(self, node: _Node, agent: int, message: FromMember) -> None:
         if self._is_lost():
             return
         session, key, generation = self._session_id(node), node.key, self.generation

@@ -1,4 +1,4 @@
-"""The commands of `zo-node` that concern this machine alone: doctor, predict."""
+"""The commands of `zo-node` beside training: doctor, predict, rotate-key."""
 
 import json as json_format
 import os
@@ -28,8 +28,10 @@ from node.cli_app import (
     failures_explained,
     out,
 )
+from node.credentials import rotate
 from node.doctor import Finding, examine
 from node.quantization import agreed
+from node.service import NodeError
 from node.state import StateDirectory, default_state
 from node.tasks import adapters_in, asked, check_mix
 from transport.exits import Exit
@@ -38,6 +40,37 @@ from zo import kernels
 from zo.manifest import ManifestError, parse_manifest
 
 _STYLE_BY_STATE = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+@app.command(
+    name="rotate-key",
+    short_help="Give this node a new key.",
+    epilog=epilog("zo-node rotate-key 'zo://192.0.2.7:7411/…#…'"),
+)
+def rotate_key(
+    ticket: Annotated[
+        str, typer.Argument(metavar="TICKET", help="With which the node joined.", show_default=False)
+    ],
+    name: Annotated[str, typer.Option(metavar="NAME", help="With which it joined.")] = "node",
+    state: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where its key is.", show_default="~/.local/state/zo-node/…"),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(metavar="S", min=0.1, help="Seconds to wait for the coordinator.")
+    ] = 30.0,
+) -> None:
+    """Give this node a new key, while it is not running. Number and history stay; the old key is worth nothing then."""
+    with failures_explained():
+        parsed = parse_ticket(ticket)
+        directory = StateDirectory((state or default_state(parsed.run_id, name[:64])).expanduser())
+        if not directory.has_keys():
+            raise NodeError(Exit.INPUT, f"{directory.path} holds no key; join first, or name it with --state")
+        with directory.lock():
+            failure = rotate(directory, parsed, timeout, lambda _: None)
+            if failure is not None:
+                raise NodeError(failure.code, failure.reason)
+            out.print(f"new key {directory.keys().public.hex()}", highlight=False, soft_wrap=True)
 
 
 @app.command(

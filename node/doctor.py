@@ -21,7 +21,7 @@ import numpy as np
 
 from node.base import Base, BaseError, load_base, read_digest, read_tokenizer_digest, resolve
 from transport.base_files import BaseFilesError, configuration, is_causal, is_in_layer, tensor_shapes
-from transport.keys import KeyFileError, load_key, new_key_pair
+from transport.keys import KeyFileError, invitation_keys, load_key, new_key_pair
 from transport.sockets import Link, NodeSocket, SocketError
 from transport.ticket import Ticket
 from zo import kernels, reference
@@ -61,7 +61,8 @@ class Finding:
 def network(ticket: Ticket, timeout_s: float) -> Iterator[Finding]:
     """Whether the coordinator's port is open from here, and whether what answers has the ticket's key.
 
-    The handshake is made with a key drawn for it, and nothing is sent: the coordinator sees no node.
+    The handshake is made with the ticket's token, or a key drawn for it, and nothing is sent: the coordinator sees no
+    node, and the token stays as good as it was.
     """
     place = f"{ticket.host}:{ticket.port}"
     began = time.monotonic()
@@ -91,7 +92,7 @@ def network(ticket: Ticket, timeout_s: float) -> Iterator[Finding]:
 
 def _handshake(ticket: Ticket, timeout_s: float) -> Finding:
     try:
-        end = NodeSocket(ticket, new_key_pair())
+        end = NodeSocket(ticket, invitation_keys(ticket.token) if ticket.token else new_key_pair())
     except SocketError as error:
         return Finding(check="handshake", state="fail", found=str(error), cure="check the ticket")
     wrong = 0
@@ -102,6 +103,13 @@ def _handshake(ticket: Ticket, timeout_s: float) -> Finding:
             if Link.UP in links:
                 return Finding(check="handshake", state="ok", found="the coordinator has the ticket's key")
             if Link.REFUSED in links:
+                if ticket.token:
+                    return Finding(
+                        check="handshake",
+                        state="fail",
+                        found="the coordinator does not know the ticket's token",
+                        cure="ask for a ticket made by `zo-coordinator invite`, and copy all of it",
+                    )
                 return Finding(
                     check="handshake",
                     state="warn",

@@ -15,6 +15,7 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from node.credentials import NOT_ADMITTED, redeem
 from node.state import StateDirectory
 from transport.exits import Exit
 from transport.messages import Report, WireError, address, addressed, decode_from_coordinator, encode
@@ -163,7 +164,10 @@ class NodeService:
         self._saved_heads: dict[int, bytes] = {}
         """What is saved of each agent, by its head."""
         self._sessions = Sessions(agents, self._new_session)
-        self._socket = NodeSocket(ticket, state.keys(), on_sent)
+        self._on_sent = on_sent
+        self._keys = state.keys()
+        self._has_tried_next = self._has_redeemed = False
+        self._socket = NodeSocket(ticket, self._keys, on_sent)
         self._trainer: Trainer | None = None
         self._manifest: Manifest | None = None
         self._may_interrupt = False
@@ -215,8 +219,10 @@ class NodeService:
             # The frames first: those of a new connection come only after its `Hello`, so they are of the one before.
             for frame in frames:
                 self._on_frame(frame)
+            end = self._socket
             for link in links:
-                self._on_link(link)
+                if self._socket is end:  # else these are of one that was given up
+                    self._on_link(link)
             if self._end is not None:
                 return
             now = time.monotonic()
@@ -238,6 +244,8 @@ class NodeService:
     def _on_link(self, link: Link) -> None:
         if link is Link.UP:
             self._was_up = True
+            if self._state.has_next_keys() and self._keys == self._state.next_keys():
+                self._state.adopt_next_keys()
             self.view.notice = ""
             self._carry_out(self._sessions.on_link_up())
         elif link is Link.DOWN:
@@ -245,17 +253,35 @@ class NodeService:
             self._sessions.on_link_down()
         elif link is Link.NOBODY:
             self._wrong_key_tries = 0
+        elif link is Link.REFUSED:
+            self._sessions.on_link_down()
+            self._come_otherwise()
         else:
             self._wrong_key_tries += 1
             # Once may be a coordinator that is just going down; but then nobody listens there for a while.
             if not self._was_up and self._wrong_key_tries >= _WRONG_KEY_TRIES:
-                if link is Link.REFUSED:
-                    raise NodeError(Exit.REFUSED, "the coordinator does not admit this node's key")
                 raise NodeError(
                     Exit.WRONG_KEY,
                     f"what answers at {self._ticket.host}:{self._ticket.port} does not have the ticket's key. "
                     "Is the ticket of this coordinator, and of this run?",
                 )
+
+    def _come_otherwise(self) -> None:
+        """This node's key is not admitted: come with the one to replace it, or have it let in by the ticket."""
+        if self._state.has_next_keys() and not self._has_tried_next:
+            self._has_tried_next = True
+            self._keys = self._state.next_keys()
+        elif self._ticket.token and not self._has_redeemed:
+            self._has_redeemed = True
+            self._keys = self._state.keys()
+            with self._interruptible():
+                failure = redeem(self._ticket, self._keys.public, self._connect_timeout_s, self._on_sent)
+            if failure is not None:
+                raise NodeError(failure.code, failure.reason)
+        else:
+            raise NodeError(Exit.REFUSED, NOT_ADMITTED)
+        self._socket.close()
+        self._socket = NodeSocket(self._ticket, self._keys, self._on_sent)
 
     def _on_frame(self, frame: bytes) -> None:
         try:

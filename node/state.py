@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 
 from transport.catchup import Download
-from transport.durable import agent_folder, write_atomically
+from transport.durable import agent_folder, sync_directory, write_atomically
 from transport.keys import KeyPair, load_or_make_key
 from zo.manifest import Manifest, ManifestError, parse_manifest
 from zo.replica import Replica
@@ -37,6 +37,7 @@ class StateDirectory:
         self.path = path
         self.manifest_path = path / "manifest.toml"
         self.log_path = path / "log.jsonl"
+        self._next_key_path = path / "node.key.new"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -66,6 +67,26 @@ class StateDirectory:
     def keys(self) -> KeyPair:
         """The node's keys, made at first use. Raises KeyFileError."""
         return load_or_make_key(self.path / "node.key")
+
+    def has_keys(self) -> bool:
+        """Whether a node has ever been here."""
+        return (self.path / "node.key").exists()
+
+    def next_keys(self) -> KeyPair:
+        """The keys to come in their place, made at first use. Raises KeyFileError."""
+        return load_or_make_key(self._next_key_path)
+
+    def has_next_keys(self) -> bool:
+        """Whether a change of keys was begun, and it is not known what became of it."""
+        return self._next_key_path.exists()
+
+    def adopt_next_keys(self) -> None:
+        """Put the next keys in the place of the node's. Raises StateError."""
+        try:
+            os.replace(self._next_key_path, self.path / "node.key")
+            sync_directory(self.path)
+        except OSError as error:
+            raise StateError(f"cannot replace the key in {self.path}: {error.strerror}") from error
 
     def private_seed(self) -> int:
         """A secret number that only this node knows, from its key: it decides batches and rounding."""

@@ -1,5 +1,6 @@
 """CURVE key pairs as files that only their owner can read."""
 
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -32,6 +33,20 @@ def new_key_pair() -> KeyPair:
 def public_of(secret: bytes) -> bytes:
     """The public key that belongs to a secret key."""
     return z85.decode(zmq.curve_public(z85.encode(secret)))
+
+
+def invitation_keys(token: bytes) -> KeyPair:
+    """The key pair that a ticket's token stands for: whoever has the token passes the handshake with it.
+
+    The coordinator keeps its public key alone, from which nobody finds the token.
+    """
+    secret = hashlib.blake2b(token, digest_size=32, person=b"zo-invitation").digest()
+    return KeyPair(public_of(secret), secret)
+
+
+def standing_token(secret: bytes) -> bytes:
+    """The token of a run's standing invitation, (16,) bytes, from the coordinator's secret key: stored nowhere."""
+    return hashlib.blake2b(secret, digest_size=16, person=b"zo-standing").digest()
 
 
 def save_key(path: Path, pair: KeyPair) -> None:

@@ -28,6 +28,7 @@ REPORT_ROUND_MODULUS: Final = 256
 
 RunId = Annotated[bytes, Meta(min_length=RUN_ID_BYTES, max_length=RUN_ID_BYTES)]
 Digest = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+PublicKey = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Round = Annotated[int, Meta(ge=0, le=2**40)]
 
 
@@ -105,6 +106,20 @@ class Trace(Message, frozen=True, tag=7):
     """Digests after so many commits, one for each round from `first` on."""
 
 
+class Redeem(Message, frozen=True, tag=8):
+    """Said over a connection whose handshake proved a ticket's token: let this key in from now on."""
+
+    run_id: RunId
+    key: PublicKey
+    """The node's own public key, with which it comes back."""
+
+
+class Rotate(Message, frozen=True, tag=9):
+    """Said over a connection of a node's key: from now on this other key is the node."""
+
+    key: PublicKey
+
+
 # ---- from the coordinator ----------------------------------------------------------------------------------------
 
 
@@ -147,7 +162,8 @@ class Refuse(Message, frozen=True, tag=17):
     """The answer to a `Hello` that does not fit. The node stops and shows the reason."""
 
     cause: Annotated[str, Meta(max_length=32)]
-    """One word for programs: protocol, run, base, tokenizer, agent, fork, full, replaced, quarantined."""
+    """One word for programs: protocol, run, base, tokenizer, agent, fork, full, replaced, quarantined, invitation,
+    revoked, key."""
     reason: Annotated[str, Meta(max_length=1024)]
 
 
@@ -187,8 +203,17 @@ class Piece(Message, frozen=True, tag=23):
     data: bytes
 
 
-FromNode = Hello | Report | Progress | Leave | Fetch | Follow | Trace
-FromCoordinator = Welcome | Refuse | Commit | History | Resync | Identify | Finished | Piece
+class Admitted(Message, frozen=True, tag=25):
+    """The answer to `Redeem` and `Rotate`: this key may join, and that is durable."""
+
+    key: PublicKey
+
+
+FromMember = Hello | Report | Progress | Leave | Fetch | Follow | Trace
+"""What a node says in a run; the rest is about its key."""
+FromNode = FromMember | Redeem | Rotate
+ToMember = Welcome | Refuse | Commit | History | Resync | Identify | Finished | Piece
+FromCoordinator = ToMember | Admitted
 
 _encoder = msgspec.msgpack.Encoder()
 _from_node = msgspec.msgpack.Decoder(FromNode)

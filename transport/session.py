@@ -23,11 +23,12 @@ from transport.exits import Exit
 from transport.messages import (
     PROTOCOL_VERSION,
     REPORT_ROUND_MODULUS,
+    Admitted,
     Fetch,
     Finished,
     Follow,
     FromCoordinator,
-    FromNode,
+    FromMember,
     Hello,
     History,
     Identify,
@@ -75,7 +76,7 @@ class Stage(enum.Enum):
 class Transmit(msgspec.Struct, frozen=True):
     """Send a message; if there is no connection, forget it: the next one starts with `Hello` again."""
 
-    message: FromNode
+    message: FromMember
 
 
 class Open(msgspec.Struct, frozen=True):
@@ -211,7 +212,7 @@ class Session:
 
     def on_message(self, message: FromCoordinator, now: float) -> list[Effect]:
         """A message of the coordinator."""
-        if self.stage is Stage.ENDED:
+        if self.stage is Stage.ENDED or isinstance(message, Admitted):
             return []
         self._greet_at, self._greet_s = None, GREET_S
         if isinstance(message, Refuse):

@@ -12,7 +12,7 @@ import random
 import socket
 import time
 from collections.abc import Callable, Iterator
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import zmq
 from zmq.utils import z85
@@ -66,7 +66,7 @@ class CoordinatorSocket:
     def __init__(
         self, host: str, port: int, keys: KeyPair, admits: Callable[[bytes], bool] = lambda _: True
     ) -> None:
-        """Bind.
+        """Bind. Handshakes are seen to by `receive` and `attend`.
 
         Args:
             host: address or interface to bind; "*" for all.
@@ -106,17 +106,15 @@ class CoordinatorSocket:
             raise SocketError(f"cannot bind {host}:{port}: {error.strerror}") from error
         endpoint = bytes(router.get(zmq.LAST_ENDPOINT))
         self.port = int(endpoint.rstrip(b"\0").rsplit(b":", 1)[1])
-        self._poller = zmq.Poller()
-        for each in (router, self._gate.socket, self._monitor):
-            self._poller.register(each, zmq.POLLIN)
+        self._poller, self._gate_poller = zmq.Poller(), zmq.Poller()
+        self._poller.register(router, zmq.POLLIN)
+        for poller in (self._poller, self._gate_poller):
+            poller.register(self._gate.socket, zmq.POLLIN)
+            poller.register(self._monitor, zmq.POLLIN)
 
     def receive(self, timeout_s: float, limit: int = 1024) -> Iterator[Arrival]:
         """Up to `limit` frames: waits up to `timeout_s` for the first, then takes what is there."""
-        ready = dict(self._poller.poll(max(0, int(timeout_s * 1000))))
-        if self._gate.socket in ready:
-            self._gate.answer()
-        if self._monitor in ready:
-            self._watch()
+        ready = self._attend(self._poller, timeout_s)
         now = time.monotonic()
         if now >= self._weigh_at:
             self._weigh_at = now + _WEIGH_EVERY_S
@@ -143,6 +141,10 @@ class CoordinatorSocket:
             else:
                 yield Arrival(session, key, frame.bytes)
 
+    def attend(self, timeout_s: float) -> None:
+        """See to handshakes alone, for up to `timeout_s`; frames wait for `receive`."""
+        self._attend(self._gate_poller, timeout_s)
+
     def send(self, session: bytes, frame: bytes) -> Sent:
         """Queue one frame for one session, without waiting."""
         try:
@@ -164,6 +166,14 @@ class CoordinatorSocket:
         self._router.disable_monitor()
         self._monitor.close()
         self._context.destroy(linger=_LINGER_MS)
+
+    def _attend(self, poller: zmq.Poller, timeout_s: float) -> dict[Any, int]:
+        ready = dict(poller.poll(max(0, int(timeout_s * 1000))))
+        if self._gate.socket in ready:
+            self._gate.answer()
+        if self._monitor in ready:
+            self._watch()
+        return ready
 
     def _watch(self) -> None:
         """Take note of connections that began or ended."""

@@ -1,9 +1,10 @@
 """Tickets: one line of text that holds all a node needs to find a coordinator and to know that it is the right one.
 
-    zo://HOST:PORT/RUN#KEY
+    zo://HOST:PORT/RUN#KEY.TOKEN
 
-RUN is the run id in hexadecimal, KEY the coordinator's public CURVE key in unpadded base64url: no character that a
-shell or a chat program would touch.
+RUN is the run id in hexadecimal, KEY the coordinator's public CURVE key and TOKEN a secret that lets its holder in,
+both in unpadded base64url: no character that a shell or a chat program would touch. A node whose key is known needs no
+TOKEN.
 """
 
 import base64
@@ -18,7 +19,8 @@ import msgspec
 from zo.manifest import RUN_ID_BYTES
 
 DEFAULT_PORT: Final = 7411
-_FORM: Final = "zo://HOST:PORT/RUN#KEY"
+TOKEN_BYTES: Final = 16
+_FORM: Final = "zo://HOST:PORT/RUN#KEY.TOKEN"
 
 
 class TicketError(ValueError):
@@ -33,10 +35,17 @@ class Ticket(msgspec.Struct, frozen=True):
     port: int
     run_id: bytes
     key: bytes
+    token: bytes = b""
+    """(16,) bytes that let a new node in; empty if the ticket only says where to go."""
 
     def __str__(self) -> str:
-        key = base64.urlsafe_b64encode(self.key).decode().rstrip("=")
-        return f"zo://{_bracketed(self.host)}:{self.port}/{self.run_id.hex()}#{key}"
+        secret = f".{_to_text(self.token)}" if self.token else ""
+        return f"zo://{_bracketed(self.host)}:{self.port}/{self.run_id.hex()}#{_to_text(self.key)}{secret}"
+
+    def __repr__(self) -> str:
+        return (
+            f"<ticket for {self.endpoint}, run {self.run_id.hex()}>"  # the token is nobody's but its holder's
+        )
 
     @property
     def endpoint(self) -> str:
@@ -51,12 +60,12 @@ def parse_ticket(text: str) -> Ticket:
         TicketError: the message names the part that is wrong, and what it should look like.
     """
     text = text.strip()
-    match = re.fullmatch(r"zo://(\[[^\]]+\]|[^:/#\[\]]+):(\d+)/([^#]*)(?:#(.*))?", text)
+    match = re.fullmatch(r"zo://(\[[^\]]+\]|[^:/#\[\]]+):(\d+)/([^#]*)(?:#([^.]*)(\.(.*))?)?", text)
     if match is None:
         raise TicketError(
             f"not a ticket: {_shown(text)}. A ticket looks like {_FORM}; copy the whole line that serve printed"
         )
-    host, port_text, run_text, key_text = match.groups()
+    host, port_text, run_text, key_text, token_part, token_text = match.groups()
     port = int(port_text)
     if not 1 <= port <= 65535:
         raise TicketError(f"the ticket's port must be between 1 and 65535, got {port}")
@@ -71,15 +80,17 @@ def parse_ticket(text: str) -> Ticket:
         )
     if not key_text:
         raise TicketError("the ticket has no key after '#'. If it was typed into a shell, put it in quotes")
-    try:
-        key = base64.b64decode(key_text + "=" * (-len(key_text) % 4), altchars=b"-_", validate=True)
-    except (binascii.Error, ValueError):
-        key = b""
+    key = _to_bytes(key_text)
     if len(key) != 32:
         raise TicketError(
             f"the ticket's key must be 43 characters after '#', got {len(key_text)}: was it cut off?"
         )
-    return Ticket(host.strip("[]"), port, run_id, key)
+    token = _to_bytes(token_text or "")
+    if token_part and len(token) != TOKEN_BYTES:
+        raise TicketError(
+            f"the ticket's token must be 22 characters after '.', got {len(token_text)}: was it cut off?"
+        )
+    return Ticket(host.strip("[]"), port, run_id, key, token)
 
 
 def reachable_host(bound: str) -> str:
@@ -110,5 +121,20 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def _to_text(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+def _to_bytes(text: str) -> bytes:
+    """What unpadded base64url says; nothing if it is none, or not in the one form that `_to_text` gives."""
+    try:
+        data = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        return b""
+    return data if _to_text(data) == text else b""
+
+
 def _shown(text: str) -> str:
+    """The beginning of a text, without what may be a secret."""
+    text = text.partition(".")[0] if "#" in text else text
     return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -64,6 +64,9 @@ class Served:
         self.directory = RunDirectory(path)
         self.manifest = manifest
         self.directory.create(manifest, ServiceConfig(), Replica(manifest, zeros(SIZE)))
+        self.keyring = self.directory.keyring()
+        for node in range(10):
+            self.keyring.allow(node.to_bytes(32, "big"))
         self.ledger = None
         self.start()
 
@@ -76,7 +79,7 @@ class Served:
         restored = [restore(self.directory, self.manifest, track, lambda *_: None) for track in tracks]
         self.tracks, self.wire = tracks, Wire()
         self.service = Service(
-            self.directory, self.manifest, ServiceConfig(), self.ledger, restored, self.wire
+            self.directory, self.manifest, ServiceConfig(), self.ledger, restored, self.wire, self.keyring
         )
 
     def say(self, node, agent, message, session=None):

@@ -13,13 +13,16 @@ from transport.messages import (
     PROTOCOL_VERSION,
     Fetch,
     Follow,
+    FromMember,
     FromNode,
     Hello,
     Identify,
     Leave,
     Progress,
+    Redeem,
     Refuse,
     Report,
+    Rotate,
     Trace,
     WireError,
     addressed,
@@ -52,6 +55,9 @@ MESSAGES = {
     Trace: st.builds(Trace, ROUNDS, st.lists(DIGESTS, max_size=128).map(tuple)),
 }
 ANY_MESSAGE = st.one_of(*MESSAGES.values())
+KEYS = st.binary(min_size=32, max_size=32)
+ABOUT_KEYS = {Redeem: st.builds(Redeem, DIGESTS, KEYS), Rotate: st.builds(Rotate, KEYS)}
+"""For the service and its keyring alone: no conductor sees them."""
 
 
 def key_of(node):
@@ -109,7 +115,8 @@ def run(make_manifest, virtual_coordinator):
 
 
 def test_every_message_type_is_fuzzed():
-    assert set(MESSAGES) == set(FromNode.__args__)
+    assert set(MESSAGES) == set(FromMember.__args__)
+    assert set(ABOUT_KEYS) | set(MESSAGES) == set(FromNode.__args__)
 
 
 def test_the_right_key_for_another_run_is_refused(run):
@@ -166,7 +173,7 @@ def test_junk_is_a_wire_error_and_nothing_else(data):
 
 
 @settings(max_examples=300)
-@given(ANY_MESSAGE.map(encode), st.data())
+@given(st.one_of(ANY_MESSAGE, *ABOUT_KEYS.values()).map(encode), st.data())
 def test_a_message_with_changed_bytes_is_a_message_or_a_wire_error(frame, data):
     frame = bytearray(frame)
     for _ in range(data.draw(st.integers(1, 4))):

@@ -91,14 +91,17 @@ class Ends:
 def play(path, manifest, nodes, watch=lambda ledger: None):
     """Serve a run directory until the run is over and everyone has left."""
     directory = RunDirectory(path)
-    with directory.lock(), directory.ledger(manifest) as ledger:
+    with directory.lock(), directory.ledger(manifest) as ledger, directory.keyring() as keyring:
         for node in nodes:
+            keyring.allow(node.key)
             if node.replica is not None:  # law 4: whatever a node has seen is in the ledger
                 assert node.replica.round <= ledger.num_commits()
                 assert node.replica.head == ledger.head_after(node.replica.round)
         restored = restore(directory, manifest, ledger, lambda done, total: None)
         watch(ledger)
-        service = Service(directory, manifest, ServiceConfig(quorum=2), ledger, [restored], Ends(nodes))
+        service = Service(
+            directory, manifest, ServiceConfig(quorum=2), ledger, [restored], Ends(nodes), keyring
+        )
         for number, node in enumerate(nodes):
             node.connect(number)
         for _ in range(200):

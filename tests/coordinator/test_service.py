@@ -3,6 +3,8 @@
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from coordinator.archive import restore
 from coordinator.config import ConfigError, ServiceConfig, check_capacity
@@ -11,10 +13,12 @@ from coordinator.rundir import RunDirectory
 from coordinator.service import Service
 from coordinator.status import read_status, stored_status
 from transport.catchup import Download
+from transport.keys import invitation_keys
 from transport.messages import (
     HISTORY_BYTES,
     MAX_COORDINATOR_FRAME_BYTES,
     PROTOCOL_VERSION,
+    Admitted,
     Fetch,
     Follow,
     Hello,
@@ -22,9 +26,11 @@ from transport.messages import (
     Leave,
     Piece,
     Progress,
+    Redeem,
     Refuse,
     Report,
     Resync,
+    Rotate,
     Trace,
     Welcome,
     decode_from_coordinator,
@@ -58,10 +64,13 @@ class Wire:
 class Served:
     """A run directory that is served, stopped and served again."""
 
-    def __init__(self, path, manifest):
+    def __init__(self, path, manifest, config=None):
         self.directory = RunDirectory(path)
         self.manifest = manifest
-        self.directory.create(manifest, ServiceConfig(), Replica(manifest, zeros(SIZE)))
+        self.directory.create(manifest, config or ServiceConfig(), Replica(manifest, zeros(SIZE)))
+        self.keyring = self.directory.keyring()
+        for node in range(4):
+            self.keyring.allow(node.to_bytes(32, "big"))
         self.ledger = None
         self.start()
 
@@ -74,7 +83,9 @@ class Served:
         self.origin = restored.origin
         self.wire = Wire()
         config = self.directory.config()
-        self.service = Service(self.directory, self.manifest, config, self.ledger, [restored], self.wire)
+        self.service = Service(
+            self.directory, self.manifest, config, self.ledger, [restored], self.wire, self.keyring
+        )
         self.service._save_snapshots_if_due()
 
     def say(self, node, message):
@@ -451,3 +462,134 @@ def test_hello_without_end_is_cut_off(served):
     assert answers[:100] == [1] * 100
     assert 0 in answers[100:]
     assert served.noted("flooded")[0].text == "node 1 (n1) says hello without end: its connection is cut"
+
+
+# ---- who may join -------------------------------------------------------------------------------------------------
+
+TOKEN = bytes(range(50, 66))
+DOOR, NEW, RUN_ID = invitation_keys(TOKEN).public, b"n" * 32, bytes(16)
+
+
+def speak(served, key, message, session=b"new"):
+    """What a key is told over a connection of its own."""
+    before = len(served.wire.sent)
+    served.service._handle(session, key, encode(message))
+    return [message for to, message in served.wire.sent[before:] if to == session]
+
+
+def greet(served, key, session=b"new"):
+    base, tokenizer = (
+        bytes.fromhex(each) for each in (served.manifest.base.digest, served.manifest.base.tokenizer_digest)
+    )
+    run = served.manifest.run_id
+    return speak(served, key, Hello(PROTOCOL_VERSION, run, base, tokenizer, 0, run, "new"), session)
+
+
+def test_a_token_lets_one_key_in_and_is_durable_before_it_is_said(served):
+    served.keyring.invite(DOOR, uses=1)
+    run = served.manifest.run_id
+    with served.directory.keyring() as on_disk:
+        assert speak(served, DOOR, Redeem(run, NEW)) == [Admitted(NEW)]
+        on_disk.refresh()
+        assert on_disk.passes(NEW)
+        assert on_disk.standing(DOOR).invitation.uses_left == 0
+    assert speak(served, DOOR, Redeem(run, NEW)) == [
+        Admitted(NEW)
+    ]  # the answer was lost: it costs no other use
+    assert isinstance(greet(served, NEW)[0], Welcome)
+    assert served.noted("admitted")[0].text == f"invitation 2 let the key {NEW.hex()} in"
+
+
+@pytest.mark.attack
+def test_a_token_that_is_used_up_or_expired_or_of_another_run_lets_nobody_in(served):
+    served.keyring.invite(DOOR, uses=1)
+    run = served.manifest.run_id
+    assert speak(served, DOOR, Redeem(RUN_ID, NEW))[0].cause == "run"
+    assert speak(served, DOOR, Redeem(run, NEW)) == [Admitted(NEW)]
+    other = b"o" * 32
+    (refuse,) = speak(served, DOOR, Redeem(run, other))
+    assert "used up" in refuse.reason
+    expired = b"e" * 32
+    served.keyring.invite(expired, uses=1, expires_at=1.0)
+    assert "has expired" in speak(served, expired, Redeem(run, other))[0].reason
+    assert not served.keyring.passes(other)
+
+
+@pytest.mark.attack
+def test_the_key_of_an_invitation_can_do_nothing_else(served):
+    served.keyring.invite(DOOR)
+    for message in (Report(0, bytes(DIRECTIONS)), Leave(), Rotate(NEW)):
+        (refuse,) = speak(served, DOOR, message)
+        assert refuse.cause == "invitation"
+    assert greet(served, DOOR)[0].cause == "invitation"
+    assert len(served.ledger.members()) == 1
+    served.service._to_cut[0] = (0.0, b"new")
+    served.service._enforce()
+    assert served.wire.cuts == [b"new"]
+
+
+@pytest.mark.attack
+def test_a_key_revoked_in_the_middle_of_a_round_is_out_of_that_round(tmp_path, manifest):
+    served = Served(tmp_path / "run", manifest, ServiceConfig(quorum=2))
+    for node in range(3):
+        served.hello(node)
+    for node in range(3):  # all three are live and awaited from now on
+        served.say(node, Report(0, bytes(DIRECTIONS)))
+    round = served.service.conductors[0].round
+    served.say(2, Report(round % 256, b"\x7f" * DIRECTIONS))
+    served.say(0, Report(round % 256, bytes(DIRECTIONS)))
+    assert served.service.conductors[0].round == round
+    with served.directory.keyring() as another_process:
+        another_process.revoke((2).to_bytes(32, "big"))
+    before = len(served.wire.sent)
+    served.service._enforce()
+    ((session, refuse),) = served.wire.sent[before:]
+    assert (session, refuse.cause) == (b"session 2", "revoked")
+    served.say(1, Report(round % 256, bytes(DIRECTIONS)))
+    assert served.service.conductors[0].round == round + 1
+    commit = decode_entry(list(served.ledger.frames())[-1])
+    assert commit.participants == (0, 1)
+    assert served.noted("lost")[-1].text.startswith("node 2 (n2) was shut out: this node's key was revoked")
+    assert served.say(2, Report((round + 1) % 256, bytes(DIRECTIONS)))[0].cause == "revoked"
+    assert served.hello(2)[0].cause == "revoked"
+    served.ledger.close()
+
+
+def test_a_node_keeps_its_number_when_it_changes_its_key(served):
+    served.play(1)
+    old = (0).to_bytes(32, "big")
+    assert speak(served, old, Rotate(NEW)) == [Admitted(NEW)]
+    (welcome, *_) = greet(served, NEW)
+    assert welcome.node == 0
+    assert speak(served, NEW, Rotate(NEW), b"again") == [Admitted(NEW)]
+    assert served.hello(0)[0].reason == "this node has another key now: this one was rotated out"
+    assert len(served.ledger.members()) == 1
+    served.start()
+    assert greet(served, NEW)[0].node == 0
+
+
+@pytest.mark.attack
+def test_nobody_takes_the_key_of_another_node(served):
+    assert speak(served, (0).to_bytes(32, "big"), Rotate((1).to_bytes(32, "big")))[0].cause == "key"
+    assert greet(served, (1).to_bytes(32, "big"))[0].node == 1
+
+
+def test_a_key_may_train_only_the_agents_of_its_invitation(served):
+    served.keyring.allow(NEW, frozenset({1}))
+    (refuse,) = greet(served, NEW)
+    assert refuse.reason == "this node's key may train the agents 1, not 0"
+
+
+@pytest.mark.attack
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(messages=st.lists(st.tuples(st.booleans(), st.binary(max_size=1), st.booleans()), max_size=20))
+def test_words_about_keys_change_no_more_than_one_key(served, messages):
+    known = {record.key for record in served.keyring.records()}
+    for is_redeem, byte, is_member in messages:
+        key = byte.ljust(32, b"x")
+        message = Redeem(served.manifest.run_id, key) if is_redeem else Rotate(key)
+        speaker = (0).to_bytes(32, "big") if is_member else b"stranger".ljust(32)
+        (answer,) = speak(served, speaker, message)
+        assert isinstance(answer, Admitted) <= (is_member and not is_redeem)
+    identities = {record.identity for record in served.keyring.records()}
+    assert identities <= known

@@ -19,6 +19,7 @@ from coordinator.cli import app
 from coordinator.rundir import RunDirectory
 from coordinator.status import read_status
 from node.state import load_result
+from transport.keys import new_key_pair
 from transport.ticket import parse_ticket
 from zo import kernels
 
@@ -156,6 +157,13 @@ class Swarm:
             if process.is_running:
                 process.send(signal.SIGCONT)
                 process.kill()
+
+    def admitted_keys(self):
+        """New keys that may join."""
+        keys = new_key_pair()
+        with RunDirectory(self.run).keyring() as keyring:
+            keyring.allow(keys.public)
+        return keys
 
     # ---- pace ----
 

@@ -12,7 +12,6 @@ from benchmarks.soak_node import make_base
 from coordinator.rundir import RunDirectory
 from node.base import read_digest, read_tokenizer_digest
 from node.state import load_result
-from transport.keys import new_key_pair
 from transport.messages import (
     PROTOCOL_VERSION,
     Fetch,
@@ -269,7 +268,7 @@ class Peer:
     def __init__(self, swarm):
         self.swarm = swarm
         self.ticket = parse_ticket(swarm.ticket)
-        self.socket = NodeSocket(self.ticket, new_key_pair())
+        self.socket = NodeSocket(self.ticket, swarm.admitted_keys())
 
     def greet(self):
         self.swarm.poll(lambda: Link.UP in self.socket.poll(0.01)[0], "a connection")

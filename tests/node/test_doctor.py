@@ -6,6 +6,7 @@ import socket
 import threading
 from unittest.mock import Mock
 
+import msgspec
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -14,7 +15,7 @@ from node import cli, doctor, embedded
 from node.base import BaseError
 from node.state import StateDirectory
 from transport.exits import Exit
-from transport.keys import new_key_pair
+from transport.keys import invitation_keys, new_key_pair
 from transport.sockets import CoordinatorSocket
 from transport.ticket import Ticket
 from zo import kernels
@@ -69,6 +70,16 @@ def test_a_coordinator_that_admits_only_known_keys(coordinator):
     *_, handshake = doctor.network(ticket, 10)
     assert handshake.state == "warn"
     assert "does not admit unknown keys" in handshake.found
+
+
+def test_the_token_of_a_ticket_is_tried_and_not_used(coordinator):
+    ticket, admitted = coordinator
+    token = bytes(range(16))
+    admitted.append(invitation_keys(token).public)
+    *_, handshake = doctor.network(msgspec.structs.replace(ticket, token=token), 10)
+    assert handshake.state == "ok"
+    *_, handshake = doctor.network(msgspec.structs.replace(ticket, token=bytes(16)), 10)
+    assert (handshake.state, "invite" in handshake.cure) == ("fail", True)
 
 
 def test_a_port_that_is_closed_and_one_that_says_nothing():

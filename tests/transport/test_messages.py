@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from transport.messages import (
     MAX_NODE_FRAME_BYTES,
+    Admitted,
     Fetch,
     Finished,
     Follow,
@@ -17,9 +18,11 @@ from transport.messages import (
     Offer,
     Piece,
     Progress,
+    Redeem,
     Refuse,
     Report,
     Resync,
+    Rotate,
     Trace,
     Welcome,
     WireError,
@@ -34,6 +37,8 @@ from zo.commit import Commit
 ID = bytes(range(16))
 ID_HEX = "c4 10" + ID.hex()
 
+KEY = bytes(range(32))
+
 FROM_NODE = [
     (Hello(1, ID, ID, ID, 3, ID, "ada"), f"98 01 01 {ID_HEX} {ID_HEX} {ID_HEX} 03 {ID_HEX} a3 616461"),
     (Report(round=9, codes=b"\x01\xff"), "93 02 09 c4 02 01 ff"),
@@ -43,6 +48,8 @@ FROM_NODE = [
     (Fetch(ID, 65_536), f"93 05 {ID_HEX} ce00010000"),
     (Follow(300, ID), f"93 06 cd012c {ID_HEX}"),
     (Trace(7, (ID,)), f"93 07 07 91 {ID_HEX}"),
+    (Redeem(ID, KEY), f"93 08 {ID_HEX} c4 20 {KEY.hex()}"),
+    (Rotate(KEY), f"92 09 c4 20 {KEY.hex()}"),
 ]
 FROM_COORDINATOR = [
     (Welcome(1, 5, b"\x80", 7, -3, None), "97 10 01 05 c4 01 80 07 fd c0"),
@@ -60,6 +67,7 @@ FROM_COORDINATOR = [
     (Resync(9, ID), f"93 14 09 {ID_HEX}"),
     (Identify(), "91 15"),
     (Finished(9, ID), f"93 16 09 {ID_HEX}"),
+    (Admitted(KEY), f"92 19 c4 20 {KEY.hex()}"),
 ]
 
 
