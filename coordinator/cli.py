@@ -30,6 +30,8 @@ from coordinator.service import Service
 from coordinator.status import Status, read_status
 from coordinator.trained import default_targets, head_of
 from transport import base_files, hub
+from transport.adapter_files import AdapterFilesError, Factors, read_start
+from transport.adapter_files import digest as adapter_digest
 from transport.connections import MOST_OF_A_KEY, MOST_SILENT
 from transport.keys import invitation_keys, standing_token
 from transport.messages import PROTOCOL_VERSION
@@ -60,6 +62,8 @@ from zo.quantization import Kind, check_shapes
 from zo.replica import Replica
 
 _EPSILON = 0.01
+_RANK = 4
+_ALPHA = 8.0
 
 _OTHER_FILES: Final = 128
 """Ledger, locks, snapshots, and what a library may open."""
@@ -127,8 +131,18 @@ def init(
             show_default=False,
         ),
     ] = None,
-    rank: Annotated[int, typer.Option(metavar="N", help="LoRA rank.")] = 4,
-    alpha: Annotated[float, typer.Option(metavar="X", help="LoRA alpha.")] = 8.0,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="A PEFT LoRA adapter to start from: it brings rank, alpha and modules, and nodes must have it.",
+            show_default="generated values",
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(metavar="N", help="LoRA rank.", show_default=str(_RANK))] = None,
+    alpha: Annotated[
+        float | None, typer.Option(metavar="X", help="LoRA alpha.", show_default=str(_ALPHA))
+    ] = None,
     train: Annotated[
         Literal["B", "AB"],
         typer.Option(metavar="B|AB", help="B: freeze A, train B from zero. AB: train both."),
@@ -238,7 +252,6 @@ def init(
         found = hub.find(model)
         tensors = base_files.tensor_shapes(found.folder)
         shapes = base_files.linear_shapes(tensors)
-        targets = () if target == ["none"] else tuple(target or default_targets(shapes))
         base = BaseModel(
             name=found.name,
             revision=found.revision,
@@ -258,7 +271,21 @@ def init(
             head = None
             if trained.head_labels is not None:
                 head = head_of(base_files.configuration(found.folder), tensors, len(trained.head_labels))
-            layout = lora_layout(shapes, targets, rank, train, head)
+            if adapter is None:
+                start = None
+                factors = Factors(
+                    targets=() if target == ["none"] else tuple(target or default_targets(shapes)),
+                    rank=_RANK if rank is None else rank,
+                    alpha=_ALPHA if alpha is None else alpha,
+                )
+            elif (rank, alpha, target) != (None, None, None):
+                raise ManifestError(
+                    "--adapter brings rank, alpha and modules: leave out --rank, --alpha and --target"
+                )
+            else:
+                start = read_start(adapter, shapes, head)
+                factors = start.factors
+            layout = lora_layout(shapes, factors.targets, factors.rank, train, head)
             manifest = validate(
                 Manifest(
                     protocol=PROTOCOL_VERSION,
@@ -271,10 +298,11 @@ def init(
                     base=base,
                     task=trained,
                     adapter=Adapter(
-                        targets=targets,
-                        rank=rank,
-                        alpha=alpha,
+                        targets=factors.targets,
+                        rank=factors.rank,
+                        alpha=factors.alpha,
                         train=train,
+                        start="" if adapter is None else adapter_digest(adapter),
                         size=layout.size,
                         layout_digest=layout.digest().hex(),
                     ),
@@ -295,7 +323,7 @@ def init(
                     parity=Parity(digest_every=digest_every, share_loss=share_loss),
                 )
             )
-        except base_files.BaseFilesError:
+        except (base_files.BaseFilesError, AdapterFilesError):
             raise
         except ValueError as error:
             raise ManifestError(str(error)) from error
@@ -307,11 +335,17 @@ def init(
                 raise ManifestError("give --epsilon or --calibrate, not both: the second measures the first")
             directory.check_absent()
             own = ["--score", score] if score else []
+            own += ["--adapter", str(adapter)] if adapter else []
             proposed = proposed_epsilon(manifest, found.folder, calibrate, own)
             probing = msgspec.structs.replace(manifest.probe, epsilon=proposed)
             manifest = validate(msgspec.structs.replace(manifest, probe=probing))
             out.print(f"epsilon {proposed:g}, as measured", highlight=False)
-        weights = initial_weights(layout, run_key(manifest.run_id), manifest.adapter.train)
+        try:
+            weights = initial_weights(
+                layout, run_key(manifest.run_id), train, None if start is None else start.values
+            )
+        except ValueError as error:
+            raise AdapterFilesError(f"{adapter}: {error}") from error
         directory.create(manifest, config, Replica(manifest, weights), invite_only=invite_only)
     out.print(f"Made {run}: run {manifest.run_id.hex()}", highlight=False, soft_wrap=True)
     out.print(

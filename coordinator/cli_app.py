@@ -17,6 +17,7 @@ from coordinator.keyring import KeyringError
 from coordinator.ledger import LedgerError, StorageError
 from coordinator.rundir import BusyError, RunDirectoryError
 from coordinator.simulation import SimulationError
+from transport.adapter_files import AdapterFilesError
 from transport.base_files import BaseFilesError
 from transport.exits import HELP, Exit
 from transport.keys import KeyFileError
@@ -50,6 +51,7 @@ _EXIT_BY_ERROR: dict[type[Exception], Exit] = {
     HistoryError: Exit.INPUT,
     ConfigError: Exit.INPUT,
     BaseFilesError: Exit.BASE,
+    AdapterFilesError: Exit.BASE,
     KeyFileError: Exit.INPUT,
     BusyError: Exit.BUSY,
     SocketError: Exit.BUSY,

@@ -6,7 +6,7 @@ Where the numbers come from is decided elsewhere: `load` takes a view, `export` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,9 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.numpy import save_file
 
 from node.base import Base, BaseError
-from node.heads import HeadModule
+from node.heads import HeadModule, whole_head
 from transport import hub
+from transport.adapter_files import Start
 from zo.directions import RunKey
 from zo.initial import adapted_modules
 from zo.layout import HEAD, Layout, initial_lora_A, lora_layout
@@ -55,6 +56,7 @@ class Adapter:
         rank: int,
         alpha: float,
         train: Literal["B", "AB"],
+        start: Start | None = None,
     ) -> None:
         """Put LoRA layers on the targeted linear modules of the base; the model still computes the base.
 
@@ -65,9 +67,11 @@ class Adapter:
             rank: columns of B, rows of A.
             alpha: B A is scaled by alpha / rank.
             train: whether the vector holds B alone or A and B.
+            start: an adapter whose frozen values take the place of the generated ones.
 
         Raises:
-            ValueError: an unknown target (its near matches are named), or a base that has an adapter already.
+            ValueError: an unknown target (its near matches are named), a base that has an adapter already, or a start
+                that has something beside the head which the base does not have.
         """
         if any(hasattr(module, "lora_A") for module in base.model.modules()):
             raise ValueError(f"the base {base.path} has an adapter already; load it again for another")
@@ -94,24 +98,36 @@ class Adapter:
         self._frozen: dict[str, NDArray[np.float32]] = {}
         for index, (name, path) in enumerate(self.paths.items()):
             out_features, in_features = base.linear_shapes[name]
-            A = initial_lora_A(key, index, (rank, in_features))
+            given = None if start is None else start.values.get(f"{name}.lora_A")
+            A = initial_lora_A(key, index, (rank, in_features)) if given is None else given
             B = torch.zeros(out_features, rank)
             for factor, values in (("lora_A", torch.from_numpy(A.copy())), ("lora_B", B)):
                 _set(self.model, f"{path}.{factor}.{NAME}.weight", values)
             if train == "B":
                 self._frozen[f"{path}.lora_A.weight"] = A
         if base.head is not None:
-            self._take_head(base.head)
+            self._take_head(base.head, {} if start is None else start.beside_head)
         self.hold(1)
 
-    def _take_head(self, head: HeadModule) -> None:
+    def _take_head(self, head: HeadModule, beside: Mapping[str, NDArray[np.float32]]) -> None:
         """See to it that the head is a part of the vector and of what is exported, with what goes beside it."""
         self.paths[HEAD] = head.path
-        for path in head.saved:
+        saved = {*head.saved, *(whole_head(self.model, path.rpartition(".")[0]) for path in beside)}
+        for path, values in beside.items():
+            try:
+                expected = tuple(self.model.get_parameter(path).shape)
+            except AttributeError:
+                expected = ()
+            if values.shape != expected:
+                raise ValueError(
+                    f"{path} of the adapter to start from is of shape {values.shape}, here {expected}"
+                )
+            _set(self.model, path, torch.from_numpy(values.copy()))
+        for path in sorted(saved):
             for name, parameter in self.model.get_submodule(path).named_parameters():
                 self._frozen[f"{path}.{name}"] = parameter.cpu().numpy()
         self.config.task_type = "SEQ_CLS"
-        self.config.modules_to_save = [path.rpartition(".")[2] for path in head.saved]
+        self.config.modules_to_save = [path.rpartition(".")[2] for path in sorted(saved)]
 
     def hold(self, num_views: int) -> None:
         """Make room for so many views of the vector; the model goes on computing with the first of them.

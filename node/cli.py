@@ -29,6 +29,7 @@ from node.cli_app import (
     QuantizeOption,
     ScoreOption,
     SkipOption,
+    StartOption,
     TaskOption,
     TemplateOption,
     ThreadsOption,
@@ -45,6 +46,7 @@ from node.quantization import agreed
 from node.records import DataError
 from node.scores import load_score
 from node.service import NodeError, NodeService, View
+from node.start import check_start, start_of
 from node.state import StateDirectory, StateError, default_state, held_agents, load_result
 from node.tasks import adapters_in, asked, check_mix, judged_by, keep_manifest
 from node.wire import shown
@@ -90,6 +92,7 @@ def join(
             metavar="DIR", help="Where to keep key and weights.", show_default="~/.local/state/zo-node/…"
         ),
     ] = None,
+    adapter: StartOption = None,
     agents: Annotated[
         str | None,
         typer.Option(
@@ -173,6 +176,7 @@ def join(
             def open_trainer(manifest: Manifest) -> Any:
                 from node.language import LanguageTrainer, read_data
 
+                check_start(manifest, adapter)
                 kind, skip = agreed(manifest.base, quantize, skip_quantize)
                 base = load_base(
                     path,
@@ -194,6 +198,7 @@ def join(
                     threads=num_threads,
                     score=own_score,
                     warn=_warn,
+                    start=adapter,
                 )
                 rehearsal = trainer.rehearse(at_once)
                 log({"rehearsal": asdict(rehearsal)})
@@ -247,6 +252,7 @@ def export(
         ),
     ],
     model: ModelOption = None,
+    adapter: StartOption = None,
     merge: Annotated[
         bool,
         typer.Option(
@@ -277,15 +283,16 @@ def export(
             raise DataError(f"{output} exists already; choose another directory")
         from node.language import adapt
 
+        check_start(manifest, adapter)
         base = load_base(path, threads=1, labels=manifest.task.head_labels)
-        adapter = adapt(base, manifest)
+        trained = adapt(base, manifest, start_of(manifest, adapter, base))
         try:
             for replica in replicas:
                 folder = output / f"agent-{replica.agent}" if several and agent is None else output
                 if merge:
-                    adapter.export_merged(folder, replica.weights, base.tokenizer)
+                    trained.export_merged(folder, replica.weights, base.tokenizer)
                 else:
-                    adapter.export(folder, replica.weights, path)
+                    trained.export(folder, replica.weights, path)
                 keep_manifest(folder, manifest)
         except OSError as error:
             raise StateError(f"cannot write {output}: {error}") from error

@@ -119,6 +119,15 @@ TemplateOption = Annotated[
         show_default="as the adapter's run",
     ),
 ]
+StartOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter",
+        metavar="DIR",
+        help="The PEFT adapter that the run starts from, if it does.",
+        show_default=False,
+    ),
+]
 ColumnOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -19,6 +19,7 @@ from node.cli_app import (
     QuantizeOption,
     ScoreOption,
     SkipOption,
+    StartOption,
     ThreadsOption,
     app,
     columns_by_field,
@@ -57,6 +58,7 @@ def calibrate(
     ],
     column: ColumnOption = None,
     model: ModelOption = None,
+    adapter: StartOption = None,
     score: ScoreOption = None,
     quantize: QuantizeOption = None,
     skip_quantize: SkipOption = None,
@@ -83,7 +85,9 @@ def calibrate(
         rows = read_data(data, base, manifest.task, manifest.probe.sequence_length, columns_by_field(column))
         err.print(f"data: {rows}", style="dim", highlight=False)
         own = load_score(score) if score else None
-        trainer = LanguageTrainer(manifest, base, rows, None, private_seed=0, threads=num_threads, score=own)
+        trainer = LanguageTrainer(
+            manifest, base, rows, None, private_seed=0, threads=num_threads, score=own, start=adapter
+        )
         columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
             shown = bar.add_task("", total=None)

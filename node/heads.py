@@ -61,7 +61,7 @@ def complete(model: torch.nn.Module, num_labels: int, missing: Sequence[str]) ->
     if found is None:
         raise ValueError(f"{type(model).__name__} has no linear head of {num_labels} labels")
     head, linear = found
-    saved, left = {_saved(model, head)}, []
+    saved, left = {whole_head(model, head)}, []
     for name in missing:
         path = name.rpartition(".")[0]
         if path == head:
@@ -72,10 +72,17 @@ def complete(model: torch.nn.Module, num_labels: int, missing: Sequence[str]) ->
             continue
         with torch.no_grad():
             model.get_parameter(name).copy_(neutral)
-        saved.add(_saved(model, path))
+        saved.add(whole_head(model, path))
     shape = Head(num_labels, linear.in_features, linear.bias is not None)
     in_files = not any(name.rpartition(".")[0] == head for name in missing)
     return HeadModule(path=head, shape=shape, is_in_files=in_files, saved=tuple(sorted(saved))), left
+
+
+def whole_head(model: torch.nn.Module, path: str) -> str:
+    """The path of the module to save that has the one at `path`: the whole head, or the pooler in the backbone."""
+    parts = path.split(".")
+    inside = parts[0] == getattr(model, "base_model_prefix", "")
+    return ".".join(parts[: parts.index("pooler") + 1]) if inside else parts[0]
 
 
 def padding(model: Any, tokenizer: Any) -> int:
@@ -108,10 +115,3 @@ def _neutral(name: str, parameter: torch.Tensor) -> torch.Tensor | None:
     if parameter.ndim == 2 and parameter.shape[0] == parameter.shape[1]:
         return torch.eye(len(parameter), dtype=parameter.dtype)
     return None
-
-
-def _saved(model: torch.nn.Module, path: str) -> str:
-    """The path of the module to save that has the one at `path`: the whole head, or the pooler in the backbone."""
-    parts = path.split(".")
-    inside = parts[0] == getattr(model, "base_model_prefix", "")
-    return ".".join(parts[: parts.index("pooler") + 1]) if inside else parts[0]

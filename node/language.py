@@ -22,7 +22,9 @@ from node.probe import Probe, Probed
 from node.records import DataError
 from node.rehearsal import Rehearsal, rehearse
 from node.scores import Score
+from node.start import start_of
 from node.tasks import Mix
+from transport.adapter_files import Start
 from zo import kernels
 from zo.directions import Direction, run_key
 from zo.initial import initial_weights
@@ -43,6 +45,7 @@ class LanguageTrainer:
         *,
         private_seed: int,
         threads: int,
+        start: Path | None = None,
         score: Score | None = None,
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -55,13 +58,14 @@ class LanguageTrainer:
             held_out: what `evaluate` measures; None if nothing.
             private_seed: decides batches and rounding; never leaves the node.
             threads: for the integer kernels; torch's are set when the base is loaded.
+            start: directory of the PEFT adapter that the run starts from, if it does.
             score: the node's callable, if that is the run's objective.
             warn: called if a score is not finite.
 
         Raises:
             ScoreError: there is a callable and the run wants none, or the other way round.
             DataError: prompts are too long for what the model is to say after them.
-            BaseError: the adapter that the manifest describes does not come out of this base.
+            BaseError: the adapter that the manifest describes does not come out of this base, or `start` is not it.
         """
         kernels.set_threads(threads)
         self._manifest = manifest
@@ -69,7 +73,8 @@ class LanguageTrainer:
         self._objective = objective(manifest.task, base, windows, score, warn)
         if held_out is not None:
             objective(manifest.task, base, held_out, score)  # checks that these prompts fit as well
-        self._adapter = adapt(base, manifest)
+        self._start = start_of(manifest, start, base)
+        self._adapter = adapt(base, manifest, self._start)
         self._probe = Probe(
             self._adapter,
             windows,
@@ -85,7 +90,8 @@ class LanguageTrainer:
     def initial_weights(self) -> NDArray[np.int32]:
         """The weights of round 0: (size,) int32."""
         key = run_key(self._manifest.run_id)
-        return initial_weights(self._adapter.layout, key, self._manifest.adapter.train)
+        start = None if self._start is None else self._start.values
+        return initial_weights(self._adapter.layout, key, self._manifest.adapter.train, start)
 
     def rehearse(self, at_once: int | None = None) -> Rehearsal:
         """Try noise and speed at the weights of round 0, and probe as was found from then on; see `rehearse`."""
@@ -119,7 +125,7 @@ class LanguageTrainer:
         )
 
 
-def adapt(base: Base, manifest: Manifest) -> Adapter:
+def adapt(base: Base, manifest: Manifest, start: Start | None = None) -> Adapter:
     """The manifest's adapter inside the base.
 
     Raises:
@@ -134,6 +140,7 @@ def adapt(base: Base, manifest: Manifest) -> Adapter:
             rank=wanted.rank,
             alpha=wanted.alpha,
             train=wanted.train,
+            start=start,
         )
     except ValueError as error:
         raise BaseError(f"the run's adapter does not fit the base {base.path}: {error}") from error

@@ -5,7 +5,7 @@ files do, so that both mean the same by every name.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -135,9 +135,14 @@ def is_causal(configuration: Mapping[str, Any]) -> bool:
     return str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel"))
 
 
+def file_digest(files: Iterable[Path]) -> str:
+    """Hexadecimal digest of some files, by their names and contents; see `zo.layout.base_digest`. Raises OSError."""
+    return base_digest((file.name, _chunks(file)) for file in sorted(files, key=lambda file: file.name))
+
+
 def _digest(files: list[Path]) -> str:
     try:
-        return base_digest((file.name, _chunks(file)) for file in sorted(files, key=lambda file: file.name))
+        return file_digest(files)
     except OSError as error:
         raise BaseFilesError(f"{error.filename} cannot be read: {error.strerror}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final, Literal
 
 import numpy as np
@@ -24,15 +25,27 @@ def adapted_modules(layout: Layout) -> tuple[str, ...]:
     return tuple(sorted({name.rpartition(".")[0] for name in names}))
 
 
-def initial_weights(layout: Layout, key: RunKey, train: Literal["B", "AB"]) -> NDArray[np.int32]:
+def initial_weights(
+    layout: Layout,
+    key: RunKey,
+    train: Literal["B", "AB"],
+    start: Mapping[str, NDArray[np.float32]] | None = None,
+) -> NDArray[np.int32]:
     """The weights before the first commit: int32 (layout.size,).
 
     Every B is zero, so that the model starts as its base. A, where it is trained, is the generated A that a
     run with train="B" keeps frozen, rounded to the grid of the weights. A head starts as such an A does: a small linear
     layer, with a bias of zero.
 
+    Args:
+        layout: of what is trained.
+        key: of the run.
+        train: what is trained of each module.
+        start: values by parameter that take the place of the generated ones, rounded to the grid of the weights.
+
     Raises:
-        ValueError: `train` is neither "B" nor "AB", or the layout holds other parameters than it says.
+        ValueError: `train` is neither "B" nor "AB", the layout holds other parameters than it says, or `start` has a
+            value that is not within the range of the weights.
     """
     if train not in ("B", "AB"):
         raise ValueError(f'train must be "B" or "AB", got {train!r}')
@@ -40,11 +53,17 @@ def initial_weights(layout: Layout, key: RunKey, train: Literal["B", "AB"]) -> N
     index_by_module = {module: index for index, module in enumerate(adapted_modules(layout))}
     for parameter in layout.parameters:
         module, _, factor = parameter.name.rpartition(".")
-        if parameter.name == HEAD_WEIGHT or (factor == "lora_A" and train == "AB"):
+        entries = weights[parameter.offset : parameter.offset + parameter.size]
+        given = None if start is None else start.get(parameter.name)
+        if given is not None:
+            try:
+                entries[:] = from_float(given.ravel())
+            except ValueError as error:
+                raise ValueError(f"{parameter.name}: {error}") from error
+        elif parameter.name == HEAD_WEIGHT or (factor == "lora_A" and train == "AB"):
             rows, in_features = parameter.shape
             index = _HEAD_INDEX if parameter.name == HEAD_WEIGHT else index_by_module[module]
-            values = from_float(initial_lora_A(key, index, (rows, in_features)))
-            weights[parameter.offset : parameter.offset + values.size] = values.ravel()
+            entries[:] = from_float(initial_lora_A(key, index, (rows, in_features))).ravel()
         elif factor != "lora_B" and parameter.name != HEAD_BIAS:
             raise ValueError(f'a layout with train="{train}" has no parameter {parameter.name}')
     return weights

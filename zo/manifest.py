@@ -251,6 +251,14 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             description='"B": A is frozen, generated from the run id, and B starts at zero; "AB": both are trained.'
         ),
     ]
+    start: Annotated[
+        str,
+        Meta(
+            pattern=r"^([0-9a-f]{32})?$",
+            description="BLAKE2b-128 over the files of the PEFT adapter that the weights start from, which nodes must "
+            "have; empty: they start from generated values.",
+        ),
+    ] = ""
     size: Annotated[
         int,
         Meta(ge=1, le=2**31, description="Number of trained parameters, from the base and the fields above."),

@@ -8,13 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from coordinator.cli import app
 from coordinator.rundir import RunDirectory
 from transport.exits import Exit
+from zo.layout import base_digest
 from zo.manifest import parse_manifest
+from zo.weights import to_float
 
 
 @pytest.fixture
@@ -140,6 +144,51 @@ def test_words_stand_in_the_manifest(base, tmp_path):
     assert run("init", tmp_path / "run", "--model", base, *words).exit_code == 0
     task = RunDirectory(tmp_path / "run").manifest().task
     assert (task.labels, task.words, task.template) == (("0", "1"), ("bad", "good"), "{text} It was")
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A PEFT adapter of the base's only layer, of rank 2."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 6}')
+    factors = {"A": np.full((2, 8), 0.5, np.float32), "B": np.full((8, 2), -0.25, np.float32)}
+    name = "base_model.model.layers.0.q_proj.lora_{}.weight"
+    save_file(
+        {name.format(key): factor for key, factor in factors.items()}, folder / "adapter_model.safetensors"
+    )
+    return folder
+
+
+@pytest.mark.parametrize(("train", "expected"), [("AB", [0.5] * 16 + [-0.25] * 16), ("B", [-0.25] * 16)])
+def test_a_run_may_start_from_an_adapter(base, adapter, tmp_path, train, expected):
+    made = run("init", tmp_path / "run", "--model", base, "--adapter", adapter, "--train", train)
+    assert made.exit_code == 0, made.output
+    directory = RunDirectory(tmp_path / "run")
+    manifest = directory.manifest()
+    assert (manifest.adapter.rank, manifest.adapter.alpha, manifest.adapter.targets) == (2, 6.0, ("q_proj",))
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    assert manifest.adapter.start == base_digest((name, [(adapter / name).read_bytes()]) for name in files)
+    assert to_float(directory.initial(manifest).weights).tolist() == expected
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_made(base, adapter, tmp_path):
+    here = ("init", tmp_path / "run", "--model", base, "--adapter")
+    for option in (("--rank", 2), ("--alpha", 6), ("--target", "q_proj")):
+        fails(run(*here, adapter, *option), Exit.INPUT, "--adapter brings rank, alpha and modules: leave out")
+    fails(run(*here, tmp_path / "no"), Exit.BASE, "has no adapter_config.json")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 1025}')
+    fails(run(*here, adapter), Exit.INPUT, "adapter.alpha = 1025.0: expected `float` <= 1024.0")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 6}')
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    large = {name: tensor * 20 for name, tensor in tensors.items()}
+    save_file(large, adapter / "adapter_model.safetensors")
+    fails(
+        run(*here, adapter),
+        Exit.BASE,
+        "layers.0.q_proj.lora_A: weights must be finite and within ±8, got 10.0",
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_head_needs_to_know_how_wide_the_base_is(base, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from node import embedded
@@ -162,3 +163,29 @@ def test_a_function_of_the_nodes_own_judges_what_the_model_writes(swarm, says, t
     join(swarm, "ada", rows, "--score", "tests.e2e.judge:score")
     join(swarm, "ben", rows, "--score", "tests.e2e.judge:score")
     swarm.assert_finished("ada", "ben")
+
+
+def test_a_run_starts_from_an_adapter_that_every_node_must_have(swarm, says, tmp_path):
+    from node.adapter import Adapter
+    from node.base import load_base
+
+    base = load_base(embedded.path(), threads=1)
+    made = Adapter(base, key=(1, 2), targets=("q_proj",), rank=2, alpha=4, train="AB")
+    weights = np.random.default_rng(0).integers(-(2**24), 2**24, made.size).astype(np.int32)
+    adapter, data = tmp_path / "adapter", tmp_path / "data.txt"
+    made.export(adapter, weights, "the base")
+    data.write_text("Return the absolute value of the number. " * 20)
+
+    swarm.base = embedded.path()
+    swarm.init(*PROBE, "--quorum", 1, "--train", "AB", "--adapter", adapter)
+    swarm.serve()
+    says(
+        join(swarm, "cho", data),
+        5,
+        "the run starts from a PEFT adapter, of digest .*; name its directory with",
+    )
+    join(swarm, "ada", data, "--adapter", adapter)
+    swarm.assert_finished("ada")
+    trained = load_result(swarm.run)[1].weights
+    assert (trained != weights).any()
+    assert np.corrcoef(trained, weights)[0, 1] > 0.8, "it went on from there"
