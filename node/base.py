@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from node import quantization
+from node.memory import LOADING, OutOfMemoryError, memory_explained
 from node.quantization import QuantizationError
 from transport import base_files, hub
+from zo.manifest import Manifest
 from zo.quantization import Kind
 
 # torch and transformers take seconds to import: a wrong path or digest is refused before that.
@@ -82,6 +84,7 @@ def load_base(
 
     Raises:
         BaseError: the base is missing, gated, incomplete or broken, or it cannot be quantised like that.
+        OutOfMemoryError: memory does not suffice for it.
     """
     folder = resolve(path)
     digest = read_digest(folder)
@@ -102,17 +105,20 @@ def load_base(
         options = quantization.loading_options(folder, auto, config, quantize, skip_quantize)
         # What a damaged file raises depends on the format and on the library's version: any failure to read
         # the files found above means the same to the caller.
-        model, loading = auto.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=labels is not None,  # a head of another number of labels
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
+        with memory_explained(f"to load the base in {folder}", LOADING):
+            model, loading = auto.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=labels is not None,  # a head of another number of labels
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
+    except OutOfMemoryError:
+        raise
     except QuantizationError as error:
         raise BaseError(str(error)) from error
     except Exception as error:
@@ -254,6 +260,24 @@ def _explained(read: Callable[[Path], _Read], path: str | Path) -> _Read:
         return read(hub.find(path).folder)
     except base_files.BaseFilesError as error:
         raise BaseError(str(error)) from error
+
+
+def check_unchanged(path: str, digest: str, tokenizer_digest: str, manifest: Manifest) -> None:
+    """Check that a base is the one with which this node took part in the run before.
+
+    Raises:
+        BaseError: it has changed since.
+    """
+    run = manifest.base
+    for what, found, was in (
+        ("base", digest, run.digest),
+        ("tokenizer", tokenizer_digest, run.tokenizer_digest),
+    ):
+        if found != was:
+            raise BaseError(
+                f"the {what} in {path} has changed since this node last took part in the run: its digest is {found}, "
+                f"it was {was}. Fetch the files again, or name the run's base with --model"
+            )
 
 
 def resolve(path: str | Path) -> Path:

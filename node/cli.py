@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from node import embedded
-from node.base import BaseError, load_base, read_digest, read_tokenizer_digest
+from node.base import BaseError, check_unchanged, load_base, read_digest, read_tokenizer_digest
 from node.cli_app import (
     AdapterOption,
     ColumnOption,
@@ -42,6 +42,7 @@ from node.cli_app import (
     out,
 )
 from node.display import summary, view_line
+from node.memory import EVALUATING, memory_explained
 from node.quantization import agreed
 from node.records import DataError
 from node.scores import load_score
@@ -164,6 +165,9 @@ def join(
         path = model or str(embedded.path())
         with directory.lock(), _log(directory.log_path) as log, _live_line(is_renewed=not show_wire) as show:
             base_digest, tokenizer_digest = read_digest(path), read_tokenizer_digest(path)
+            before = directory.manifest()
+            if before is not None and before.run_id == parsed.run_id:
+                check_unchanged(path, base_digest, tokenizer_digest, before)
             _compile_kernels()
             if start_over and (aside := directory.set_aside()) is not None:
                 err.print(
@@ -375,13 +379,14 @@ def evaluate(
             def progress(done: int, _: int) -> None:
                 bar.update(shown, completed=done)
 
-            found = measure(measured, rows, batch_size=batch_size, progress=progress)
-            if wanted.objective != "cross-entropy" and found.accuracy is None:
-                wanted_loss = objective_of(wanted, base, rows, own, _warn)
-                loss = measure(
-                    measured, rows, batch_size=batch_size, objective=wanted_loss, progress=progress
-                ).loss
-                scored = 1 - loss
+            with memory_explained("to evaluate", EVALUATING):
+                found = measure(measured, rows, batch_size=batch_size, progress=progress)
+                if wanted.objective != "cross-entropy" and found.accuracy is None:
+                    wanted_loss = objective_of(wanted, base, rows, own, _warn)
+                    loss = measure(
+                        measured, rows, batch_size=batch_size, objective=wanted_loss, progress=progress
+                    ).loss
+                    scored = 1 - loss
         if json:
             figures: dict[str, Any] = {} if mix == "vote" else {"loss": found.loss}
             figures |= {"windows": rows.num_windows}

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from node.base import BaseError
+from node.memory import OutOfMemoryError
 from node.quantization import QuantizationError
 from node.records import EXAMPLES, DataError
 from node.scores import ScoreError
@@ -41,6 +42,7 @@ _EXIT_BY_ERROR: dict[type[Exception], Exit] = {
     QuantizationError: Exit.INPUT,
     ScoreError: Exit.INPUT,
     BaseError: Exit.BASE,
+    OutOfMemoryError: Exit.MEMORY,
     StateError: Exit.STORAGE,
     StateBusyError: Exit.BUSY,
     SocketError: Exit.UNREACHABLE,

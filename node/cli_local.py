@@ -37,7 +37,6 @@ from node.tasks import adapters_in, asked, check_mix
 from transport.exits import Exit
 from transport.ticket import parse_ticket
 from zo import kernels
-from zo.manifest import ManifestError, parse_manifest
 
 _STYLE_BY_STATE = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -110,10 +109,7 @@ def doctor(
         parsed = parse_ticket(ticket) if ticket else None
         run_id = parsed.run_id if parsed else bytes(16)
         directory = StateDirectory((state or default_state(run_id, name[:64])).expanduser())
-        try:
-            manifest = parse_manifest(directory.manifest_path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, ManifestError):
-            manifest = None  # it has not joined yet
+        manifest = directory.manifest()  # None if it has not joined yet
         if manifest:
             kind, skip = agreed(manifest.base, quantize, skip_quantize)
             batch_size, sequence_length = manifest.probe.batch_size, manifest.probe.sequence_length

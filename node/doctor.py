@@ -20,6 +20,7 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from node.base import Base, BaseError, load_base, read_digest, read_tokenizer_digest, resolve
+from node.memory import OutOfMemoryError
 from transport.base_files import BaseFilesError, configuration, is_causal, is_in_layer, tensor_shapes
 from transport.keys import KeyFileError, invitation_keys, load_key, new_key_pair
 from transport.sockets import Link, NodeSocket, SocketError
@@ -342,7 +343,7 @@ def load(
     began = time.perf_counter()
     try:
         base = load_base(path, threads=threads, quantize=kind, skip_quantize=skip, labels=labels)
-    except BaseError as error:
+    except (BaseError, OutOfMemoryError) as error:
         return None, Finding(check="loading", state="fail", found=str(error))
     return base, Finding(
         check="loading",

@@ -13,11 +13,13 @@ from node import labelled
 from node.base import Base
 from node.completions import prompt_ids
 from node.losses import label_logits
+from node.memory import SAYING, memory_explained
 from node.mixture import Mixture
 from node.records import DataError
 from zo.manifest import Task
 
 
+@memory_explained("for this text", SAYING)
 def complete(base: Base, model: torch.nn.Module, prompt: str, max_tokens: int) -> str:
     """What the model says after a prompt, the likeliest token each time, until it ends its text.
 
@@ -114,6 +116,7 @@ def _ends(base: Base) -> set[int]:
     return {token for token in [*listed, base.tokenizer.eos_token_id] if token is not None}
 
 
+@memory_explained("for this text", SAYING)
 def classify(
     base: Base, model: torch.nn.Module, task: Task, sequence_length: int, text: str
 ) -> tuple[str, float]:

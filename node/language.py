@@ -16,6 +16,7 @@ from node.completions import read_completions
 from node.data import Sequences, read_windows
 from node.labelled import read_labelled
 from node.losses import evaluate
+from node.memory import PROBING, memory_explained
 from node.mixture import Mixture
 from node.objectives import objective
 from node.probe import Probe, Probed
@@ -93,10 +94,12 @@ class LanguageTrainer:
         start = None if self._start is None else self._start.values
         return initial_weights(self._adapter.layout, key, self._manifest.adapter.train, start)
 
+    @memory_explained("to probe", PROBING)
     def rehearse(self, at_once: int | None = None) -> Rehearsal:
         """Try noise and speed at the weights of round 0, and probe as was found from then on; see `rehearse`."""
         return rehearse(self._probe, self.initial_weights(), at_once)
 
+    @memory_explained("to probe", PROBING)
     def calibrate(self, num_directions: int, progress: Callable[[int, int], None] | None = None) -> list[Row]:
         """How wrong slopes are at many epsilons, at the weights of round 0; see `node.calibration.calibrate`."""
         weights, sides = self.initial_weights(), self._manifest.probe.sides
@@ -109,12 +112,14 @@ class LanguageTrainer:
 
         return calibrate(differences, sides, progress)
 
+    @memory_explained("to probe", PROBING)
     def probe(
         self, weights: NDArray[np.int32], round: int, node: int, exponent: int, agent: int = 0
     ) -> Probed:
         """The codes of an agent's round."""
         return self._probe.probe(weights, round, node, exponent, agent)
 
+    @memory_explained("for the held-out data", PROBING)
     def evaluate(self, weights: NDArray[np.int32]) -> float | None:
         """Held-out loss, of the run's objective; None if nothing is held out."""
         if self._held_out is None:

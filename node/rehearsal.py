@@ -140,7 +140,7 @@ def rehearse(
                 why_not = f"several have other losses, by {off:.0%}: this model mixes the rows of a batch"
                 break
             stacked_s = min(seconds(candidate, tried), seconds(candidate, tried))
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             why_not = f"several fail: {str(error).partition(chr(10))[0]}"
             break
         plain_s = min(plain_s, seconds(0, names))  # again: others may have used the machine the first time

@@ -93,6 +93,13 @@ class StateDirectory:
         secret = self.keys().secret
         return int.from_bytes(hashlib.blake2b(secret, digest_size=8, person=b"zo-private").digest(), "little")
 
+    def manifest(self) -> Manifest | None:
+        """The manifest of the run that this node last took part in; None if it has none that can be read."""
+        try:
+            return parse_manifest(self.manifest_path.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, ManifestError):
+            return None
+
     def save_manifest(self, manifest: Manifest) -> None:
         """Keep the manifest. Raises StateError."""
         _write(self.manifest_path, documented_toml(manifest, "The manifest of the run.").encode())

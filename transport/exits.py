@@ -27,6 +27,8 @@ class Exit(IntEnum):
     """The coordinator does not admit this node; its reason is shown."""
     MISMATCH = 12
     """A check that was asked for failed: digests differ, or a loss did not fall."""
+    MEMORY = 13
+    """Memory does not suffice; what to lower is shown."""
 
 
 HELP = "Exit codes: " + "; ".join(
@@ -43,5 +45,6 @@ HELP = "Exit codes: " + "; ".join(
         Exit.WRONG_KEY: "wrong coordinator key",
         Exit.REFUSED: "refused by the coordinator",
         Exit.MISMATCH: "a check failed",
+        Exit.MEMORY: "not enough memory",
     }.items()
 )

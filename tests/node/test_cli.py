@@ -95,6 +95,27 @@ def test_a_base_that_is_none(text, tmp_path):
     fails(run("join", TICKET, *options), Exit.BASE, "has no config.json")
 
 
+def test_a_base_that_has_changed_since_this_node_took_part(text, tmp_path, make_manifest):
+    from node import embedded
+    from node.base import read_digest, read_tokenizer_digest
+    from node.state import StateDirectory
+
+    digests = {
+        "digest": read_digest(str(embedded.path())),
+        "tokenizer_digest": read_tokenizer_digest(str(embedded.path())),
+    }
+    options = ("--data", text, "--state", tmp_path / "state", "--connect-timeout", 0.2)
+    for what, changed in (("base", "digest"), ("tokenizer", "tokenizer_digest")):
+        manifest = make_manifest(**digests | {changed: "ab" * 16})
+        ticket = Ticket("127.0.0.1", 9, manifest.run_id, new_key_pair().public)
+        (tmp_path / "state").mkdir(exist_ok=True)
+        StateDirectory(tmp_path / "state").save_manifest(manifest)
+        said = f"has changed since this node last took part in the run: its digest is {digests[changed]}, it was abab"
+        fails(run("join", ticket, *options), Exit.BASE, f"the {what} in ", said, "Fetch the files again")
+    # Another run is another matter.
+    fails(run("join", TICKET, *options), Exit.UNREACHABLE, "nobody answers")
+
+
 def test_a_state_that_another_node_uses(text, tmp_path):
     with StateDirectory(tmp_path / "state").lock():
         result = run("join", TICKET, "--data", text, "--state", tmp_path / "state")
