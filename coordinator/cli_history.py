@@ -76,7 +76,15 @@ def _line(record: LogRecord) -> Text:
 
 
 def _style(record: LogRecord) -> str:
-    if record.kind in ("diverged", "first-difference", "malformed", "refused", "misfit", "revert"):
+    if record.kind in (
+        "diverged",
+        "first-difference",
+        "out-of-line",
+        "malformed",
+        "refused",
+        "misfit",
+        "revert",
+    ):
         return "yellow"
     return "" if record.kind == "commit" else "dim"
 

@@ -53,6 +53,13 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             description="Longest wait for a missing report once a quorum has come, in seconds.",
         ),
     ] = 60.0
+    quarantine_out_of_line: Annotated[
+        bool,
+        Meta(
+            description="Shut out a node whose codes are statistically out of line (of one sign, at the limit, or no "
+            "votes), until `zo-coordinator release`. False: only say so."
+        ),
+    ] = False
     capacity: Annotated[int, Meta(ge=1, le=4096, description="Most nodes that may ever join this run.")] = (
         1024
     )

@@ -343,9 +343,9 @@ class Ledger:
         return [LedgerEvent(*row) for row in rows][::-1]
 
     def alerts(self, limit: int) -> list[LedgerEvent]:
-        """The newest events about weights that differed, of any agent, oldest first."""
+        """The newest events about weights that differed or codes out of line, of any agent, oldest first."""
         rows = self._read(
-            f"SELECT {_EVENT} FROM events WHERE kind IN ('diverged', 'first-difference', 'released') "
+            f"SELECT {_EVENT} FROM events WHERE kind IN ('diverged', 'first-difference', 'released', 'out-of-line') "
             "ORDER BY id DESC LIMIT ?",
             limit,
         )

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Final
 
 import msgspec
+import numpy as np
 
 from coordinator.archive import Archive, Restored
 from coordinator.conductor import Conductor
 from coordinator.conductors import AgentEffect, Conductors
 from coordinator.config import ServiceConfig
 from coordinator.effects import Effect, Enrol, Note, Persist, PersistCheckpoint, Quarantine, Send, SendPiece
+from coordinator.influence import Finding, Influence
 from coordinator.invitations import REVOKED, Standing, admittance, redemption, rotation
 from coordinator.keyring import Keyring
 from coordinator.ledger import Checkpoint, Ledger, StorageError
@@ -82,6 +84,7 @@ class _Track:
     conductor: Conductor
     archive: Archive
     speed: Speed
+    influence: Influence
     last_loss: float | None
     """The mean of those who were here last."""
 
@@ -136,6 +139,8 @@ class Service:
         self._gone: list[bytes] = []
         self._keyring = keyring
         self._capacity = config.capacity
+        self._may_quarantine = config.quarantine_out_of_line
+        self._findings: deque[tuple[int, Finding]] = deque()
         self._to_cut: deque[tuple[float, bytes]] = deque()
         """When connections end of sessions that have been told to go, if they do not go by themselves."""
         self._limits = Limits(manifest.agents.count)
@@ -159,8 +164,9 @@ class Service:
                 archive.digests_between,
                 now,
             )
+            influence = Influence(manifest.probe.sides)
             last_loss = before.loss_of(agent) if before else None
-            self._tracks.append(_Track(conductor, archive, Speed(replica.round, now), last_loss))
+            self._tracks.append(_Track(conductor, archive, Speed(replica.round, now), influence, last_loss))
         self.conductors = Conductors([track.conductor for track in self._tracks])
         self.status = self._make_status()
 
@@ -288,8 +294,24 @@ class Service:
                     self._carry_out(self.conductors.on_shut_out(identity, REVOKED, now))
                     if session is not None:
                         self._to_cut.append((now + _LAST_WORD_S, session))
+        while self._findings:
+            self._judge(*self._findings.popleft(), now)
         while self._to_cut and self._to_cut[0][0] <= now:
             self._end.cut(self._to_cut.popleft()[1])
+
+    def _judge(self, agent: int, finding: Finding, now: float) -> None:
+        """Say that a node's codes are out of line, and shut it out if that is the policy."""
+        node, reason = finding
+        member = self.conductors[agent].members[node]
+        self._note(agent, "out-of-line", node, f"node {node} ({member.name}): {reason}")
+        if not self._may_quarantine or self._roster.is_quarantined(node):
+            return
+        self._roster.quarantine(node)
+        self._tracks[agent].archive.ledger.set_quarantined(node, True)
+        refusal = Refuse("quarantined", f"node {node}'s codes are out of line: {reason}")
+        if member.session is not None:
+            self._to_cut.append((now + _LAST_WORD_S, member.session))
+        self._carry_out(self.conductors.on_shut_out(member.key, refusal, now))
 
     def _member(self, agent: int, session: bytes) -> Member | None:
         """Whose session this is in an agent's track."""
@@ -326,6 +348,8 @@ class Service:
                 self._send(agent, session, "Piece", encode(piece))
             case Persist(commit, frame):
                 ledger.append(commit, frame)
+                findings = track.influence.observe(commit.participants, np.frombuffer(commit.codes, np.int8))
+                self._findings += [(agent, finding) for finding in findings]
             case Quarantine(node):
                 ledger.set_quarantined(node, True)
             case PersistCheckpoint(round, digest, scale):

@@ -89,7 +89,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     updated_at: float
     """Seconds since the epoch."""
     alerts: list[str] = []
-    """The newest events about nodes whose weights differed: which, at which round, and the first wrong one."""
+    """The newest events about nodes whose weights differed or whose codes were out of line: which, and when."""
     agents: list[AgentStatus] = []
     """One for each agent, in order; empty if there is only one, of which the fields above say all."""
 

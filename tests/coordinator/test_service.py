@@ -593,3 +593,56 @@ def test_words_about_keys_change_no_more_than_one_key(served, messages):
         assert isinstance(answer, Admitted) <= (is_member and not is_redeem)
     identities = {record.identity for record in served.keyring.records()}
     assert identities <= known
+
+
+# ---- influence ----------------------------------------------------------------------------------------------------
+
+
+def play_with_mallory(served, rounds):
+    """Nodes 0 to 2 report what is usual, node 3 the largest codes of one sign."""
+    rng = np.random.default_rng(0)
+    for _ in range(rounds):
+        round = served.service.conductors[0].round
+        for node in range(3):
+            served.say(node, Report(round % 256, rng.integers(-60, 60, DIRECTIONS).astype(np.int8).tobytes()))
+        served.say(3, Report(round % 256, b"\x7f" * DIRECTIONS))
+        served.service._enforce()
+
+
+@pytest.fixture
+def swarm_of_four(tmp_path, manifest):
+    def make(**config):
+        served = Served(tmp_path / "run", manifest, ServiceConfig(quorum=3, **config))
+        for node in range(4):
+            served.hello(node)
+        return served
+
+    return make
+
+
+@pytest.mark.attack
+def test_a_node_whose_codes_are_out_of_line_is_reported_once(swarm_of_four):
+    served = swarm_of_four()
+    play_with_mallory(served, 8)
+    texts = [event.text for event in served.noted("out-of-line")]
+    assert len(texts) == 2
+    assert all(text.startswith("node 3 (n3): ") for text in texts)
+    assert any("codes are at ±127" in text for text in texts)
+    assert any("node 3 (n3)" in alert for alert in read_status(served.manifest, served.ledger).alerts)
+    assert 3 in decode_entry(list(served.ledger.frames())[-1]).participants
+    served.ledger.close()
+
+
+@pytest.mark.attack
+def test_a_node_whose_codes_are_out_of_line_is_shut_out_if_that_is_the_policy(swarm_of_four):
+    served = swarm_of_four(quarantine_out_of_line=True)
+    play_with_mallory(served, 8)
+    assert len(served.noted("out-of-line")) == 2
+    assert 3 not in decode_entry(list(served.ledger.frames())[-1]).participants
+    refused = [m for session, m in served.wire.sent if session == b"session 3" and isinstance(m, Refuse)]
+    assert refused[0].cause == "quarantined"
+    assert "codes are out of line: 4" in refused[0].reason
+    assert served.hello(3)[0].cause == "quarantined"
+    served.start()
+    assert served.hello(3)[0].cause == "quarantined"
+    served.ledger.close()
