@@ -251,7 +251,7 @@ def init(
         directory = RunDirectory(run)
         found = hub.find(model)
         tensors = base_files.tensor_shapes(found.folder)
-        shapes = base_files.linear_shapes(tensors)
+        shapes = base_files.linear_shapes(tensors, base_files.configuration(found.folder))
         base = BaseModel(
             name=found.name,
             revision=found.revision,

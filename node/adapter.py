@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.numpy import save_file
+from transformers.pytorch_utils import Conv1D
 
 from node.base import Base, BaseError
 from node.heads import HeadModule, whole_head
@@ -86,6 +87,7 @@ class Adapter:
             lora_dropout=0.0,
             target_modules=_targets(base.model, targets, paths),
             bias="none",
+            fan_in_fan_out=any(isinstance(base.model.get_submodule(path), Conv1D) for path in paths),
             task_type="CAUSAL_LM",
         )
         if modules:

@@ -161,11 +161,12 @@ def load_base(
     whole = (
         () if head is None else tuple(f"{path}." for path in head.saved)
     )  # not adapted, but trained or completed
-    module_by_name = {
-        name_in_files(path, model.base_model_prefix, in_files): (path, module)
+    linear = {
+        path: shape
         for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and not f"{path}.".startswith(whole)
+        if not f"{path}.".startswith(whole) and (shape := quantization.linear_shape(module)) is not None
     }
+    path_by_name = {name_in_files(path, model.base_model_prefix, in_files): path for path in linear}
     return Base(
         model=model,
         tokenizer=tokenizer,
@@ -173,10 +174,8 @@ def load_base(
         path=str(path),
         digest=digest,
         tokenizer_digest=tokenizer_digest,
-        linear_shapes={
-            name: (module.out_features, module.in_features) for name, (_, module) in module_by_name.items()
-        },
-        path_by_name={name: path for name, (path, _) in module_by_name.items()},
+        linear_shapes={name: linear[path] for name, path in path_by_name.items()},
+        path_by_name=path_by_name,
         head=head,
         padding=padding,
         max_sequence_length=_longest_sequence(model),

@@ -184,7 +184,16 @@ def _turns(tokenizer: Any, prompt: str, completion: str | None = None) -> str:
     chat = [{"role": "user", "content": prompt}]
     if completion is not None:
         chat.append({"role": "assistant", "content": completion})
-    text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=completion is None)
+    from jinja2 import TemplateError  # as late as transformers does
+
+    try:
+        text: str = tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=completion is None
+        )
+    except TemplateError as error:
+        raise DataError(
+            f"the tokenizer's chat template refuses a user's turn{' and its answer' if completion else ''}: {error}"
+        ) from error
     return text
 
 

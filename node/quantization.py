@@ -72,9 +72,7 @@ def loading_options(folder: Path, auto: Any, config: Any, kind: Kind, skip: Sequ
     with torch.device("meta"):
         empty = auto.from_config(config, trust_remote_code=False)
     linear = {
-        name: (module.out_features, module.in_features)
-        for name, module in empty.named_modules()
-        if isinstance(module, torch.nn.Linear)
+        name: shape for name, module in empty.named_modules() if (shape := linear_shape(module)) is not None
     }
     layers = layers_only(linear)
     try:
@@ -94,6 +92,18 @@ def loading_options(folder: Path, auto: Any, config: Any, kind: Kind, skip: Sequ
         asked = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left_out)
     # The device is named because transformers would take a GPU if there is one.
     return {"quantization_config": asked, "device_map": {"": "cpu"}}
+
+
+def linear_shape(module: Any) -> tuple[int, int] | None:
+    """(out_features, in_features) of a module that is a linear layer, quantised or not; None for any other."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, torch.nn.Linear):
+        return module.out_features, module.in_features
+    return (
+        (module.nf, module.nx) if isinstance(module, Conv1D) else None
+    )  # GPT-2 has linear layers of this name
 
 
 def _check_library() -> None:

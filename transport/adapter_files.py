@@ -22,7 +22,7 @@ CONFIGURATION: Final = "adapter_config.json"
 TENSORS: Final = "adapter_model.safetensors"
 _FACTOR: Final = re.compile(r"^(?P<path>.+)\.(?P<factor>lora_[AB])\.weight$")
 _PREFIX: Final = "base_model.model."
-_PLAIN: Final = ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "alora_invocation_tokens")
+_PLAIN: Final = ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens")
 _EMPTY: Final = (
     "rank_pattern",
     "alpha_pattern",

@@ -13,6 +13,8 @@ from zo.layout import base_digest
 
 TOKENIZER_PATTERNS: Final = ("tokenizer.model", "vocab*", "merges*")
 """The files of a tokenizer that has no tokenizer.json."""
+_TURNED_MODELS: Final = ("gpt2", "openai-gpt", "imagegpt")
+"""Models whose layers are transformers' `Conv1D`: their weights are (in_features, out_features)."""
 _CHUNK_BYTES: Final = 1 << 20
 _MAX_HEADER_BYTES: Final = 100_000_000
 
@@ -95,10 +97,18 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def linear_shapes(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) by module name, of every weight with two dimensions; embeddings look alike."""
+def linear_shapes(
+    tensors: Mapping[str, tuple[int, ...]], configuration: Mapping[str, Any] | None = None
+) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) by module name, of every weight with two dimensions; embeddings look alike.
+
+    Args:
+        tensors: shape by name of all tensors of a base.
+        configuration: of the base; a few models keep the weights of their layers the other way round.
+    """
+    is_turned = (configuration or {}).get("model_type") in _TURNED_MODELS
     return {
-        name.removesuffix(".weight"): (shape[0], shape[1])
+        name.removesuffix(".weight"): shape[::-1] if is_turned and is_in_layer(name) else shape
         for name, shape in tensors.items()
         if name.endswith(".weight") and len(shape) == 2
     }

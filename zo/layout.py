@@ -109,6 +109,8 @@ def targeted(module_names: Iterable[str], targets: Sequence[str]) -> list[str]:
     for target in targets:
         meant = {name for name in names if name == target or name.endswith("." + target)}
         if not meant:
+            if not names:
+                raise ValueError(f"no linear module is named {target!r}: there are none that can be adapted")
             last_parts = sorted({name.rpartition(".")[2] for name in names})
             near = difflib.get_close_matches(target, [*last_parts, *names], n=3) or last_parts
             raise ValueError(f"no linear module is named {target!r}; did you mean {', '.join(near)}?")

@@ -177,6 +177,18 @@ def test_an_empty_prompt_needs_a_token_to_begin_with(write):
         read_completions([write(pair("", "b"))], Bare(), 4)
 
 
+def test_a_chat_template_that_refuses_is_a_clear_error(write):
+    tokenizer = load_base(embedded.path(), threads=1).tokenizer
+    file = write(pair("ab", "cd"))
+    tokenizer.chat_template = "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{% endfor %}"
+    assert read_completions([file], tokenizer, 64).num_windows == 1
+    tokenizer.chat_template = "{{ raise_exception('the first turn must be the system\\'s') }}"
+    with pytest.raises(
+        DataError, match="chat template refuses a user's turn: the first turn must be the system's"
+    ):
+        read_completions([file], tokenizer, 64)
+
+
 @pytest.fixture(scope="module")
 def base():
     return load_base(embedded.path(), threads=1)

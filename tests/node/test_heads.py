@@ -28,7 +28,9 @@ SMALL = {
     "intermediate_size": 64,
     "max_position_embeddings": 64,
 }
+MARKS = {"bos_token_id": 0, "eos_token_id": 1}
 DISTIL = {"vocab_size": 1024, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
+GPT2 = {"vocab_size": 1024, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64} | MARKS
 MODELS = {
     "BertModel": SMALL,
     "BertForMaskedLM": SMALL,
@@ -41,6 +43,7 @@ MODELS = {
     "AlbertModel": SMALL,
     "LlamaForCausalLM": SMALL,
     "GPTNeoXForCausalLM": SMALL,
+    "GPT2LMHeadModel": GPT2,
 }
 SAVED = {
     "BertModel": ("classifier",),
@@ -82,7 +85,7 @@ def some_weights(size):
 def test_coordinator_node_and_plain_peft_agree_on_any_architecture(saved, alone, batch, tmp_path):
     name, folder = saved
     tensors = tensor_shapes(folder)
-    shapes = linear_shapes(tensors)
+    shapes = linear_shapes(tensors, configuration(folder))
     targets = () if alone else tuple(default_targets(shapes))
     read = lora_layout(shapes, targets, 2, "AB", head_of(configuration(folder), tensors, 2))
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
+from peft import PeftModel
 
 from node import embedded
 from node.adapter import Adapter
@@ -17,7 +19,10 @@ from node.data import Batch
 from node.losses import mean_loss
 from node.probe import Probe
 from node.quantization import QuantizationError, agreed
+from transport import base_files
 from zo.codes import NO_VOTE
+from zo.layout import lora_layout
+from zo.weights import to_float
 
 KEY = (17, 4)
 TARGETS = ("q_proj", "up_proj")
@@ -180,3 +185,25 @@ def test_a_command_with_a_quantised_base_prints_its_result_alone(tmp_path):
     assert done.stdout.startswith("loss ")
     assert done.stderr.startswith("data: 1 text, ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["none", *QUANTISED])
+def test_layers_of_gpt2_are_adapted_and_quantised_too(kind, save_model, tmp_path):
+    sizes = {"vocab_size": 1024, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=1))
+    folder = save_model(model, tmp_path / "base")
+    base = load_base(folder, threads=1, quantize=kind)
+    files = base_files.tensor_shapes(folder), base_files.configuration(folder)
+    read = lora_layout(base_files.linear_shapes(*files), ("c_attn", "c_proj"), 2, "AB")
+    adapter = Adapter(base, key=(1, 2), targets=("c_attn", "c_proj"), rank=2, alpha=4, train="AB")
+    assert adapter.layout == read
+    batch = Batch(np.random.default_rng(0).integers(2, 1000, (2, 16)))
+    before = mean_loss(adapter.model, batch)
+    weights = np.random.default_rng(1).integers(-(2**26), 2**26, adapter.size).astype(np.int32)
+    adapter.load(to_float(weights))
+    loss = mean_loss(adapter.model, batch)
+    assert abs(loss - before) > 1e-3
+    adapter.export(tmp_path / "adapter", weights, "base")
+    again = PeftModel.from_pretrained(load_base(folder, quantize=kind).model, tmp_path / "adapter").eval()
+    assert mean_loss(again, batch) == pytest.approx(loss, rel=1e-6)

@@ -46,6 +46,13 @@ def test_shapes_of_linear_modules_from_all_files(model):
     assert linear_shapes(tensor_shapes(model)) == {"layers.0.q_proj": (8, 4), "layers.1.q_proj": (8, 4)}
 
 
+def test_weights_that_are_kept_the_other_way_round_are_turned():
+    tensors = {"h.0.attn.c_attn.weight": (32, 96), "h.0.ln_1.weight": (32,), "wte.weight": (1024, 32)}
+    expected = {"h.0.attn.c_attn": (96, 32), "wte": (1024, 32)}
+    assert linear_shapes(tensors, {"model_type": "gpt2"}) == expected
+    assert linear_shapes(tensors, {"model_type": "llama"})["h.0.attn.c_attn"] == (32, 96)
+
+
 def test_the_digest_is_over_config_and_weights_and_nothing_else(model):
     names = ["config.json", "model-1.safetensors", "model-2.safetensors"]
     expected = base_digest((name, [(model / name).read_bytes()]) for name in names)

@@ -104,6 +104,13 @@ def test_training_both_factors():
     ]
 
 
+def test_a_base_without_linear_modules():
+    with pytest.raises(
+        ValueError, match="no linear module is named 'q_proj': there are none that can be adapted"
+    ):
+        lora_layout({}, ["q_proj"], 4, "B")
+
+
 def test_a_head_is_laid_out_beside_the_factors_or_alone():
     head = Head(3, 8, has_bias=True)
     made = lora_layout(LINEAR, ["q_proj"], rank=4, train="B", head=head)
