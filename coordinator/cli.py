@@ -58,7 +58,7 @@ from zo.manifest import (
     validate,
 )
 from zo.manifest import task as task_of
-from zo.quantization import Kind, check_shapes
+from zo.quantization import Dtype, Kind, check_shapes
 from zo.replica import Replica
 
 _EPSILON = 0.01
@@ -93,10 +93,18 @@ def init(
             metavar="NAME", help="Linear module to leave unquantised; may be repeated.", show_default=False
         ),
     ] = None,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(
+            metavar="|".join(get_args(Dtype)), help="What nodes compute the base in; the adapter is float32."
+        ),
+    ] = "float32",
     any_quantization: Annotated[
         bool,
         typer.Option(
-            "--any-quantization", help="A node may choose another quantisation.", show_default=False
+            "--any-quantization",
+            help="A node may choose another quantisation or dtype.",
+            show_default=False,
         ),
     ] = False,
     rounds: Annotated[int, typer.Option(metavar="N", help="Rounds until the run is finished.")] = 300,
@@ -259,6 +267,7 @@ def init(
             tokenizer_digest=base_files.tokenizer_digest(found.folder),
             quantize=quantize,
             skip_quantize=tuple(skip_quantize or ()),
+            dtype=dtype,
             any_quantization=any_quantization,
         )
         try:

@@ -127,7 +127,9 @@ class Adapter:
             _set(self.model, path, torch.from_numpy(values.copy()))
         for path in sorted(saved):
             for name, parameter in self.model.get_submodule(path).named_parameters():
-                self._frozen[f"{path}.{name}"] = parameter.cpu().numpy()
+                self._frozen[f"{path}.{name}"] = parameter.float().cpu().numpy()
+        # The head is float32, whatever the base is computed in.
+        self.model.get_submodule(head.path).register_forward_pre_hook(_in_float32)
         self.config.task_type = "SEQ_CLS"
         self.config.modules_to_save = [path.rpartition(".")[2] for path in sorted(saved)]
 
@@ -137,15 +139,14 @@ class Adapter:
         Args:
             num_views: at least 1; each takes 4 bytes per entry of the vector, on another device than a CPU twice.
         """
-        views = torch.zeros(num_views, self.size, device=next(self.model.parameters()).device)
+        host = torch.zeros(num_views, self.size)
+        views = host.to(next(self.model.parameters()).device)  # the same memory on a CPU
         for parameter in self.layout.parameters:
             path = self._path(parameter.name)
             view = views[0, parameter.offset : parameter.offset + parameter.size].view(parameter.shape)
             view.copy_(self.model.get_parameter(path))
             _set(self.model, path, view)
-        self.views = views
-        self._on_host = views.cpu()  # the same memory on a CPU
-        self.host = self._on_host.numpy()
+        self.views, self._on_host, self.host = views, host, host.numpy()
 
     def _path(self, parameter: str) -> str:
         """Where in the model a parameter of the layout is."""
@@ -154,7 +155,7 @@ class Adapter:
 
     def push(self) -> None:
         """Bring what was written into `host` to where the model computes."""
-        if self.views.device.type != "cpu":
+        if self.views.data_ptr() != self._on_host.data_ptr():
             self.views.copy_(self._on_host)
 
     def load(self, view: NDArray[np.float32]) -> None:
@@ -229,6 +230,10 @@ class Adapter:
         model: Any = self.model
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+
+
+def _in_float32(_head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(each.float() for each in inputs)
 
 
 def with_adapter(model: torch.nn.Module, adapter: Path, name: str = NAME) -> torch.nn.Module:

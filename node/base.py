@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from node import quantization
+from node.device import device_of
 from node.memory import LOADING, OutOfMemoryError, memory_explained
-from node.quantization import QuantizationError
+from node.quantization import Form, QuantizationError
 from transport import base_files, hub
 from zo.manifest import Manifest
-from zo.quantization import Kind
+from zo.quantization import Dtype, Kind
 
 # torch and transformers take seconds to import: a wrong path or digest is refused before that.
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class BaseError(RuntimeError):
 class Base:
     """A pretrained model that is never trained: evaluation mode, no parameter wants a gradient.
 
-    Float32, but for the layers that are quantised. The adapter's layout does not depend on that.
+    Its layers may be quantised, and the rest in 16 bits. The adapter's layout does not depend on that.
     """
 
     model: torch.nn.Module
@@ -71,6 +72,8 @@ def load_base(
     threads: int | None = None,
     quantize: Kind = "none",
     skip_quantize: Sequence[str] = (),
+    dtype: Dtype = "float32",
+    device: str = "cpu",
     labels: Sequence[str] | None = None,
 ) -> Base:
     """The base in a directory, or of a name that the Hugging Face hub (or its cache here) knows.
@@ -80,9 +83,12 @@ def load_base(
         threads: how many threads torch may use in this process; None leaves torch's choice.
         quantize: how to hold the linear layers; embeddings and the output layer are never quantised.
         skip_quantize: linear modules to leave as they are: whole names, or what follows a "." in them.
+        dtype: what everything else is held and computed in.
+        device: where: cpu, cuda, cuda:N, or auto for a GPU if there is one.
         labels: load a classifier of these labels instead of a causal language model.
 
     Raises:
+        DeviceError: there is no such device.
         BaseError: the base is missing, gated, incomplete or broken, or it cannot be quantised like that.
         OutOfMemoryError: memory does not suffice for it.
     """
@@ -98,18 +104,20 @@ def load_base(
 
     if threads is not None:
         torch.set_num_threads(threads)
+    place = device_of(device)
+    form = Form(quantize, tuple(skip_quantize), dtype, str(place))
     shows_progress = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # the terminal belongs to the one live line of the node
     try:
         auto, config = _architecture(folder, labels)
-        options = quantization.loading_options(folder, auto, config, quantize, skip_quantize)
+        options = quantization.loading_options(folder, auto, config, form)
         # What a damaged file raises depends on the format and on the library's version: any failure to read
         # the files found above means the same to the caller.
         with memory_explained(f"to load the base in {folder}", LOADING):
             model, loading = auto.from_pretrained(
                 folder,
                 config=config,
-                dtype=torch.float32,
+                dtype=getattr(torch, dtype),
                 ignore_mismatched_sizes=labels is not None,  # a head of another number of labels
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -117,6 +125,8 @@ def load_base(
                 output_loading_info=True,
                 **options,
             )
+            if quantize == "none":
+                model.to(place)
     except OutOfMemoryError:
         raise
     except QuantizationError as error:

@@ -16,15 +16,18 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from node import embedded
-from node.base import BaseError, check_unchanged, load_base, read_digest, read_tokenizer_digest
+from node.base import BaseError, check_unchanged, load_base, read_digest, read_tokenizer_digest, resolve
 from node.cli_app import (
     AdapterOption,
     ColumnOption,
+    DeviceOption,
+    DtypeOption,
     LabelOption,
     MaxNewTokensOption,
     MixOption,
     ModelOption,
     ObjectiveOption,
+    OwnDtypeOption,
     OwnQuantizeOption,
     QuantizeOption,
     ScoreOption,
@@ -41,9 +44,11 @@ from node.cli_app import (
     failures_explained,
     out,
 )
+from node.device import AUTO
 from node.display import summary, view_line
+from node.doctor import memory
 from node.memory import EVALUATING, memory_explained
-from node.quantization import agreed
+from node.quantization import Form, agreed
 from node.records import DataError
 from node.scores import load_score
 from node.service import NodeError, NodeService, View
@@ -125,6 +130,8 @@ def join(
     score: ScoreOption = None,
     quantize: QuantizeOption = None,
     skip_quantize: SkipOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = AUTO,
     threads: ThreadsOption = None,
     at_once: Annotated[
         int | None,
@@ -181,13 +188,12 @@ def join(
                 from node.language import LanguageTrainer, read_data
 
                 check_start(manifest, adapter)
-                kind, skip = agreed(manifest.base, quantize, skip_quantize)
+                form = agreed(manifest.base, quantize, skip_quantize, dtype, device)
+                fits = memory(resolve(path), form)
+                if fits.state == "fail":
+                    _warn(f"{fits.found}; {fits.cure}")
                 base = load_base(
-                    path,
-                    threads=num_threads,
-                    quantize=kind,
-                    skip_quantize=skip,
-                    labels=manifest.task.head_labels,
+                    path, threads=num_threads, labels=manifest.task.head_labels, **form._asdict()
                 )
                 task, length = manifest.task, manifest.probe.sequence_length
                 windows = read_data(data, base, task, length, columns)
@@ -338,6 +344,8 @@ def evaluate(
     max_new_tokens: MaxNewTokensOption = None,
     quantize: OwnQuantizeOption = "none",
     skip_quantize: SkipOption = None,
+    dtype: OwnDtypeOption = "float32",
+    device: DeviceOption = AUTO,
     threads: ThreadsOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead.", show_default=False)] = False,
 ) -> None:
@@ -366,8 +374,7 @@ def evaluate(
             wanted,
             mix=mix or "mean",
             threads=threads or len(os.sched_getaffinity(0)),
-            quantize=quantize,
-            skip_quantize=skip_quantize or (),
+            form=Form(quantize, tuple(skip_quantize or ()), dtype, device),
         )
         rows = read_data(data, base, wanted, length, columns_by_field(column))
         err.print(f"data: {rows}", style="dim", highlight=False)

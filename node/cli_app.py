@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from node.base import BaseError
+from node.device import DeviceError
 from node.memory import OutOfMemoryError
 from node.quantization import QuantizationError
 from node.records import EXAMPLES, DataError
@@ -21,7 +22,7 @@ from transport.keys import KeyFileError
 from transport.sockets import SocketError
 from transport.ticket import TicketError
 from zo.manifest import Objective, TaskKind
-from zo.quantization import Kind
+from zo.quantization import Dtype, Kind
 
 app = typer.Typer(
     name="zo-node",
@@ -41,6 +42,7 @@ _EXIT_BY_ERROR: dict[type[Exception], Exit] = {
     KeyFileError: Exit.INPUT,
     QuantizationError: Exit.INPUT,
     ScoreError: Exit.INPUT,
+    DeviceError: Exit.INPUT,
     BaseError: Exit.BASE,
     OutOfMemoryError: Exit.MEMORY,
     StateError: Exit.STORAGE,
@@ -70,6 +72,25 @@ OwnQuantizeOption = Annotated[
     typer.Option("--quantize", metavar="none|int8|nf4|fp4", help="Hold the base's linear layers like this."),
 ]
 """Where no run has a say."""
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option(
+        "--dtype",
+        metavar="|".join(get_args(Dtype)),
+        help="Compute the base in this; what is trained stays float32.",
+        show_default="as the run says",
+    ),
+]
+OwnDtypeOption = Annotated[
+    Dtype,
+    typer.Option("--dtype", metavar="|".join(get_args(Dtype)), help="Compute the base in this."),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="cpu|cuda|cuda:N|auto", help="Where to compute; auto: on a GPU if there is one."
+    ),
+]
 SkipOption = Annotated[
     list[str] | None,
     typer.Option(

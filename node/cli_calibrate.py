@@ -15,6 +15,8 @@ from node.base import load_base
 from node.calibration import GOOD_ERROR, Row, proposed
 from node.cli_app import (
     ColumnOption,
+    DeviceOption,
+    DtypeOption,
     ModelOption,
     QuantizeOption,
     ScoreOption,
@@ -28,6 +30,7 @@ from node.cli_app import (
     failures_explained,
     out,
 )
+from node.device import AUTO
 from node.quantization import agreed
 from node.records import DataError
 from node.scores import load_score
@@ -62,6 +65,8 @@ def calibrate(
     score: ScoreOption = None,
     quantize: QuantizeOption = None,
     skip_quantize: SkipOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = AUTO,
     directions: Annotated[int, typer.Option(metavar="N", min=2, help="Directions to average over.")] = 8,
     threads: ThreadsOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead.", show_default=False)] = False,
@@ -75,13 +80,11 @@ def calibrate(
         manifest = _manifest(run)
         from node.language import LanguageTrainer, read_data
 
-        kind, skip = agreed(manifest.base, quantize, skip_quantize)
+        form = agreed(manifest.base, quantize, skip_quantize, dtype, device)
         num_threads = threads or len(os.sched_getaffinity(0))
         kernels.compile_kernels()
         path = model or str(embedded.path())
-        base = load_base(
-            path, threads=num_threads, quantize=kind, skip_quantize=skip, labels=manifest.task.head_labels
-        )
+        base = load_base(path, threads=num_threads, labels=manifest.task.head_labels, **form._asdict())
         rows = read_data(data, base, manifest.task, manifest.probe.sequence_length, columns_by_field(column))
         err.print(f"data: {rows}", style="dim", highlight=False)
         own = load_score(score) if score else None

@@ -13,9 +13,12 @@ from rich.text import Text
 from node import embedded
 from node.cli_app import (
     AdapterOption,
+    DeviceOption,
+    DtypeOption,
     LabelOption,
     MixOption,
     ModelOption,
+    OwnDtypeOption,
     OwnQuantizeOption,
     QuantizeOption,
     SkipOption,
@@ -29,14 +32,16 @@ from node.cli_app import (
     out,
 )
 from node.credentials import rotate
+from node.device import AUTO
 from node.doctor import Finding, examine
-from node.quantization import agreed
+from node.quantization import Form, agreed
 from node.service import NodeError
 from node.state import StateDirectory, default_state
 from node.tasks import adapters_in, asked, check_mix
 from transport.exits import Exit
 from transport.ticket import parse_ticket
 from zo import kernels
+from zo.manifest import Probing
 
 _STYLE_BY_STATE = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -91,6 +96,8 @@ def doctor(
     ] = None,
     quantize: QuantizeOption = None,
     skip_quantize: SkipOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = AUTO,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences in a batch.")] = 8,
     sequence_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens in a sequence.")] = 128,
     directions: Annotated[int, typer.Option(metavar="N", min=1, help="Directions in a round.")] = 1,
@@ -111,12 +118,12 @@ def doctor(
         directory = StateDirectory((state or default_state(run_id, name[:64])).expanduser())
         manifest = directory.manifest()  # None if it has not joined yet
         if manifest:
-            kind, skip = agreed(manifest.base, quantize, skip_quantize)
-            batch_size, sequence_length = manifest.probe.batch_size, manifest.probe.sequence_length
-            num_forwards = manifest.probe.sides * manifest.probe.directions
+            form, probing = agreed(manifest.base, quantize, skip_quantize, dtype, device), manifest.probe
         else:
-            kind, skip = quantize or "none", tuple(skip_quantize or ())
-            num_forwards = 2 * directions
+            form = Form(quantize or "none", tuple(skip_quantize or ()), dtype or "float32", device)
+            probing = Probing(
+                epsilon=0.01, directions=directions, batch_size=batch_size, sequence_length=sequence_length
+            )
         if not kernels.is_compiled():
             err.print("compiling the kernels, once for this machine …", style="dim")
             kernels.compile_kernels()
@@ -127,13 +134,10 @@ def doctor(
                     state=directory.path,
                     manifest=manifest,
                     model=model or str(embedded.path()),
-                    kind=kind,
-                    skip=skip,
+                    form=form,
+                    probing=probing,
                     threads=threads or len(os.sched_getaffinity(0)),
                     timeout_s=connect_timeout,
-                    batch_size=batch_size,
-                    sequence_length=sequence_length,
-                    num_forwards=num_forwards,
                 )
             )
         if json:
@@ -174,6 +178,8 @@ def predict(
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens to add.")] = 64,
     quantize: OwnQuantizeOption = "none",
     skip_quantize: SkipOption = None,
+    dtype: OwnDtypeOption = "float32",
+    device: DeviceOption = AUTO,
     threads: ThreadsOption = None,
 ) -> None:
     """Print what the model says after a prompt, the likeliest token each time; or the likeliest label.
@@ -196,8 +202,7 @@ def predict(
             wanted,
             mix=mix or "mean",
             threads=threads or len(os.sched_getaffinity(0)),
-            quantize=quantize,
-            skip_quantize=skip_quantize or (),
+            form=Form(quantize, tuple(skip_quantize or ()), dtype, device),
         )
         if wanted.labels:
             chosen, probability = classify(base, asked_model, wanted, length, prompt)

@@ -20,14 +20,16 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from node.base import Base, BaseError, load_base, read_digest, read_tokenizer_digest, resolve
-from node.memory import OutOfMemoryError
+from node.device import DeviceError, device_of
+from node.memory import PROBING, OutOfMemoryError, memory_explained
+from node.quantization import Form
 from transport.base_files import BaseFilesError, configuration, is_causal, is_in_layer, tensor_shapes
 from transport.keys import KeyFileError, invitation_keys, load_key, new_key_pair
 from transport.sockets import Link, NodeSocket, SocketError
 from transport.ticket import Ticket
 from zo import kernels, reference
 from zo.directions import Direction
-from zo.manifest import Manifest
+from zo.manifest import Manifest, Probing
 from zo.quantization import FOUR_BIT, KINDS, Kind
 
 State = Literal["ok", "warn", "fail"]
@@ -164,7 +166,12 @@ def disk(path: Path) -> Finding:
     return Finding(check="disk", state=state, found=f"{megabytes(free)} free at {existing}", cure=cure)
 
 
-def memory(needed: float, available: float | None, kind: Kind) -> Finding:
+def memory(folder: Path, form: Form) -> Finding:
+    """Whether the base in a directory fits where it is to be held."""
+    return enough(needed_bytes(folder, form), available_bytes(form.device), form.quantize)
+
+
+def enough(needed: float, available: float | None, kind: Kind) -> Finding:
     """Whether the base fits: `needed` and `available` in bytes, None if the system does not say."""
     found = f"the base needs about {megabytes(needed)}"
     if available is None:
@@ -177,26 +184,32 @@ def memory(needed: float, available: float | None, kind: Kind) -> Finding:
     return Finding(check="memory", state=state, found=found, cure=f"close other programs, or use {lower}")
 
 
-def needed_bytes(folder: Path, kind: Kind) -> float:
-    """Memory for a base in float32 with quantised layers, from the headers of its files, and a third for activations.
+def needed_bytes(folder: Path, form: Form) -> float:
+    """Memory for a base in some form, from the headers of its files, and a third for activations.
 
     Raises:
         BaseError: a header cannot be read.
     """
-    per_entry = {"none": 4.0, "int8": 1.01, "nf4": 0.57, "fp4": 0.57}[kind]
+    plain = 4.0 if form.dtype == "float32" else 2.0
+    per_entry = {"none": plain, "int8": 1.01, "nf4": 0.57, "fp4": 0.57}[form.quantize]
     try:
         shapes = tensor_shapes(folder)
     except BaseFilesError as error:
         raise BaseError(str(error)) from error
     total = sum(
-        math.prod(shape) * (per_entry if len(shape) == 2 and is_in_layer(name) else 4.0)
+        math.prod(shape) * (per_entry if len(shape) == 2 and is_in_layer(name) else plain)
         for name, shape in shapes.items()
     )
     return total * 4 / 3
 
 
-def available_bytes() -> float | None:
-    """Memory that programs may still take, as Linux estimates it; None elsewhere."""
+def available_bytes(device: str) -> float | None:
+    """Memory that programs may still take on a device; of the host as Linux estimates it, None elsewhere."""
+    place = device_of(device)
+    if place.type == "cuda":
+        import torch
+
+        return float(torch.cuda.mem_get_info(place)[0])
     try:
         lines = Path("/proc/meminfo").read_text("ascii").splitlines()
     except OSError:
@@ -301,54 +314,66 @@ def _quantised_error(kind: Kind) -> float:
         return float((layer(inputs).float() - exact).norm() / exact.norm())
 
 
-def forward(base: Base, batch_size: int, sequence_length: int, num_forwards: int) -> Iterator[Finding]:
-    """How far two equal forward passes are apart, and how long a round of this node would take."""
-    from node.data import AnyBatch, Batch, LabelledBatch
-    from node.losses import mean_loss
+def a_round(base: Base, manifest: Manifest | None, probing: Probing) -> Iterator[Finding]:
+    """Whether the run's epsilon is heard on this machine, and how long a round of this node would take."""
+    from node.trial import rehearsed
 
-    length = min(sequence_length, base.max_sequence_length or sequence_length)
-    tokens = np.random.default_rng(0).integers(0, len(base.tokenizer), (batch_size, length))
-    drawn: AnyBatch = Batch(tokens)
-    if base.padding is not None:
-        drawn = LabelledBatch(tokens, np.full(batch_size, length), np.zeros(batch_size, int), base.padding)
-    losses, seconds = [], math.inf
-    for _ in range(3):
-        began = time.perf_counter()
-        losses.append(mean_loss(base.model, drawn))
-        seconds = min(seconds, time.perf_counter() - began)
-    noise = max(losses) - min(losses)
-    if not all(map(math.isfinite, losses)):
-        cure = "hold the base otherwise: --quantize none"
-        yield Finding(check="repeat noise", state="fail", found=f"a loss of {losses[0]}", cure=cure)
+    try:
+        with memory_explained("to probe", PROBING):
+            found = rehearsed(base, manifest, probing)
+    except ValueError as error:
+        yield Finding(
+            check="a round", state="fail", found=str(error), cure="name the run's base with --model"
+        )
         return
-    exact = noise == 0
-    yield Finding(
-        check="repeat noise",
-        state="ok" if exact or noise < 1e-4 else "warn",
-        found="none: equal passes give equal losses" if exact else f"{noise:.2g} nats between equal passes",
-        cure="" if exact or noise < 1e-4 else "choose an epsilon whose change of the loss is well above this",
+    except OutOfMemoryError as error:
+        yield Finding(check="a round", state="fail", found=str(error))
+        return
+    heard = (
+        f"at epsilon {found.epsilon:g} random tokens' L+ - L- is {found.signal:.2g}, off by {found.noise:.2g}; equal "
+        f"passes differ by {found.repeat:.2g}"
     )
-    shape = f"{num_forwards} of {batch_size} × {length} tokens"
+    state: State = "ok" if not found.warning else "warn" if math.isfinite(found.signal) else "fail"
+    cures = {
+        "ok": "",
+        "warn": "`zo-node calibrate` measures which epsilon suits",
+        "fail": "use --dtype float32",
+    }
+    yield Finding(check="noise", state=state, found=heard, cure=cures[state])
+    seconds = probing.directions * found.seconds
+    shape = f"{probing.sides * probing.directions} of {probing.batch_size} × {probing.sequence_length} tokens"
     yield Finding(
-        check="a round",
-        state="ok",
-        found=f"about {num_forwards * seconds:.2g} s of forward passes ({shape})",
+        check="a round", state="ok", found=f"about {seconds:.2g} s of forward passes ({shape}); {found.how}"
     )
+
+
+def device(name: str) -> Finding:
+    """Whether there is such a device, and what it is."""
+    try:
+        place = device_of(name)
+    except DeviceError as error:
+        return Finding(check="device", state="fail", found=str(error))
+    import torch
+
+    if place.type == "cpu":
+        return Finding(check="device", state="ok", found=f"cpu, {len(os.sched_getaffinity(0))} cores")
+    return Finding(check="device", state="ok", found=f"{place}, {torch.cuda.get_device_name(place)}")
 
 
 def load(
-    path: str, kind: Kind, skip: Sequence[str], threads: int, labels: Sequence[str] | None = None
+    path: str, form: Form, threads: int, labels: Sequence[str] | None = None
 ) -> tuple[Base | None, Finding]:
     """The base, as a classifier if there are labels, and how loading it went."""
     began = time.perf_counter()
     try:
-        base = load_base(path, threads=threads, quantize=kind, skip_quantize=skip, labels=labels)
+        base = load_base(path, threads=threads, labels=labels, **form._asdict())
     except (BaseError, OutOfMemoryError) as error:
         return None, Finding(check="loading", state="fail", found=str(error))
+    held = form.dtype if form.quantize == "none" else f"{form.quantize} and {form.dtype}"
     return base, Finding(
         check="loading",
         state="ok",
-        found=f"{len(base.linear_shapes)} linear layers, {kind}, {time.perf_counter() - began:.1f} s",
+        found=f"{len(base.linear_shapes)} linear layers, {held}, {time.perf_counter() - began:.1f} s",
     )
 
 
@@ -367,13 +392,10 @@ def examine(
     state: Path,
     manifest: Manifest | None,
     model: str,
-    kind: Kind,
-    skip: Sequence[str],
+    form: Form,
+    probing: Probing,
     threads: int,
     timeout_s: float,
-    batch_size: int,
-    sequence_length: int,
-    num_forwards: int,
 ) -> Iterator[Finding]:
     """All findings, cheap ones first; each as soon as it is there.
 
@@ -382,13 +404,10 @@ def examine(
         state: where this node keeps its state, or would.
         manifest: of the run, if this node has joined it before.
         model: directory or hub name of the base.
-        kind: how to hold the base.
-        skip: linear modules left unquantised.
+        form: how to hold the base, and where.
+        probing: of the run, or what stands for it.
         threads: to compute with.
         timeout_s: for the network.
-        batch_size: sequences in a forward pass.
-        sequence_length: tokens in a sequence.
-        num_forwards: forward passes in a round.
     """
     if ticket is not None:
         yield from network(ticket, timeout_s)
@@ -396,19 +415,21 @@ def examine(
     yield clock(time.time())
     yield disk(state)
     yield generator()
-    yield from quantised_kernels(kind)
+    place = device(form.device)
+    yield place
+    yield from quantised_kernels(form.quantize)
     found = list(base_files(model, manifest))
     yield from found
-    if any(each.state == "fail" for each in found):
+    if any(each.state == "fail" for each in (place, *found)):
         return
-    fits = memory(needed_bytes(resolve(model), kind), available_bytes(), kind)
+    fits = memory(resolve(model), form)
     yield fits
     if fits.state == "fail":
         return
-    base, loading = load(model, kind, skip, threads, _labels(resolve(model), manifest))
+    base, loading = load(model, form, threads, _labels(resolve(model), manifest))
     yield loading
     if base is not None:
-        yield from forward(base, batch_size, sequence_length, num_forwards)
+        yield from a_round(base, manifest, probing)
 
 
 def megabytes(number: float) -> str:

@@ -20,6 +20,7 @@ from node.memory import PROBING, memory_explained
 from node.mixture import Mixture
 from node.objectives import objective
 from node.probe import Probe, Probed
+from node.quantization import Form
 from node.records import DataError
 from node.rehearsal import Rehearsal, rehearse
 from node.scores import Score
@@ -30,7 +31,6 @@ from zo import kernels
 from zo.directions import Direction, run_key
 from zo.initial import initial_weights
 from zo.manifest import Manifest, Task
-from zo.quantization import Kind
 from zo.spsa import one_sided, two_sided
 
 
@@ -164,17 +164,14 @@ def open_model(
     *,
     mix: Mix = "mean",
     threads: int,
-    quantize: Kind = "none",
-    skip_quantize: Sequence[str] = (),
+    form: Form,
 ) -> tuple[Base, torch.nn.Module]:
     """A base, and the model for a task: the base itself, or with a PEFT adapter, or with several that are mixed.
 
     Raises:
         BaseError: one of them is missing or broken, or they do not belong together, or there is no trained head.
     """
-    base = load_base(
-        path, threads=threads, quantize=quantize, skip_quantize=skip_quantize, labels=task.head_labels
-    )
+    base = load_base(path, threads=threads, labels=task.head_labels, **form._asdict())
     if len(adapters) == 1:
         return base, with_adapter(base.model, adapters[0])
     if adapters:

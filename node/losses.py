@@ -133,13 +133,20 @@ def _token_logits(
     """
     device = next(model.parameters()).device
     ids = torch.from_numpy(batch.tokens).to(device)
-    # The last token predicts nothing: leaving it out saves its logits and a copy of all others.
-    scored = (np.ones(batch.tokens.shape, np.bool_) if batch.scored is None else batch.scored)[:, 1:]
-    columns = np.flatnonzero(scored.any(0))
-    chosen = torch.from_numpy(scored[:, columns]).to(device)
+    read, predicted = (
+        ids[:, :-1],
+        ids[:, 1:],
+    )  # the last token predicts nothing: its logits would be for nothing
     with torch.inference_mode():
-        logits = asked_together(model, lambda each, _: _logits_at(each, ids[:, :-1], columns)[chosen])
-    return logits.float(), ids[:, 1:][:, torch.from_numpy(columns).to(device)][chosen], scored.sum(1)
+        if batch.scored is None:  # no choice, and so no copy of what may be the largest of all activations
+            every = np.arange(read.shape[1])
+            logits = asked_together(model, lambda each, _: _logits_at(each, read, every).flatten(0, 1))
+            return logits.float(), predicted.flatten(), np.full(len(read), len(every))
+        scored = batch.scored[:, 1:]
+        columns = np.flatnonzero(scored.any(0))
+        chosen = torch.from_numpy(scored[:, columns]).to(device)
+        logits = asked_together(model, lambda each, _: _logits_at(each, read, columns)[chosen])
+        return logits.float(), predicted[:, torch.from_numpy(columns).to(device)][chosen], scored.sum(1)
 
 
 def _by_row(each: torch.Tensor, counts: NDArray[np.int64]) -> RowLosses:

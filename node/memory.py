@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Final
 
 LOADING: Final = (
-    "hold the base in fewer bits with --quantize nf4 (in a run: if it allows that), close other programs, or take a "
-    "smaller base"
+    "hold the base in fewer bits with --quantize nf4 or --dtype bfloat16 (in a run: if it allows that), close other "
+    "programs, or take a smaller base"
 )
 PROBING: Final = (
     "join with --at-once 0, hold the base in fewer bits with --quantize if the run allows that, or make a run of lower "
@@ -17,6 +17,15 @@ PROBING: Final = (
 )
 SAYING: Final = "give a shorter text or fewer --max-tokens, or hold the base in fewer bits with --quantize"
 EVALUATING: Final = "lower --batch-size or --sequence-length, or hold the base in fewer bits with --quantize"
+
+
+_WORDS: Final = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "cublas_status_alloc_failed",
+)
 
 
 class OutOfMemoryError(RuntimeError):
@@ -47,6 +56,6 @@ def _is_about_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     said = str(error).lower()
-    if any(words in said for words in ("can't allocate memory", "cannot allocate memory", "out of memory")):
+    if any(words in said for words in _WORDS):
         return True
     return error.__cause__ is not None and _is_about_memory(error.__cause__)

@@ -86,16 +86,20 @@ class Rehearsal:
             f"off by {self.noise:.2g}" + asks
         )
 
-    def __str__(self) -> str:
-        """How this node probes, in one line."""
+    @property
+    def how(self) -> str:
+        """How this node's views go through the model."""
         how = "one view in a forward pass"
         if self.at_once:
             of_one = "both views" if self.sides == 2 else "the view"
             views = of_one if self.at_once == 1 else f"{of_one} of {self.at_once} directions"
             how = f"{views} in one forward pass, {self.ratio:.2f} times as fast as one by one"
-        why = f" ({self.why_not})" if self.why_not else ""
+        return f"{how} ({self.why_not})" if self.why_not else how
+
+    def __str__(self) -> str:
+        """How this node probes, in one line."""
         seconds = f"{self.seconds:.2g} s" if self.seconds >= 1 else f"{1000 * self.seconds:.3g} ms"
-        return f"{how}{why}, {seconds} a direction; L+ - L- is {self.signal:.2g}, off by {self.noise:.2g}"
+        return f"{self.how}, {seconds} a direction; L+ - L- is {self.signal:.2g}, off by {self.noise:.2g}"
 
 
 def rehearse(

@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from zo.quantization import Kind
+from zo.quantization import Dtype, Kind
 from zo.toml import explain
 
 RUN_ID_BYTES: Final = 16
@@ -94,11 +94,15 @@ class BaseModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         tuple[str, ...],
         Meta(max_length=64, description="Linear modules left unquantised: last parts of their names."),
     ] = ()
+    dtype: Annotated[
+        Dtype,
+        Meta(description="What nodes compute the base in; what is trained stays float32."),
+    ] = "float32"
     any_quantization: Annotated[
         bool,
         Meta(
-            description="Whether a node may choose another quantisation for itself. Its losses then differ a little "
-            "from the others', the weights do not."
+            description="Whether a node may choose another quantisation or dtype for itself. Its losses then differ a "
+            "little from the others', the weights do not."
         ),
     ] = False
 

@@ -11,6 +11,8 @@ from zo.layout import targeted
 Kind = Literal["none", "int8", "nf4", "fp4"]
 """int8: LLM.int8() (arXiv 2208.07339); nf4, fp4: 4-bit blocks (QLoRA, arXiv 2305.14314); none: as in the files."""
 KINDS: Final[tuple[Kind, ...]] = ("none", "int8", "nf4", "fp4")
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""What the base is computed in. What is trained is float32 in any case."""
 FOUR_BIT: Final = frozenset({"nf4", "fp4"})
 OUTPUTS_MULTIPLE: Final = 32
 """Of the outputs of a layer that bitsandbytes 0.50 multiplies in 4 bit on a CPU."""

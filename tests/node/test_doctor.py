@@ -13,12 +13,14 @@ from typer.testing import CliRunner
 
 from node import cli, doctor, embedded
 from node.base import BaseError
+from node.quantization import Form
 from node.state import StateDirectory
 from transport.exits import Exit
 from transport.keys import invitation_keys, new_key_pair
 from transport.sockets import CoordinatorSocket
 from transport.ticket import Ticket
 from zo import kernels
+from zo.manifest import Probing
 
 
 @pytest.fixture
@@ -145,17 +147,19 @@ def test_the_disk(tmp_path, monkeypatch, free, state):
     ("available", "state"), [(1000.0, "ok"), (110.0, "warn"), (99.0, "fail"), (None, "warn")]
 )
 def test_the_memory(available, state):
-    assert doctor.memory(100.0, available, "none").state == state
+    assert doctor.enough(100.0, available, "none").state == state
 
 
 def test_memory_is_counted_from_the_headers(tmp_path):
     folder = embedded.path()
-    plain, int8, nf4 = (doctor.needed_bytes(folder, kind) for kind in ("none", "int8", "nf4"))
+    plain, int8, nf4 = (doctor.needed_bytes(folder, Form(kind)) for kind in ("none", "int8", "nf4"))
+    assert doctor.needed_bytes(folder, Form(dtype="bfloat16")) == plain / 2
+    assert doctor.memory(folder, Form()).state == "ok"
     assert plain == pytest.approx((folder / "model.safetensors").stat().st_size * 4 / 3, rel=0.01)
     assert plain > int8 > nf4
     (tmp_path / "model.safetensors").write_bytes(b"hello, this is no header")
     with pytest.raises(BaseError, match="is not a safetensors file"):
-        doctor.needed_bytes(tmp_path, "none")
+        doctor.needed_bytes(tmp_path, Form())
 
 
 def test_the_generator(monkeypatch):
@@ -197,19 +201,71 @@ def test_digests_are_compared_with_the_runs(make_manifest):
     assert (missing.state, "does not exist" in missing.found) == ("fail", True)
 
 
+def opened(**form):
+    base, loading = doctor.load(str(embedded.path()), Form(**form), 1)
+    assert loading.state == "ok", loading
+    return base
+
+
+def probing(**changes):
+    return Probing(**{"epsilon": 0.01, "directions": 4, "batch_size": 2, "sequence_length": 16} | changes)
+
+
 def test_noise_and_time_of_a_round(monkeypatch):
-    base, loading = doctor.load(str(embedded.path()), "none", (), 1)
-    assert loading.state == "ok"
-    noise, duration = doctor.forward(base, 2, 16, 4)
-    assert (noise.state, noise.found) == ("ok", "none: equal passes give equal losses")
-    assert "(4 of 2 × 16 tokens)" in duration.found
-    for losses, state in (([1.0, 1.0, 1.5], "warn"), ([np.nan] * 3, "fail")):
-        monkeypatch.setattr("node.losses.mean_loss", Mock(side_effect=losses))
-        assert next(iter(doctor.forward(base, 2, 16, 4))).state == state
+    noise, duration = doctor.a_round(opened(), None, probing())
+    assert noise.state == "ok"
+    assert "at epsilon 0.01 random tokens' L+ - L- is " in noise.found
+    assert noise.found.endswith("equal passes differ by 0")
+    assert "(8 of 2 × 16 tokens); " in duration.found
+
+
+def test_an_epsilon_that_is_not_heard_and_a_base_that_overflows():
+    noise, _ = doctor.a_round(opened(), None, probing(epsilon=1e-8))
+    assert (noise.state, noise.cure) == ("warn", "`zo-node calibrate` measures which epsilon suits")
+    base = opened()
+    base.model.get_input_embeddings().weight[:] = np.nan
+    noise, _ = doctor.a_round(base, None, probing())
+    assert (noise.state, noise.cure) == ("fail", "use --dtype float32")
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"kind": "completion"},
+        {"kind": "completion", "objective": "token-f1", "max_new_tokens": 2},
+        {"kind": "completion", "objective": "callable", "score": "m:f", "max_new_tokens": 2},
+        {"kind": "verbalizer", "labels": ("0", "1"), "words": ("bad", "good"), "template": "{text}"},
+        {"objective": "accuracy"},
+    ],
+)
+def test_a_round_of_every_task_is_timed(make_manifest, task):
+    manifest = make_manifest(**task, targets=("v_proj",))
+    _, duration = doctor.a_round(opened(), manifest, probing(directions=2, batch_size=1))
+    assert "(4 of 1 × 16 tokens); " in duration.found
+
+
+def test_a_round_that_does_not_fit(monkeypatch):
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        monkeypatch.setattr("node.trial.rehearse", Mock(side_effect=error))
+        (found,) = doctor.a_round(opened(), None, probing())
+        assert (found.state, "not enough memory to probe: " in found.found) == ("fail", True)
+    monkeypatch.setattr("node.trial.rehearse", Mock(side_effect=RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(doctor.a_round(opened(), None, probing()))
+
+
+def test_an_adapter_that_does_not_fit_the_base(make_manifest):
+    (found,) = doctor.a_round(opened(), make_manifest(targets=("no_such",)), probing())
+    assert (found.state, "no_such" in found.found) == ("fail", True)
+
+
+def test_the_device():
+    assert (doctor.device("cpu").state, doctor.device("cpu").found[:5]) == ("ok", "cpu, ")
+    assert doctor.device("tpu").state == "fail"
 
 
 def test_a_base_that_cannot_be_quantised_is_a_finding():
-    base, loading = doctor.load(str(embedded.path()), "nf4", ("no_such",), 1)
+    base, loading = doctor.load(str(embedded.path()), Form("nf4", ("no_such",)), 1)
     assert base is None
     assert (loading.state, "no_such" in loading.found) == ("fail", True)
 
@@ -228,14 +284,14 @@ def test_the_command_shows_all_and_makes_nothing(tmp_path):
     assert set(shown) == {"ok"}
     assert not (tmp_path / "state").exists()
     found = json.loads(run("--state", tmp_path / "state", "--json", *SMALL).stdout)
-    assert [each["check"] for each in found][-3:] == ["loading", "repeat noise", "a round"]
+    assert [each["check"] for each in found][-3:] == ["loading", "noise", "a round"]
 
 
 def test_an_encoder_is_examined_as_a_classifier(encoder, tmp_path):
     result = run("--state", tmp_path / "state", "--model", encoder, "--json", *SMALL)
     assert result.exit_code == 0, result.output
     found = {each["check"]: each["found"] for each in json.loads(result.stdout)}
-    assert found["a round"].endswith("s of forward passes (2 of 1 × 8 tokens)")
+    assert " s of forward passes (2 of 1 × 8 tokens); " in found["a round"]
 
 
 def test_the_command_fails_if_a_check_does(tmp_path):

@@ -13,6 +13,7 @@ from node.base import load_base
 from node.data import pack
 from node.language import LanguageTrainer
 from node.memory import OutOfMemoryError, memory_explained
+from node.quantization import Form
 from transport.exits import Exit
 from zo.layout import lora_layout
 
@@ -65,7 +66,7 @@ def test_a_base_that_is_too_large(monkeypatch):
         OutOfMemoryError, match=r"to load the base in .*: hold the base in fewer bits with --q"
     ):
         load_base(embedded.path(), threads=1)
-    base, finding = doctor.load(str(embedded.path()), "none", (), 1)
+    base, finding = doctor.load(str(embedded.path()), Form(), 1)
     assert base is None
     assert (finding.state, "not enough memory" in finding.found) == ("fail", True)
 

@@ -18,7 +18,7 @@ from node.base import BaseError, load_base
 from node.data import Batch
 from node.losses import mean_loss
 from node.probe import Probe
-from node.quantization import QuantizationError, agreed
+from node.quantization import Form, QuantizationError, agreed
 from transport import base_files
 from zo.codes import NO_VOTE
 from zo.layout import lora_layout
@@ -149,22 +149,31 @@ def test_shapes_that_do_not_fit_are_found_before_the_base_is_loaded(monkeypatch)
 
 def test_a_node_takes_what_the_run_says(make_manifest):
     base = make_manifest(quantize="nf4", skip_quantize=("gate_proj",)).base
-    assert agreed(base, None, None) == ("nf4", ("gate_proj",))
-    assert agreed(base, "nf4", None) == ("nf4", ("gate_proj",))
-    assert agreed(base, "nf4", ["gate_proj"]) == ("nf4", ("gate_proj",))
-    assert agreed(make_manifest().base, None, None) == ("none", ())
+    wanted = Form("nf4", ("gate_proj",), "float32", "auto")
+    assert agreed(base, None, None, None, "auto") == wanted
+    assert agreed(base, "nf4", None, "float32", "auto") == wanted
+    assert agreed(base, "nf4", ["gate_proj"], None, "auto") == wanted
+    assert agreed(make_manifest(dtype="bfloat16").base, None, None, None, "cpu") == Form(dtype="bfloat16")
 
 
 @pytest.mark.parametrize(("kind", "skip"), [("int8", None), ("none", None), (None, ["up_proj"]), (None, [])])
 def test_a_node_may_not_choose_unless_the_run_allows_it(make_manifest, kind, skip):
     settings = {"quantize": "nf4", "skip_quantize": ("gate_proj",)}
     with pytest.raises(
-        QuantizationError, match=r"quantised as nf4 without gate_proj\. Join without --quantize"
+        QuantizationError,
+        match=r"quantised as nf4 without gate_proj, and compute it in float32\. Join without --quantize",
     ):
-        agreed(make_manifest(**settings).base, kind, skip)
+        agreed(make_manifest(**settings).base, kind, skip, None, "cpu")
     free = make_manifest(**settings, any_quantization=True).base
     expected_skip = () if kind == "none" else ("gate_proj",) if skip is None else tuple(skip)
-    assert agreed(free, kind, skip) == (kind or "nf4", expected_skip)
+    assert agreed(free, kind, skip, None, "cpu") == Form(kind or "nf4", expected_skip)
+
+
+def test_a_node_may_not_compute_otherwise_unless_the_run_allows_it(make_manifest):
+    with pytest.raises(QuantizationError, match="compute it in float32"):
+        agreed(make_manifest().base, None, None, "bfloat16", "cpu")
+    free = make_manifest(any_quantization=True).base
+    assert agreed(free, None, None, "float16", "cuda:1") == Form(dtype="float16", device="cuda:1")
 
 
 def test_int8_does_not_speak_at_every_layer(tokens, caplog):
