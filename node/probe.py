@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from node.adapter import Adapter
 from node.data import AnyBatch, Sequences, batch, stacked
+from node.frozen import frozen_backbone, once_per_batch
 from node.losses import Objective, row_losses
 from node.stacked import side_by_side
 from zo import kernels
@@ -155,16 +156,19 @@ class Probe:
         if len(self.adapter.views) < num_views:
             self.adapter.hold(num_views)
         found = []
-        for start in range(0, len(directions), per_pass):
-            chunk = directions[start : start + per_pass]
-            batches = [self.draw(name if sides == 2 else directions[0]) for name in chunk]
-            for i, name in enumerate(chunk):
-                views = self.adapter.host[sides * i], self.adapter.host[sides * i + 1]
-                kernels.perturbed(weights, self.key, name, epsilon, out=views)
-            self.adapter.push()
-            begin = perf_counter()
-            found.append(self._together(batches, sides) if self.at_once else self._apart(batches[0], sides))
-            self._forward_seconds += perf_counter() - begin
+        with once_per_batch(frozen_backbone(self.adapter)):
+            for start in range(0, len(directions), per_pass):
+                chunk = directions[start : start + per_pass]
+                batches = [self.draw(name if sides == 2 else directions[0]) for name in chunk]
+                for i, name in enumerate(chunk):
+                    views = self.adapter.host[sides * i], self.adapter.host[sides * i + 1]
+                    kernels.perturbed(weights, self.key, name, epsilon, out=views)
+                self.adapter.push()
+                begin = perf_counter()
+                found.append(
+                    self._together(batches, sides) if self.at_once else self._apart(batches[0], sides)
+                )
+                self._forward_seconds += perf_counter() - begin
         return np.concatenate(found)
 
     def _apart(self, drawn: AnyBatch, sides: int) -> NDArray[np.float64]:
