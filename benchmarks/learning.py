@@ -1,46 +1,38 @@
 """How well a swarm learns: N virtual nodes in one process, over the code path of real ones.
 
     python -m benchmarks.learning --model DIR --data FILE --seeds 1,2,3
+    python -m benchmarks.learning --recipe 1 [--quick] [--json] [--out [DIR]]
 
-Every round is probe, codes, step rule, commit, replica: only sockets and files are left out. The held-out
-text is the last tenth of the file; each node trains on its own contiguous part of the rest.
+Every round is probe, codes, step rule, commit, replica: only sockets and files are left out. The first form is one
+text, the last tenth of it held out, the rest split among the nodes. The second runs a recipe, with what it is compared
+with (docs/recipes.md); what is in its results already is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks import machine
+from benchmarks.recipes import page
+from benchmarks.recipes.assets import AssetMissing
+from benchmarks.recipes.catalogue import RECIPES, fold, text_problem
+from benchmarks.recipes.problem import Form
+from benchmarks.recipes.results import Results
+from benchmarks.recipes.runner import Runner
+from benchmarks.recipes.swarm import Swarm, train
 from node import base as bases
-from node.adapter import Adapter
-from node.data import Windows, pack
-from node.losses import evaluate
-from node.probe import Probe
-from zo import manifest as manifests
-from zo.codes import NO_VOTE
-from zo.commit import Commit
-from zo.directions import run_key
-from zo.initial import initial_weights
-from zo.layout import lora_layout
 from zo.quantization import KINDS, Kind
-from zo.replica import Replica
-from zo.steps import step_rule
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-HELD_OUT = 0.1
 LOSS_EVERY = 25
 
 
@@ -61,6 +53,7 @@ class Settings:
     batch_size: int
     sequence_length: int
     quantize: Kind = "none"
+    sides: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,128 +78,51 @@ class Row:
     seconds: float
 
 
-def fold(text: str) -> str:
-    """The text with every run of white space replaced by one space.
-
-    The small story models never saw a line break: kept, it would be most of what there is to learn.
-    """
-    return " ".join(text.split())
-
-
-def split(text: str, tokenizer: object, nodes: int, sequence_length: int) -> tuple[list[Windows], Windows]:
-    """Every node's own windows, and the held-out ones."""
-    cut = round(len(text) * (1 - HELD_OUT))
-    edges = np.linspace(0, cut, nodes + 1).astype(int)
-    private = [pack([text[start:end]], tokenizer, sequence_length) for start, end in pairwise(edges)]
-    return private, pack([text[cut:]], tokenizer, sequence_length)
-
-
-def make_manifest(base: bases.Base, settings: Settings, seed: int) -> manifests.Manifest:
-    """The manifest of one run; the seed decides the run id and with it every direction."""
-    layout = lora_layout(base.linear_shapes, TARGETS, settings.rank, settings.train)
-    return manifests.validate(
-        manifests.Manifest(
-            protocol=1,
-            run=manifests.Run(
-                name="learning",
-                rounds=settings.rounds,
-                nonce=hashlib.blake2b(str(seed).encode(), digest_size=16).hexdigest(),
-            ),
-            base=manifests.BaseModel(
-                name=Path(base.path).name,
-                digest=base.digest,
-                tokenizer_digest=base.tokenizer_digest,
-                quantize=settings.quantize,
-            ),
-            adapter=manifests.Adapter(
-                targets=TARGETS,
-                rank=settings.rank,
-                alpha=settings.alpha,
-                train=settings.train,
-                size=layout.size,
-                layout_digest=layout.digest().hex(),
-            ),
-            probe=manifests.Probing(
-                epsilon=settings.epsilon,
-                directions=settings.directions,
-                batch_size=settings.batch_size,
-                sequence_length=settings.sequence_length,
-            ),
-            schedule=manifests.Schedule(
-                step=settings.step, decay=settings.decay, smoothing=settings.smoothing, first_exponent=-4
-            ),
-            parity=manifests.Parity(digest_every=16, share_loss=True),
-        )
-    )
-
-
 def run(model: str, text: str, settings: Settings, seed: int) -> Row:
     """Train once and measure."""
-    base = bases.load_base(model, threads=1, quantize=settings.quantize)
-    private, held_out = split(text, base.tokenizer, settings.nodes, settings.sequence_length)
-    manifest = make_manifest(base, settings, seed)
-    key = run_key(manifest.run_id)
-    adapter = Adapter(
-        base, key=key, targets=TARGETS, rank=settings.rank, alpha=settings.alpha, train=settings.train
+    form = Form(
+        quantize=settings.quantize,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        train=settings.train,
+        batch_size=settings.batch_size,
+        sequence_length=settings.sequence_length,
     )
-    probes = [
-        Probe(
-            adapter,
-            windows,
-            key=key,
-            epsilon=settings.epsilon,
-            directions=settings.directions,
-            batch_size=settings.batch_size,
-            seed=seed * 1000 + node,
-        )
-        for node, windows in enumerate(private)
-    ]
-    rule = step_rule(manifest)
-    scale = rule.start()
-    replica = Replica(manifest, initial_weights(adapter.layout, key, settings.train))
+    problem = text_problem(Path(model), text, form, settings.nodes)
+    how = Swarm(
+        rounds=settings.rounds,
+        directions=settings.directions,
+        sides=settings.sides,
+        step=settings.step,
+        decay=settings.decay,
+        smoothing=settings.smoothing,
+        epsilon=settings.epsilon,
+    )
     started = perf_counter()
-    start = evaluate(adapter, replica.weights, held_out, batch_size=settings.batch_size)
-    losses: list[float] = []
-    ledger_bytes = no_votes = 0
-    for number in range(settings.rounds):
-        probed = [
-            probe.probe(replica.weights, number, node, scale.exponent) for node, probe in enumerate(probes)
-        ]
-        codes: NDArray[np.int8] = np.concatenate([each.codes for each in probed])
-        step, scale = rule.advance(scale, number, codes)
-        commit = Commit(
-            round=number,
-            steps=(step,),
-            exponents=(scale.exponent,),
-            participants=tuple(range(settings.nodes)),
-            codes=codes.tobytes(),
-            previous=replica.head,
-        )
-        replica.apply(commit)
-        losses.append(float(np.nanmean([each.loss for each in probed])))
-        ledger_bytes += len(commit.encode())
-        no_votes += int(np.count_nonzero(codes == NO_VOTE))
-    end = evaluate(adapter, replica.weights, held_out, batch_size=settings.batch_size)
-    sent = settings.nodes * settings.rounds * settings.directions
+    trained = train(problem, how, seed, marks=(0.0, 1.0))
+    start, end = trained.course.points
+    losses = trained.losses
     return Row(
         seed=seed,
-        held_out_start=round(start, 4),
-        held_out_end=round(end, 4),
+        held_out_start=round(start.metric, 4),
+        held_out_end=round(end.metric, 4),
         curve=tuple(
             round(float(np.mean(losses[i : i + LOSS_EVERY])), 3) for i in range(0, len(losses), LOSS_EVERY)
         ),
-        forwards=2 * sent,
-        code_bytes=sent,
-        ledger_bytes=ledger_bytes,
-        no_votes=no_votes,
-        digest=replica.digest().hex(),
+        forwards=end.forwards,
+        code_bytes=end.up_bytes,
+        ledger_bytes=trained.ledger_bytes,
+        no_votes=trained.num_no_votes,
+        digest=trained.digest,
         seconds=round(perf_counter() - started, 1),
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the command line, run once per seed, print a table or one JSON object, and write if asked to."""
+    """Read the command line, run once per seed or a recipe, print a table or JSON, and write if asked to."""
     options = _options(arguments)
+    if options.recipe is not None:
+        return run_recipe(options)
     settings = Settings(**{name: getattr(options, name) for name in Settings.__dataclass_fields__})
     text = Path(options.data).read_text(encoding="utf-8")
     if not options.keep_line_breaks:
@@ -238,6 +154,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(figures))
     if options.out is not None:
         write(figures, options.out)
+    return 0
+
+
+def run_recipe(options: argparse.Namespace) -> int:
+    """Run a recipe, or what of it is not among the results yet, and write its page and plots."""
+    recipe = RECIPES[options.recipe]
+    name = f"recipe-{recipe.number}{'-quick' * options.quick}"
+    folder = options.out or Path("learning-out")
+    results = Results(folder / f"{name}.json")
+    runner = Runner(recipe.number, results, again=options.again)
+    try:
+        recipe.run(runner, options.quick)
+    except AssetMissing as error:
+        print(f"benchmarks.learning: {error}", file=sys.stderr)
+        return 3
+    results.keep(runner.keys)
+    command = f"python -m benchmarks.learning --recipe {recipe.number}{' --quick' * options.quick}"
+    text = page.markdown(f"Recipe {recipe.number}: {recipe.title}", command, recipe.metric, results.rows)
+    (folder / f"{name}.md").write_text(text, "utf-8")
+    page.plot(results.rows, recipe.metric, folder / f"{name}-forwards.png", folder / f"{name}-bytes.png")
+    print(json.dumps([asdict(row) for row in results.rows]) if options.json else text)
     return 0
 
 
@@ -299,14 +236,18 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.learning", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("--model", required=True, help="directory of the base")
-    parser.add_argument("--data", required=True, help="a UTF-8 text; its last tenth is held out")
+    parser.add_argument("--recipe", type=int, choices=sorted(RECIPES), help="run this one")
+    parser.add_argument("--quick", action="store_true", help="a small form of the recipe, minutes at most")
+    parser.add_argument("--again", action="store_true", help="run a recipe's rows even if they are there")
+    parser.add_argument("--model", help="directory of the base, if it is no recipe")
+    parser.add_argument("--data", help="a UTF-8 text; its last tenth is held out")
     parser.add_argument(
         "--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2, 3]
     )
     parser.add_argument("--nodes", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--directions", type=int, default=1, help="per node and round")
+    parser.add_argument("--sides", type=int, choices=(1, 2), default=2, help="losses for a direction")
     parser.add_argument("--step", type=float, default=0.01, help="in units of the weights")
     parser.add_argument("--decay", choices=("linear", "constant"), default="linear")
     parser.add_argument("--smoothing", type=int, default=2)
@@ -327,9 +268,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR",
         nargs="?",
         const=Path("docs/results"),
-        help="also write learning.json and learning.md to DIR (docs/results)",
+        help="also write learning.json and learning.md to DIR (docs/results); where a recipe keeps its results "
+        "(learning-out)",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.recipe is None and not (options.model and options.data):
+        parser.error("name a --recipe, or a --model and its --data")
+    return options
 
 
 if __name__ == "__main__":

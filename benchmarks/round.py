@@ -21,7 +21,8 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import machine
-from benchmarks.learning import Settings, make_manifest
+from benchmarks.recipes.problem import Form
+from benchmarks.recipes.swarm import Swarm, make_manifest
 from node import embedded
 from node.base import load_base
 from node.corpus import pydoc_topics
@@ -88,22 +89,10 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The figures of all settings asked for."""
     kernels.compile_kernels()
     base = load_base(options.model, threads=1)
-    settings = Settings(
-        nodes=max(options.peers),
-        rounds=1000,
-        directions=options.directions,
-        step=0.02,
-        decay="linear",
-        smoothing=3,
-        train="B",
-        rank=4,
-        alpha=8.0,
-        epsilon=0.01,
-        batch_size=8,
-        sequence_length=128,
-    )
-    manifest = make_manifest(base, settings, 1)
-    windows = pack(list(pydoc_topics().values()), base.tokenizer, settings.sequence_length)
+    form = Form(train="B")
+    settings = Swarm(rounds=1000, directions=options.directions, sides=2, step=0.02, smoothing=3)
+    manifest = make_manifest(base, form, settings, 1)
+    windows = pack(list(pydoc_topics().values()), base.tokenizer, form.sequence_length)
     trainer = LanguageTrainer(manifest, base, windows, None, private_seed=1, threads=1)
     rows = []
     for peers in track(options.peers, description="measuring", console=console, transient=True):
@@ -122,7 +111,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "model": Path(options.model).name,
         "parameters": manifest.adapter.size,
         "directions": settings.directions,
-        "batch": f"{settings.batch_size} × {settings.sequence_length}",
+        "batch": f"{form.batch_size} × {form.sequence_length}",
         "rows": rows,
         "cpu": machine.cpu(),
         "num_cores": machine.num_cores(),

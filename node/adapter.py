@@ -142,13 +142,13 @@ class Adapter:
         host = torch.zeros(num_views, self.size)
         views = host.to(next(self.model.parameters()).device)  # the same memory on a CPU
         for parameter in self.layout.parameters:
-            path = self._path(parameter.name)
+            path = self.path_of(parameter.name)
             view = views[0, parameter.offset : parameter.offset + parameter.size].view(parameter.shape)
             view.copy_(self.model.get_parameter(path))
             _set(self.model, path, view)
         self.views, self._on_host, self.host = views, host, host.numpy()
 
-    def _path(self, parameter: str) -> str:
+    def path_of(self, parameter: str) -> str:
         """Where in the model a parameter of the layout is."""
         name, _, last = parameter.rpartition(".")
         return f"{self.paths[name]}.{last}" if name == HEAD else f"{self.paths[name]}.{last}.{NAME}.weight"
@@ -187,7 +187,7 @@ class Adapter:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         trained = {
-            self._path(name).replace(f".{NAME}.weight", ".weight"): values
+            self.path_of(name).replace(f".{NAME}.weight", ".weight"): values
             for name, values in self.layout.split(to_float(weights)).items()
         }
         config = LoraConfig(**self.config.to_dict())

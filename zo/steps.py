@@ -57,6 +57,10 @@ class StepRule(msgspec.Struct, frozen=True, kw_only=True):
         """The scale before round 0."""
         return Scale(mean_square=0, exponent=self.first_exponent)
 
+    def scheduled(self, round: int) -> int:
+        """The step of a round by the schedule alone, in units of the weights' resolution; 0 past the end of a decay."""
+        return self.step * max(self.rounds - round, 0) // self.rounds if self.decays else self.step
+
     def advance(self, scale: Scale, round: int, codes: NDArray[np.int8]) -> tuple[int, Scale]:
         """The step for this round's codes, and the scale for the next round.
 
@@ -76,15 +80,13 @@ class StepRule(msgspec.Struct, frozen=True, kw_only=True):
             smoothed = scale.mean_square + ((mean_square - scale.mean_square) >> self.smoothing)
         else:
             smoothed = mean_square
-        remaining = max(self.rounds - round, 0)
-        schedule = self.step * remaining // self.rounds if self.decays else self.step
         is_cut_off = int(np.count_nonzero(np.abs(votes) == LIMIT)) * _CUT_OFF_SHARE > votes.size
         if is_cut_off:
             # The true RMS is out of sight. What is remembered would say that these codes are larger than usual,
             # and normalising by it would make the step too large as long as the search goes on.
             smoothed = mean_square
         rms = max(isqrt(smoothed), _RMS_FLOOR)
-        step = min((schedule << 16) // (votes.size * rms), STEP_MAX)
+        step = min((self.scheduled(round) << 16) // (votes.size * rms), STEP_MAX)
 
         move = _exponent_move(smoothed)
         if is_cut_off:

@@ -9,7 +9,10 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 
-from benchmarks.learning import Settings, fold, main, make_manifest, run, split
+from benchmarks.learning import Settings, main, run
+from benchmarks.recipes.catalogue import fold, split
+from benchmarks.recipes.problem import Form
+from benchmarks.recipes.swarm import Swarm, make_manifest
 from node import embedded
 from node.base import load_base
 from node.data import Batch
@@ -79,10 +82,12 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(text, row)
 
 def test_the_manifest_says_what_the_settings_say():
     base = load_base(embedded.path(), threads=1)
-    manifest = make_manifest(base, replace(SETTINGS, train="AB"), seed=1)
+    form, settings = Form(rank=2), Swarm(rounds=3, directions=2, sides=1, step=0.01)
+    manifest = make_manifest(base, form, settings, seed=1)
     assert manifest.base.digest == base.digest
     assert (manifest.adapter.train, manifest.adapter.rank, manifest.probe.directions) == ("AB", 2, 2)
-    assert manifest.run_id != make_manifest(base, SETTINGS, seed=2).run_id
+    assert (manifest.probe.sides, manifest.run.rounds) == (1, 3)
+    assert manifest.run_id != make_manifest(base, form, settings, seed=2).run_id
 
 
 def test_results_replace_those_of_the_same_text_and_name_no_place_on_disk(text, tmp_path, capsys):

@@ -1,0 +1,128 @@
+"""What the swarm is compared with: first-order training of the same adapter on pooled data, and MeZO as published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+import bitsandbytes as bnb
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from benchmarks.recipes.course import Course, Show
+from benchmarks.recipes.problem import HeldOut, Problem, start
+from node.adapter import Adapter
+from node.data import AnyBatch, LabelledBatch, batch
+from node.frozen import frozen_backbone, once_per_batch
+
+FLOAT_BYTES: Final = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstOrder:
+    """LoRA by backpropagation with Adam (Kingma and Ba 2014, arXiv 1412.6980), the rate falling linearly to 0."""
+
+    steps: int
+    rate: float
+    method: ClassVar[str] = "first order, Adam"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mezo:
+    """MeZO (arXiv 2305.17333, algorithm 1): one worker, Gaussian z, float scalars, constant learning rate."""
+
+    steps: int
+    rate: float
+    epsilon: float = 1e-3
+    method: ClassVar[str] = "MeZO"
+
+
+def first_order(problem: Problem, settings: FirstOrder, seed: int, show: Show) -> Course:
+    """Train once, measured on the way.
+
+    A step counts as one forward pass, and as the bytes of one float32 gradient, which a worker elsewhere would send.
+    """
+    adapter, values, _ = start(problem, seed)
+    adapter.load(values)
+    parameters = _trained(adapter)
+    optimizer = torch.optim.Adam(parameters, settings.rate)
+    num_bytes = FLOAT_BYTES * adapter.size
+    course = Course(settings.steps, HeldOut(problem, adapter), show)
+    for step in range(settings.steps):
+        optimizer.param_groups[0]["lr"] = settings.rate * (1 - step / settings.steps)
+        optimizer.zero_grad()
+        loss = _loss(adapter.model, batch(problem.pooled, problem.form.batch_size, seed, step))
+        torch.autograd.backward(loss)
+        optimizer.step()
+        course.reached(step + 1, num_bytes * (step + 1))
+    return course
+
+
+def mezo(problem: Problem, settings: Mezo, seed: int, show: Show) -> Course:
+    """Train once, measured on the way. Bytes are those of its scalars, had another worker to follow them."""
+    adapter, weights, objective = start(problem, seed)
+    generator = np.random.default_rng(seed)
+
+    held_out, backbone = HeldOut(problem, adapter), frozen_backbone(adapter)
+
+    def measure() -> float:
+        adapter.load(weights)
+        return held_out()
+
+    course = Course(2 * settings.steps, measure, show)
+    for step in range(settings.steps):
+        z = generator.standard_normal(weights.size, np.float32)
+        drawn = batch(problem.pooled, problem.form.batch_size, seed, step)
+        losses = []
+        with once_per_batch(backbone):
+            for sign in (1, -1):
+                adapter.load(weights + np.float32(sign * settings.epsilon) * z)
+                losses.append(objective(adapter.model, drawn).mean)
+        slope = (losses[0] - losses[1]) / (2 * settings.epsilon)
+        weights = weights - np.float32(settings.rate * slope) * z
+        course.reached(2 * (step + 1), FLOAT_BYTES * (step + 1))
+    return course
+
+
+def _trained(adapter: Adapter) -> list[torch.nn.Parameter]:
+    """The parameters of the model that the flat vector holds, wanting gradients."""
+    _make_differentiable(adapter.model)
+    parameters = [
+        adapter.model.get_parameter(adapter.path_of(each.name)) for each in adapter.layout.parameters
+    ]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return parameters
+
+
+def _make_differentiable(model: torch.nn.Module) -> None:
+    """Hold layers of 4 bit as the floats that they stand for.
+
+    On a CPU bitsandbytes 0.50 has no gradient for the fused kernel that it then computes them with, and torch goes on
+    with a wrong one.
+    """
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, bnb.nn.Linear4bit):
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            plain.weight = torch.nn.Parameter(
+                bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float(),
+                requires_grad=False,
+            )
+            plain.bias = layer.bias
+            owner, _, name = path.rpartition(".")
+            setattr(model.get_submodule(owner), name, plain)
+
+
+def _loss(model: Any, drawn: AnyBatch) -> torch.Tensor:
+    """Mean cross-entropy, as `node.losses` measures it, with a graph for the gradient."""
+    ids = torch.from_numpy(drawn.tokens)
+    if isinstance(drawn, LabelledBatch):
+        mask = torch.arange(ids.shape[1]) < torch.from_numpy(drawn.lengths)[:, None]
+        logits = model(input_ids=ids, attention_mask=mask.long()).logits
+        return cross_entropy(logits.float(), torch.from_numpy(drawn.labels))
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+    if drawn.scored is None:
+        return cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+    chosen = torch.from_numpy(drawn.scored[:, 1:])
+    return cross_entropy(logits[chosen].float(), ids[:, 1:][chosen])

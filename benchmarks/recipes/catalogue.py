@@ -1,0 +1,227 @@
+"""The recipes: which problem, which methods, at which settings. What is best among several is found by running them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from benchmarks.recipes import assets
+from benchmarks.recipes.baselines import FirstOrder, Mezo
+from benchmarks.recipes.problem import Form, Problem
+from benchmarks.recipes.results import Row
+from benchmarks.recipes.runner import Runner
+from benchmarks.recipes.swarm import Swarm
+from node import base as bases
+from node.completions import Completions, read_completions
+from node.data import Windows, pack
+from node.labelled import Labelled, read_labelled
+from node.losses import row_misses
+from zo.manifest import Task
+from zo.quantization import Kind
+
+HELD_OUT: Final = 0.1
+FIRST_ORDER_RATES: Final = (0.003, 0.01, 0.03)
+MEZO_RATES: Final = (1e-4, 3e-4, 1e-3, 3e-3)
+SCALARS: Final = ("int8", "float")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One recipe, as its page introduces it."""
+
+    number: int
+    title: str
+    metric: str
+    run: Callable[[Runner, bool], None]
+
+
+def fold(text: str) -> str:
+    """The text with every run of white space replaced by one space.
+
+    The small story models never saw a line break: kept, it would be most of what there is to learn.
+    """
+    return " ".join(text.split())
+
+
+def split(text: str, tokenizer: object, nodes: int, sequence_length: int) -> tuple[list[Windows], Windows]:
+    """Every node's own windows, and the held-out ones, from the last tenth of the text."""
+    cut = round(len(text) * (1 - HELD_OUT))
+    edges = np.linspace(0, cut, nodes + 1).astype(int)
+    private = [pack([text[start:end]], tokenizer, sequence_length) for start, end in pairwise(edges)]
+    return private, pack([text[cut:]], tokenizer, sequence_length)
+
+
+def text_problem(model: Path, text: str, form: Form, nodes: int) -> Problem:
+    """Next-token prediction on a text that is split among the nodes."""
+    tokenizer = bases.load_base(model, threads=1).tokenizer
+    private, held_out = split(text, tokenizer, nodes, form.sequence_length)
+    pooled = replace(private[0], tokens=np.concatenate([each.tokens for each in private]))
+    return Problem(
+        model=str(model), form=form, task=Task(), private=private, pooled=pooled, held_out=[held_out]
+    )
+
+
+def best(rows: Sequence[Row]) -> Row:
+    """The row that ends lowest."""
+    return min(rows, key=lambda row: row.end)
+
+
+def _best_rate(rows: Sequence[Row]) -> float:
+    return float(best(rows).settings["rate"])
+
+
+def shakespeare(run: Runner, quick: bool) -> None:
+    """Two story models in NF4 and int8, eight nodes, a text whose kind they never saw.
+
+    Rates are chosen on short runs of the first form of each base. Codes and floats are compared over a fifth of the
+    length, and so is MeZO in int8, where a forward pass takes twice as long.
+    """
+    text = fold(assets.data("tinyshakespeare", "input.txt").read_text("utf-8"))
+    if quick:
+        text = text[: len(text) // 8]
+    kinds: tuple[Kind, ...] = ("nf4",) if quick else ("nf4", "int8")
+    names = ("stories260K-pad64",) if quick else ("stories260K-pad64", "babyllama-tok361-pad64")
+    short = Swarm(rounds=20 if quick else 125, directions=4, sides=1, step=0.03, epsilon=0.003)
+    whole = replace(short, rounds=625, step=0.02)
+    rates: dict[str, tuple[float, float]] = {}
+    for kind, name in product(kinds, names):
+        subject = f"{name} in {kind}"
+        problem = text_problem(assets.model(name), text, Form(quantize=kind), nodes=8)
+        if name not in rates:
+            few = 60 if quick else 300
+            first = [run(subject, problem, FirstOrder(steps=few, rate=rate)) for rate in FIRST_ORDER_RATES]
+            mezo = [run(subject, problem, Mezo(steps=few, rate=rate)) for rate in MEZO_RATES]
+            rates[name] = _best_rate(first), _best_rate(mezo)
+        for_adam, for_mezo = rates[name]
+        for scalars in SCALARS:
+            run(subject, problem, replace(short, scalars=scalars))
+        if not quick:
+            run(subject, problem, FirstOrder(steps=1500, rate=for_adam))
+            run(subject, problem, whole)
+            steps = (whole if kind == "nf4" else short).rounds * 8 * whole.directions // 2
+            run(subject, problem, Mezo(steps=steps, rate=for_mezo))
+
+
+def instructions(run: Runner, quick: bool) -> None:
+    """Sixteen nodes, each with one client's task of its own; every client's held-out completions count alike."""
+    model = assets.model("babyllama-tok361-pad64")
+    form = Form(quantize="nf4", batch_size=4, sequence_length=256)
+    tokenizer = bases.load_base(model, threads=1).tokenizer
+    folder = assets.data("natural-instructions")
+
+    def rows(*names: str) -> Completions:
+        return read_completions([folder / name for name in names], tokenizer, form.sequence_length)
+
+    clients = [f"client{number:02}" for number in range(4 if quick else 16)]
+    problem = Problem(
+        model=str(model),
+        form=form,
+        task=Task(kind="completion"),
+        private=[rows(f"{client}.train.jsonl") for client in clients],
+        pooled=rows(*(f"{client}.train.jsonl" for client in clients)),
+        held_out=[rows(f"{client}.eval.jsonl", f"{client}.test.jsonl") for client in clients],
+    )
+    swarm = Swarm(rounds=10 if quick else 100, directions=4, sides=1, step=0.02, epsilon=0.003)
+    subject = f"{model.name} in nf4, {len(clients)} tasks"
+    _compare(run, subject, problem, swarm, few=30 if quick else 200, many=None if quick else 600)
+
+
+def sentiment(run: Runner, quick: bool) -> None:
+    """Films praised or not: a linear head on a frozen sentence encoder, sixteen nodes."""
+    model = assets.encoder()
+    form = Form(targets=(), batch_size=8, sequence_length=64)
+    task = Task(kind="head", labels=("0", "1"))
+    base = bases.load_base(model, threads=1, labels=task.labels)
+    columns = {"text": "1", "label": "2"}
+
+    def rows(name: str) -> Labelled:
+        path = assets.data("sst2", name)
+        return read_labelled([path], base.tokenizer, form.sequence_length, task, base.padding, columns)
+
+    pooled, held_out = rows("train.tsv"), rows("dev.tsv")
+    problem = Problem(
+        model=str(model),
+        form=form,
+        task=task,
+        private=[_every(pooled, 16, node) for node in range(16)],
+        pooled=pooled,
+        held_out=[_every(held_out, 4, 0) if quick else held_out],
+        metric=row_misses,
+    )
+    swarm = Swarm(rounds=5 if quick else 60, directions=32, sides=1, step=0.1, epsilon=0.01)
+    _compare(
+        run, "MiniLM on SST-2, head", problem, swarm, few=20 if quick else 100, many=None if quick else 600
+    )
+
+
+def accuracy(run: Runner, quick: bool) -> None:
+    """The share of next tokens that are the likeliest: no gradient leads there, and no cross-entropy is asked for."""
+    text = fold(assets.data("tinyshakespeare", "input.txt").read_text("utf-8"))
+    if quick:
+        text = text[: len(text) // 8]
+    form = Form(quantize="nf4")
+    problem = text_problem(assets.model("stories260K-pad64"), text, form, nodes=8)
+    problem = replace(problem, task=Task(objective="accuracy"), metric=row_misses)
+    subject = "stories260K-pad64 in nf4, by accuracy"
+    swarm = Swarm(rounds=10 if quick else 125, directions=4, sides=1, step=0.03, epsilon=0.01)
+    for scalars in SCALARS:
+        run(subject, problem, replace(swarm, scalars=scalars))
+    few = 40 if quick else 300
+    for rate in MEZO_RATES:
+        run(subject, problem, Mezo(steps=few, rate=10 * rate, epsilon=swarm.epsilon))
+
+
+def _compare(run: Runner, subject: str, problem: Problem, swarm: Swarm, few: int, many: int | None) -> None:
+    """All methods on one problem; rates are chosen on runs of `few` steps, and first order goes on to `many`."""
+    first = [run(subject, problem, FirstOrder(steps=few, rate=rate)) for rate in FIRST_ORDER_RATES]
+    if many is not None:
+        run(subject, problem, FirstOrder(steps=many, rate=_best_rate(first)))
+    for scalars in SCALARS:
+        run(subject, problem, replace(swarm, scalars=scalars))
+    for rate in MEZO_RATES:
+        run(subject, problem, Mezo(steps=few, rate=rate))
+
+
+def _every(rows: Labelled, stride: int, first: int) -> Labelled:
+    return replace(
+        rows,
+        tokens=rows.tokens[first::stride],
+        lengths=rows.lengths[first::stride],
+        labels=rows.labels[first::stride],
+    )
+
+
+RECIPES: Final = {
+    each.number: each
+    for each in (
+        Recipe(
+            number=1,
+            title="one text, eight nodes, bases in 4 and 8 bit",
+            metric="held-out loss, nats per token",
+            run=shakespeare,
+        ),
+        Recipe(
+            number=2,
+            title="sixteen nodes, a task of its own on each",
+            metric="held-out loss of completions, nats per token, mean over clients",
+            run=instructions,
+        ),
+        Recipe(
+            number=3,
+            title="a classification head on a sentence encoder",
+            metric="held-out error, share of labels",
+            run=sentiment,
+        ),
+        Recipe(
+            number=4,
+            title="trained by accuracy, which has no gradient",
+            metric="held-out error, share of next tokens that are not the likeliest",
+            run=accuracy,
+        ),
+    )
+}

@@ -1,0 +1,101 @@
+"""Runs rows, or finds them among the results, and shows how far they are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from time import perf_counter
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks import machine
+from benchmarks.recipes.baselines import FirstOrder, Mezo, first_order, mezo
+from benchmarks.recipes.course import Course, Show
+from benchmarks.recipes.problem import Problem
+from benchmarks.recipes.results import Results, Row, key_of
+from benchmarks.recipes.swarm import Swarm, train
+
+Method = Swarm | Mezo | FirstOrder
+
+
+class Runner:
+    """One call of a recipe: its rows so far are `keys`, in the order they were asked for."""
+
+    def __init__(self, recipe: int, results: Results, *, again: bool) -> None:
+        """Take note of what is there.
+
+        Args:
+            recipe: its number.
+            results: receives every row as soon as it is done.
+            again: run what is there already once more.
+        """
+        self.keys: list[str] = []
+        self._recipe = recipe
+        self._results = results
+        self._again = again
+        self._err = Console(stderr=True)
+        self._digests: dict[str, str] = {}
+
+    def __call__(self, subject: str, problem: Problem, settings: Method, seed: int = 1) -> Row:
+        """The row of a method on a problem, from the results or from a run."""
+        digest = self._digests.setdefault(subject, problem.digest)
+        form = asdict(problem.form) | {"targets": list(problem.form.targets)}  # as JSON gives it back
+        key = key_of(self._recipe, digest, form, settings.method, asdict(settings), seed)
+        is_new = key not in self.keys
+        self.keys.append(key)
+        known = self._results.find(key)
+        if known is not None and not (self._again and is_new):
+            return known
+        started = perf_counter()
+        course = self._watched(
+            f"{subject}: {settings.method}", lambda show: _run(problem, settings, seed, show)
+        )
+        row = Row(
+            key=key,
+            subject=subject,
+            method=settings.method,
+            form=form,
+            settings=asdict(settings),
+            seed=seed,
+            points=tuple(course.points),
+            seconds=round(perf_counter() - started, 1),
+            date=datetime.now(UTC).date().isoformat(),
+            commit=machine.commit(),
+            cpu=machine.cpu(),
+            torch=machine.versions(["torch"])["torch"],
+        )
+        self._results.add(row)
+        self._err.print(
+            f"{subject}: {settings.method}, {row.start:.3f} → {row.end:.3f}, {row.forwards:,} forward passes, "
+            f"{row.seconds:.0f} s",
+            highlight=False,
+        )
+        return row
+
+    def _watched(self, title: str, run: Callable[[Show], Course]) -> Course:
+        """A run with a line that shows how far it is, and when it will be over."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[metric]:.3f}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(
+            *columns, console=self._err, transient=True, disable=not sys.stderr.isatty()
+        ) as progress:
+            task = progress.add_task(title, metric=float("nan"))
+            return run(
+                lambda done, total, metric: progress.update(task, completed=done, total=total, metric=metric)
+            )
+
+
+def _run(problem: Problem, settings: Method, seed: int, show: Show) -> Course:
+    if isinstance(settings, Swarm):
+        return train(problem, settings, seed, show).course
+    if isinstance(settings, Mezo):
+        return mezo(problem, settings, seed, show)
+    return first_order(problem, settings, seed, show)

@@ -1,0 +1,235 @@
+"""Ours: virtual nodes in one process over the code path of real ones; only sockets and files are left out.
+
+Every round is probe, codes, step rule, commit, replica. The same with scalars in floats, for comparison, leaves out
+codes and commits as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.recipes import problem as problems
+from benchmarks.recipes.course import MARKS, Course, Show
+from benchmarks.recipes.problem import Form, HeldOut, Problem
+from node.base import Base
+from node.language import adapt
+from node.objectives import objective
+from node.probe import Probe
+from zo import kernels
+from zo import manifest as manifests
+from zo.codes import NO_VOTE
+from zo.commit import Commit
+from zo.directions import run_key
+from zo.initial import initial_weights
+from zo.layout import lora_layout
+from zo.replica import Replica, samples
+from zo.steps import StepRule, step_rule
+from zo.weights import digest, to_float
+
+FLOAT_BYTES: Final = 4
+TEXT: Final = manifests.Task()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swarm:
+    """How the swarm trains."""
+
+    rounds: int
+    directions: int
+    sides: int
+    step: float
+    decay: Literal["linear", "constant"] = "linear"
+    smoothing: int = 2
+    epsilon: float = 0.01
+    scalars: Literal["int8", "float"] = "int8"
+
+    @property
+    def method(self) -> str:
+        """What the tables call it."""
+        return f"swarm, {self.scalars}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a run of the swarm came to."""
+
+    course: Course
+    digest: str
+    """Of the weights after the last round."""
+    ledger_bytes: int
+    """All commits as encoded: what one node receives, without the transport's frames."""
+    num_no_votes: int
+    losses: tuple[float, ...]
+    """Mean loss of the nodes' own batches in each round."""
+
+
+def train(
+    problem: Problem,
+    settings: Swarm,
+    seed: int,
+    show: Show = lambda *_: None,
+    marks: Sequence[float] = MARKS,
+) -> Trained:
+    """Train once, measured on the way."""
+    form = problem.form
+    base = problems.load(problem)
+    manifest = make_manifest(base, form, settings, seed, problem.task)
+    adapter = adapt(base, manifest)
+    probes = [
+        Probe(
+            adapter,
+            windows,
+            key=run_key(manifest.run_id),
+            epsilon=settings.epsilon,
+            directions=settings.directions,
+            batch_size=form.batch_size,
+            seed=seed * 1000 + node,
+            sides=settings.sides,
+            objective=objective(problem.task, base, windows),
+        )
+        for node, windows in enumerate(problem.private)
+    ]
+    weights = initial_weights(adapter.layout, run_key(manifest.run_id), form.train)
+    trainer = Exact(manifest, weights) if settings.scalars == "int8" else InFloats(manifest, weights)
+
+    held_out = HeldOut(problem, adapter)
+
+    def measure() -> float:
+        adapter.load(to_float(trainer.weights))
+        return held_out()
+
+    a_round = len(probes) * settings.directions
+    course = Course(settings.rounds * settings.sides * a_round, measure, show, marks)
+    losses = []
+    for number in range(settings.rounds):
+        losses.append(trainer.round(number, probes))
+        done = (number + 1) * a_round
+        course.reached(settings.sides * done, trainer.bytes_each * done)
+    return Trained(
+        course=course,
+        digest=digest(settings.rounds, trainer.weights).hex(),
+        ledger_bytes=trainer.ledger_bytes,
+        num_no_votes=trainer.num_no_votes,
+        losses=tuple(losses),
+    )
+
+
+def make_manifest(
+    base: Base, form: Form, settings: Swarm, seed: int, task: manifests.Task = TEXT
+) -> manifests.Manifest:
+    """The manifest of one run; the seed decides the run id, and with it the adapter's start and every direction."""
+    head = None if base.head is None else base.head.shape
+    layout = lora_layout(base.linear_shapes, form.targets, form.rank, form.train, head)
+    return manifests.validate(
+        manifests.Manifest(
+            protocol=1,
+            run=manifests.Run(
+                name="learning",
+                rounds=settings.rounds,
+                nonce=hashlib.blake2b(str(seed).encode(), digest_size=16).hexdigest(),
+            ),
+            base=manifests.BaseModel(
+                name=Path(base.path).name,
+                digest=base.digest,
+                tokenizer_digest=base.tokenizer_digest,
+                quantize=form.quantize,
+            ),
+            task=task,
+            adapter=manifests.Adapter(
+                targets=form.targets,
+                rank=form.rank,
+                alpha=form.alpha,
+                train=form.train,
+                size=layout.size,
+                layout_digest=layout.digest().hex(),
+            ),
+            probe=manifests.Probing(
+                epsilon=settings.epsilon,
+                directions=settings.directions,
+                batch_size=form.batch_size,
+                sequence_length=form.sequence_length,
+                sides=settings.sides,
+            ),
+            schedule=manifests.Schedule(
+                step=settings.step, decay=settings.decay, smoothing=settings.smoothing, first_exponent=-4
+            ),
+            parity=manifests.Parity(digest_every=16, share_loss=True),
+        )
+    )
+
+
+class Exact:
+    """Rounds as they are in the field."""
+
+    bytes_each: Final = 1
+
+    def __init__(self, manifest: manifests.Manifest, weights: NDArray[np.int32]) -> None:
+        self._rule = step_rule(manifest)
+        self._scale = self._rule.start()
+        self._replica = Replica(manifest, weights)
+        self.ledger_bytes = self.num_no_votes = 0
+
+    @property
+    def weights(self) -> NDArray[np.int32]:
+        """Of this moment."""
+        return self._replica.weights
+
+    def round(self, number: int, probes: list[Probe]) -> float:
+        """One round of all nodes; their mean loss."""
+        probed = [
+            probe.probe(self.weights, number, node, self._scale.exponent) for node, probe in enumerate(probes)
+        ]
+        codes: NDArray[np.int8] = np.concatenate([each.codes for each in probed])
+        step, self._scale = self._rule.advance(self._scale, number, codes)
+        commit = Commit(
+            round=number,
+            steps=(step,),
+            exponents=(self._scale.exponent,),
+            participants=tuple(range(len(probes))),
+            codes=codes.tobytes(),
+            previous=self._replica.head,
+        )
+        self._replica.apply(commit)
+        self.ledger_bytes += len(commit.encode())
+        self.num_no_votes += int(np.count_nonzero(codes == NO_VOTE))
+        return float(np.nanmean([each.loss for each in probed]))
+
+
+class InFloats:
+    """The same rounds with the scalars as they were measured: the step rule of `zo.steps` without its integers."""
+
+    bytes_each: Final = FLOAT_BYTES
+
+    def __init__(self, manifest: manifests.Manifest, weights: NDArray[np.int32]) -> None:
+        self._key = run_key(manifest.run_id)
+        self._rule: StepRule = step_rule(manifest)
+        self._mean_square = 0.0
+        self.weights = weights.copy()
+        self.ledger_bytes = self.num_no_votes = 0
+
+    def round(self, number: int, probes: list[Probe]) -> float:
+        """One round of all nodes; their mean loss."""
+        probed = [probe.slopes(self.weights, number, node) for node, probe in enumerate(probes)]
+        slopes = np.concatenate([each for each, _ in probed])
+        mean_square = float(np.mean(slopes**2))
+        self._mean_square += (mean_square - self._mean_square) / (1 << self._rule.smoothing if number else 1)
+        coefficients = np.rint(
+            self._rule.scheduled(number) * slopes / (slopes.size * np.sqrt(self._mean_square))
+        ).astype(np.int32)
+        names = np.array(
+            [
+                (node, sample, 0)
+                for node, probe in enumerate(probes)
+                for sample in samples(number, probe.directions)
+            ],
+            np.uint32,
+        )
+        kernels.apply(self.weights, self._key, names, coefficients)
+        return float(np.nanmean([loss for _, loss in probed]))
