@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
@@ -339,6 +339,7 @@ def init(
         config = validate_config(ServiceConfig(host=host, port=port, quorum=quorum))
         check_capacity(config, manifest)
         _check_quantization(manifest, shapes)
+        _check_length(manifest, base_files.configuration(found.folder))
         if calibrate:
             if epsilon is not None:
                 raise ManifestError("give --epsilon or --calibrate, not both: the second measures the first")
@@ -364,6 +365,16 @@ def init(
         soft_wrap=True,
     )
     out.print(f"Next: zo-coordinator serve {run}", highlight=False, soft_wrap=True)
+
+
+def _check_length(manifest: Manifest, configuration: Mapping[str, Any]) -> None:
+    """Refuse sequences that no node's model could take."""
+    longest = configuration.get("max_position_embeddings")
+    if type(longest) is int and manifest.probe.sequence_length > longest:
+        raise ManifestError(
+            f"probe.sequence_length = {manifest.probe.sequence_length}: the base takes at most {longest} tokens; give "
+            "--sequence-length"
+        )
 
 
 def _check_quantization(manifest: Manifest, shapes: dict[str, tuple[int, int]]) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 _Read = TypeVar("_Read")
+USUAL_LENGTH = 128
 
 
 class BaseError(RuntimeError):
@@ -64,6 +65,11 @@ class Base:
     """The token that fills up rows of a classifier."""
     max_sequence_length: int | None
     """The longest sequence the model was made for, in tokens; None if its configuration does not say."""
+
+    @property
+    def usual_length(self) -> int:
+        """Most tokens in a row where nobody says how many."""
+        return min(USUAL_LENGTH, self.max_sequence_length or USUAL_LENGTH)
 
 
 def load_base(

@@ -335,7 +335,10 @@ def evaluate(
     sequence_length: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=2, help="Tokens in a row.", show_default="as the adapter's run; else 128"
+            metavar="N",
+            min=2,
+            help="Tokens in a row.",
+            show_default="as the adapter's run; else at most 128",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Rows in one forward pass.")] = 8,

@@ -118,16 +118,17 @@ def _ends(base: Base) -> set[int]:
 
 @memory_explained("for this text", SAYING)
 def classify(
-    base: Base, model: torch.nn.Module, task: Task, sequence_length: int, text: str
+    base: Base, model: torch.nn.Module, task: Task, sequence_length: int | None, text: str
 ) -> tuple[str, float]:
-    """The likeliest label of a text, and its probability.
+    """The likeliest label of a text, cut to fit into `sequence_length` (None: as usual), and its probability.
 
     Raises:
         DataError: the text is empty.
     """
     if not text.strip():
         raise DataError("the text is empty; give one to classify")
-    rows = labelled.arrange([text], [0], base.tokenizer, sequence_length, task, base.padding)
+    length = sequence_length or base.usual_length
+    rows = labelled.arrange([text], [0], base.tokenizer, length, task, base.padding)
     probabilities = label_logits(model, rows.take(np.array([0]))).softmax(1)[0]
     number = int(probabilities.argmax())
     return task.labels[number], float(probabilities[number])

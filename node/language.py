@@ -188,7 +188,7 @@ def read_data(
     paths: Sequence[Path],
     base: Base,
     task: Task,
-    sequence_length: int,
+    sequence_length: int | None,
     columns: Mapping[str, str] | None = None,
 ) -> Sequences:
     """The rows of some files, of the kind and the length that a run asks for.
@@ -197,12 +197,13 @@ def read_data(
         paths: files as `node.reading` reads them.
         base: whose tokens they become.
         task: what the rows are.
-        sequence_length: most tokens in a row.
+        sequence_length: most tokens in a row; None for as many as usual.
         columns: what fields of a row are called in the files.
 
     Raises:
         DataError: the data cannot be used, or the base cannot take sequences of that length.
     """
+    sequence_length = sequence_length or base.usual_length
     if base.max_sequence_length is not None and sequence_length > base.max_sequence_length:
         raise DataError(
             f"sequences are to have {sequence_length} tokens, the base takes {base.max_sequence_length}"

@@ -19,7 +19,6 @@ from zo.toml import documented_toml
 
 MANIFEST_FILE: Final = "manifest.toml"
 ADAPTER_FILE: Final = "adapter_config.json"
-SEQUENCE_LENGTH: Final = 128
 
 
 Mix = Literal["mean", "vote"]
@@ -30,7 +29,8 @@ class Asked(NamedTuple):
     """A task, and how long its rows may be."""
 
     task: Task
-    sequence_length: int
+    sequence_length: int | None
+    """None if nobody says."""
 
 
 def keep_manifest(folder: Path, manifest: Manifest) -> None:
@@ -86,7 +86,7 @@ def asked(
         BaseError: there is no such model.
     """
     known = _exported_from(adapters[0] if adapters else resolve(model))
-    length = sequence_length or (known.probe.sequence_length if known else SEQUENCE_LENGTH)
+    length = sequence_length or (known.probe.sequence_length if known else None)
     if known is not None and kind in (None, known.task.kind) and not labels and template is None:
         return Asked(known.task, length)
     kind = kind or (known.task.kind if known else "text")

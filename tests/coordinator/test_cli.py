@@ -191,6 +191,17 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_made(base, adapt
     assert not (tmp_path / "run").exists()
 
 
+def test_sequences_that_the_base_cannot_take_are_refused(base, tmp_path):
+    (base / "config.json").write_text('{"max_position_embeddings": 64}')
+    here = ("init", tmp_path / "run", "--model", base)
+    fails(
+        run(*here),
+        Exit.INPUT,
+        "probe.sequence_length = 128: the base takes at most 64 tokens; give --sequence-l",
+    )
+    assert run(*here, "--sequence-length", 64).exit_code == 0
+
+
 def test_a_head_needs_to_know_how_wide_the_base_is(base, tmp_path):
     task = ("--task", "head", "--label", "bad", "--label", "good")
     fails(run("init", tmp_path / "run", "--model", base, *task), Exit.BASE, "how wide the base is", "n_embd")

@@ -65,9 +65,9 @@ BY_NUMBER = ("--column", "label=1", "--column", "text=2")
 
 def test_plain_text_unless_told_otherwise(encoder, exported, tmp_path):
     model = str(encoder)
-    assert asked(model, [], None, None, None, None) == (Task(), 128)
+    assert asked(model, [], None, None, None, None) == (Task(), None)
     assert asked(model, [tmp_path], None, None, None, 32) == (Task(), 32)
-    assert asked(model, [], "head", LABELS, None, None) == (HEAD, 128)
+    assert asked(model, [], "head", LABELS, None, None) == (HEAD, None)
 
 
 def test_an_export_says_what_its_run_was_about(encoder, exported):
@@ -160,6 +160,20 @@ def test_a_base_without_a_head_needs_an_adapter_that_has_one(encoder, rows):
     )
 
 
+def test_rows_are_no_longer_than_the_base_takes_if_nobody_says_how_long(encoder, exported, rows, tmp_path):
+    for file in exported.glob("adapter*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())  # without the run's manifest
+    task = ("--task", "head", "--label", "bad", "--label", "good")
+    shown = run("evaluate", "--model", encoder, "--adapter", tmp_path, "--data", rows, *task, *BY_NUMBER)
+    assert shown.exit_code == 0, shown.output
+    rows.write_text("good\t" + "Return the value. " * 100)
+    shown = run("evaluate", "--model", encoder, "--adapter", tmp_path, "--data", rows, *task, *BY_NUMBER)
+    assert "to fit 64" in " ".join(shown.stderr.split())
+    assert (
+        run("predict", "Return " * 100, "--model", encoder, "--adapter", tmp_path, *task).stdout == "good\n"
+    )
+
+
 def test_bad_options_are_said(encoder, exported, rows):
     options = ("--model", encoder, "--adapter", exported, "--data", rows)
     fails(
@@ -201,7 +215,7 @@ def test_a_language_model_says_the_label(tmp_path):
 
 
 def test_the_embedded_model_is_asked_for_plain_text():
-    assert asked(str(embedded.path()), [], None, None, None, None) == (Task(), 128)
+    assert asked(str(embedded.path()), [], None, None, None, None) == (Task(), None)
     assert (
         msgspec.structs.replace(Task(), kind="completion")
         == asked(str(embedded.path()), [], "completion", None, None, None).task
