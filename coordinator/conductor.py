@@ -269,7 +269,7 @@ class Conductor:
         effects: list[Effect] = []
         if member.session is not None:
             effects.append(send(member.session, refusal))
-            effects += self._lose(member, Event.LOST, f"was shut out: {refusal.reason}")
+            effects += self._lose(member, Event.LEFT, f"was shut out: {refusal.reason}")
         return [*effects, *self._pass_on(now)]
 
     def settle(self) -> list[Effect]:
@@ -364,7 +364,7 @@ class Conductor:
             )
             return [
                 send(member.session, Refuse("fork", reason)),
-                *self._lose(member, Event.LOST, "was refused"),
+                *self._lose(member, Event.LEFT, "was refused"),
             ]
         member.is_choosing = False
         member.acknowledged = member.cursor = follow.round

@@ -41,7 +41,7 @@ class Event(enum.Enum):
     MISSED = "let a deadline pass"
     QUIET = "not heard of for long"
     LOST = "the connection is gone, or nobody reads at its other end"
-    LEFT = "said that it goes"
+    LEFT = "said that it goes, or was told to go"
 
 
 TRANSITIONS: Final = {
@@ -100,7 +100,7 @@ class Member:
     is_finished: bool = False
     """Whether it has been told that the run is over."""
     has_left: bool = False
-    """Whether it said that it goes, and has not come back since."""
+    """Whether it said that it goes, or was told to, and has not come back since."""
 
     def note(self, event: Event) -> None:
         """Move along the transition table."""

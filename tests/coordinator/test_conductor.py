@@ -620,6 +620,7 @@ def test_a_choice_that_is_not_in_the_ledger_is_refused(start):
     (refusal,) = run.coordinator.message(session_of(1), key_of(1), Follow(6, bytes(16)))
     assert refusal.cause == "fork"
     assert run.presence(1) is Presence.GONE
+    assert run.conductor.members[1].has_left, "the run's end will not wait for it"
 
 
 def test_late_codes_count_in_the_next_round_where_the_manifest_allows_it(start):

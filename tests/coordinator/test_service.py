@@ -549,7 +549,7 @@ def test_a_key_revoked_in_the_middle_of_a_round_is_out_of_that_round(tmp_path, m
     assert served.service.conductors[0].round == round + 1
     commit = decode_entry(list(served.ledger.frames())[-1])
     assert commit.participants == (0, 1)
-    assert served.noted("lost")[-1].text.startswith("node 2 (n2) was shut out: this node's key was revoked")
+    assert served.noted("left")[-1].text.startswith("node 2 (n2) was shut out: this node's key was revoked")
     assert served.say(2, Report((round + 1) % 256, bytes(DIRECTIONS)))[0].cause == "revoked"
     assert served.hello(2)[0].cause == "revoked"
     served.ledger.close()
