@@ -25,6 +25,7 @@ soak: $(READY)
 
 attack: $(READY)
 	ZO_ATTACK_FULL=1 $(BIN)/python -m pytest -m attack
+	$(BIN)/python -m benchmarks.attacks --out docs/results
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -147,6 +147,22 @@ class Swarm:
         self._directory = RunDirectory(self.run)
         self._manifest = self._directory.manifest()
 
+    @property
+    def ticket(self) -> str:
+        """What the coordinator printed; empty before it is served."""
+        return self._ticket
+
+    @property
+    def base(self) -> Path:
+        """Directory of the base."""
+        return Path(self._base)
+
+    @property
+    def coordinator_id(self) -> int:
+        """Process number of the coordinator that serves."""
+        assert self._coordinator is not None
+        return self._coordinator.popen.pid
+
     # ---- processes --------------------------------------------------------------------------------------------------
 
     def serve(self) -> None:

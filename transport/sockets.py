@@ -10,6 +10,7 @@ import errno
 import os
 import random
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
@@ -35,6 +36,8 @@ _RECEIVE_QUEUE_FRAMES: Final = 64
 """Of one node at the coordinator: half a megabyte. What it sends beyond that waits on its side of the connection."""
 _REDIAL_S: Final = 1.0
 _WEIGH_EVERY_S: Final = 1.0
+_EVENTS_AT_ONCE: Final = 64
+_REMEMBERED_CUTS: Final = 256
 _LINGER_MS: Final = 500  # a last Leave, Finished or Refuse still gets out
 
 
@@ -93,6 +96,8 @@ class CoordinatorSocket:
         router.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
         self._connections = Connections()
         self._weigh_at = 0.0
+        self._was_cut: dict[bytes, None] = {}
+        """The last sessions that were cut, in that order."""
         self._monitor = router.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         shown = f"[{host}]" if ":" in host else host
         try:
@@ -112,8 +117,11 @@ class CoordinatorSocket:
             poller.register(self._gate.socket, zmq.POLLIN)
             poller.register(self._monitor, zmq.POLLIN)
 
-    def receive(self, timeout_s: float, limit: int = 1024) -> Iterator[Arrival]:
-        """Up to `limit` frames: waits up to `timeout_s` for the first, then takes what is there."""
+    def receive(self, timeout_s: float, limit: int = 256) -> Iterator[Arrival]:
+        """Up to `limit` frames: waits up to `timeout_s` for the first, then takes what is there.
+
+        Frames of a session that was cut, which were on their way already, are dropped.
+        """
         ready = self._attend(self._poller, timeout_s)
         now = time.monotonic()
         if now >= self._weigh_at:
@@ -138,7 +146,7 @@ class CoordinatorSocket:
                 self._connections.took(session, num_bytes)
             if len(parts) > 2:  # no message of this protocol has several frames
                 self.cut(session)
-            else:
+            elif session not in self._was_cut:
                 yield Arrival(session, key, frame.bytes)
 
     def attend(self, timeout_s: float) -> None:
@@ -160,6 +168,9 @@ class CoordinatorSocket:
     def cut(self, session: bytes) -> None:
         """End a session's connection, whatever its other end wants; what is queued for it may be lost."""
         self._cut(self._connections.of_session(session))
+        self._was_cut[session] = None
+        if len(self._was_cut) > _REMEMBERED_CUTS:
+            del self._was_cut[next(iter(self._was_cut))]
 
     def close(self) -> None:
         """Close; queued frames have half a second to leave."""
@@ -176,11 +187,16 @@ class CoordinatorSocket:
         return ready
 
     def _watch(self) -> None:
-        """Take note of connections that began or ended."""
-        while self._monitor.poll(0):
-            event = recv_monitor_message(self._monitor)
-            descriptor = event["value"]
-            if event["event"] == zmq.EVENT_DISCONNECTED:
+        """Take note of connections that began or ended: of some at a time, so that a flood of them holds nothing up."""
+        for _ in range(_EVENTS_AT_ONCE):
+            try:
+                (fields, _) = self._monitor.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            event, descriptor = struct.unpack(
+                "=hi", fields
+            )  # zmq_socket_monitor(3); pyzmq makes enumerations of it
+            if event == zmq.EVENT_DISCONNECTED:
                 self._connections.ended(descriptor)
                 continue
             address = ""

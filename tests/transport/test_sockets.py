@@ -123,10 +123,13 @@ def test_a_frame_over_the_limit_costs_the_sender_its_connection(coordinator, key
     node.close()
 
 
-def test_messages_of_several_frames_are_dropped(coordinator, keys):
+def test_a_message_of_several_frames_costs_the_sender_its_connection(coordinator, keys):
     node = node_for(coordinator, keys)
     pump(coordinator, node, lambda links, *_: Link.UP in links)
     node._dealer.send_multipart([b"two", b"frames"])
+    node.send(b"behind them")
+    _, _, arrivals = pump(coordinator, node, lambda links, *_: links == [Link.DOWN, Link.UP])
+    assert arrivals == []
     node.send(b"one")
     _, _, arrivals = pump(coordinator, node, lambda _l, _f, arrivals: arrivals)
     assert [a.frame for a in arrivals] == [b"one"]
