@@ -5,10 +5,12 @@ out, and what became of them. Facts about libzmq that shaped this file are in do
 """
 
 import contextlib
+import ctypes
 import enum
 import errno
 import os
 import random
+import secrets
 import socket
 import struct
 import time
@@ -57,7 +59,7 @@ class Arrival(NamedTuple):
     """One frame at the coordinator."""
 
     session: bytes
-    """The routing id that the server gave to the connection; a client cannot choose it."""
+    """The routing id of the connection. It names where an answer goes, and nobody: who it is, the key says."""
     key: bytes
     """(32,) bytes: the public key that the handshake proved."""
     frame: bytes
@@ -82,6 +84,7 @@ class CoordinatorSocket:
         """
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._gate = Gate(self._context, admits)
+        _make_routing_ids_unpredictable()
         self._router = router = self._context.socket(zmq.ROUTER)
         router.set(zmq.ROUTER_MANDATORY, 1)  # a frame for a gone or stalled peer is an error, not silence
         router.set(zmq.SNDHWM, _QUEUE_FRAMES)
@@ -210,6 +213,16 @@ class CoordinatorSocket:
             return
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
             connection.shutdown(socket.SHUT_RDWR)
+
+
+def _make_routing_ids_unpredictable() -> None:
+    """Let the next socket count its routing ids from a number that nobody can guess.
+
+    libzmq counts from `rand()`, which it does not seed, and aborts (4.3.5) when an id that it makes is taken already. A
+    client of somebody's own making could claim the next one, and so end the process at the next honest connection.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # where there is no such C library, it is as before
+        ctypes.CDLL(None).srand(secrets.randbits(31))
 
 
 def _received_bytes(descriptor: int) -> int | None:

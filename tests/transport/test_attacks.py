@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import ctypes
 import os
 import socket
 import threading
@@ -141,7 +142,7 @@ def test_the_right_key_for_another_coordinator_is_no_key(target):
 
 
 def test_a_stolen_routing_id_is_the_clients_own_affair(target):
-    """The server makes the routing ids; one that a client claims is not looked at."""
+    """A routing id proves nothing: whoever claims one speaks for its own key alone."""
     target.exchange()
     stolen = target.end._connections
     ((session, _),) = stolen._by_session.items()
@@ -189,6 +190,22 @@ def test_nobody_allocates_what_a_stranger_announces(target, opening):
     assert all(map(hung_up, connections))
     assert resident_bytes() - before < 64 * 2**20
     assert target.arrivals == []
+
+
+def test_nobody_can_guess_the_next_routing_id():
+    """A client that claims it before the server makes it would end the process: libzmq asserts that it is free."""
+    rand, first = ctypes.CDLL(None), []
+    for _ in range(2):
+        rand.srand(1)
+        target = Target()
+        try:
+            target.exchange()
+            first += target.end._connections._by_session
+        finally:
+            target.close()
+    assert len(first) == 2
+    assert len(set(first)) == 2
+    assert bytes.fromhex("006b8b4567") not in first  # the first of `rand()` without a seed
 
 
 def test_one_key_has_few_connections(target):
