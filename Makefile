@@ -36,6 +36,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.kernels --out docs/results
 	$(BIN)/python -m benchmarks.round --out docs/results
+	$(BIN)/python -m benchmarks.probing --out docs/results
 	$(BIN)/python -m benchmarks.join --out docs/results
 
 $(READY): pyproject.toml constraints.txt

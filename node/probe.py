@@ -79,7 +79,7 @@ class Probe:
             seed: the node's own secret: decides batches and rounding, so that a round probed again after a
                 restart gives the same codes, as long as `at_once` is the same.
             sides: 2: two losses and a batch for each direction; 1: one loss for each, all on one batch.
-            objective: what the loss is.
+            objective: what the loss is; `node.objectives.objective` gives that of a task.
             at_once: see the attribute.
         """
         self.adapter = adapter
@@ -184,7 +184,8 @@ class Probe:
         """The losses of `sides` views on each of n batches, from one forward pass: (n, sides)."""
         num_views = sides * len(batches)
         together = stacked([drawn for drawn in batches for _ in range(sides)])
-        with side_by_side(self.adapter, num_views):
+        num_copies = sides if sides == 2 else num_views
+        with side_by_side(self.adapter, num_views, num_copies):
             return self.objective(self.adapter.model, together).means(num_views).reshape(-1, sides)
 
     def draw(self, direction: Direction) -> AnyBatch:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from node.probe import Probe
+from node.stacked import frozen_layers
 from zo.directions import Direction
 
 MAX_DIRECTIONS: Final = 4
@@ -181,8 +182,12 @@ def _difference(probe: Probe, weights: NDArray[np.int32]) -> float:
 def _candidates(probe: Probe) -> Iterator[int]:
     """Directions that make 2, 4, 8 … views: as many as a round has and as fit into a pass."""
     num_tokens = probe.draw(Direction(0, 0)).tokens.size
+    _, frozen = frozen_layers(probe.adapter)
     num_views = 2
-    while num_views <= probe.sides * probe.directions and num_views * num_tokens <= MAX_TOKENS:
+    while num_views <= probe.sides * probe.directions:
+        num_batches = num_views // 2 if probe.sides == 2 else 1  # which is what the frozen layers see
+        if num_tokens * (frozen * num_batches + (1 - frozen) * num_views) > MAX_TOKENS:
+            return
         if num_views > 2 and 4 * num_views * probe.adapter.size > MAX_VIEWS_BYTES:
             return
         yield num_views // probe.sides

@@ -1,8 +1,9 @@
 """Several views of the adapter in one forward pass: the batch is stacked, and each part of it meets a view of its own.
 
-Decides how a LoRA layer computes with one pair of factors per part, and a head with one weight per part; the base's
+Decides how a LoRA layer computes with one pair of factors per part, and a head with one weight per part. The base's
 layer runs once on the whole stack, so that a pass bound by reading the base's weights costs no more for several views
-than for one. When that is worth it is measured elsewhere (`node.rehearsal`); the plain forward with one view is PEFT's.
+than for one; layers below the first adapted one run on every batch once, however many views it meets. When that is
+worth it is measured elsewhere (`node.rehearsal`); the plain forward with one view is PEFT's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from zo.layout import HEAD, HEAD_BIAS, HEAD_WEIGHT
 
 
 @contextmanager
-def side_by_side(adapter: Adapter, num_views: int) -> Iterator[None]:
+def side_by_side(adapter: Adapter, num_views: int, num_copies: int = 1) -> Iterator[None]:
     """While it holds, the model takes batches of `num_views` equal parts, and part i meets row i of `adapter.views`.
 
     The parts follow each other along the first dimension of the batch, and every adapted layer must get them like
@@ -27,6 +28,8 @@ def side_by_side(adapter: Adapter, num_views: int) -> Iterator[None]:
     Args:
         adapter: holds at least `num_views` views.
         num_views: at least 1.
+        num_copies: how many parts after each other hold the same rows: 2 for both signs on one batch. Layers below the
+            first adapted one then run on one of them, unless text is generated.
 
     Raises:
         ValueError: the adapter holds fewer views.
@@ -50,6 +53,12 @@ def side_by_side(adapter: Adapter, num_views: int) -> Iterator[None]:
                 continue
             A = stacks.get(f"{name}.lora_A", layer.lora_A[NAME].weight)
             layer.forward = _low_rank(layer.base_layer, A, stacks[f"{name}.lora_B"], layer.scaling[NAME])
+        if num_copies > 1:
+            frozen, _ = frozen_layers(adapter)
+            replaced += frozen
+            for place, each in enumerate(frozen):
+                last = place == len(frozen) - 1
+                each.forward = _once(each.forward, num_views, num_copies, place == 0, last)
         yield
     finally:
         for layer in replaced:
@@ -93,3 +102,60 @@ def _low_rank(
         return sums.to(result.dtype).view(result.shape)
 
     return forward
+
+
+def frozen_layers(adapter: Adapter) -> tuple[list[Any], float]:
+    """The layers from the first on that are below every adapted one, and which share of all layers they are.
+
+    All of them, if the head is trained alone; none, if it cannot be told.
+    """
+    model: Any = adapter.model
+    number = getattr(model.config, "num_hidden_layers", None)
+    lists = ((path, each) for path, each in model.named_modules() if isinstance(each, torch.nn.ModuleList))
+    path, layers = next(((path, each) for path, each in lists if len(each) == number), ("", []))
+    places = []
+    for name, adapted in adapter.paths.items():
+        if adapted.startswith(f"{path}."):
+            places.append(int(adapted.removeprefix(f"{path}.").partition(".")[0]))
+        elif name != HEAD:
+            return [], 0.0  # it may come before the layers
+    if not layers:
+        return [], 0.0
+    count = min(places, default=len(layers))
+    return list(layers)[:count], count / len(layers)
+
+
+def _once(
+    forward: Callable[..., Any], num_views: int, num_copies: int, is_first: bool, is_last: bool
+) -> Callable[..., Any]:
+    """The forward of a frozen layer on a stack of which `num_copies` parts after each other are equal.
+
+    It runs on one of each, and so do the layers up to the last, which gives every copy the result. With keys and values
+    to remember, text is generated, and the copies do not stay equal.
+    """
+
+    num_batches = num_views // num_copies
+
+    def first_of_each(value: Any, num_rows: int) -> Any:
+        if isinstance(value, tuple):
+            return tuple(first_of_each(each, num_rows) for each in value)
+        if not isinstance(value, torch.Tensor) or value.ndim < 2 or len(value) != num_rows:
+            return value
+        return value.reshape(num_batches, num_copies, -1, *value.shape[1:])[:, 0].flatten(0, 1)
+
+    def for_all(value: torch.Tensor) -> torch.Tensor:
+        parts = value.reshape(num_batches, 1, -1, *value.shape[1:])
+        return parts.expand(-1, num_copies, *parts.shape[2:]).flatten(0, 2)
+
+    def once(hidden: torch.Tensor, *others: Any, **more: Any) -> Any:
+        if more.get("past_key_values") is not None:
+            return forward(hidden, *others, **more)
+        num_rows = len(hidden) if is_first else len(hidden) * num_copies
+        others = first_of_each(others, num_rows)
+        more = {name: first_of_each(value, num_rows) for name, value in more.items()}
+        result = forward(first_of_each(hidden, num_rows) if is_first else hidden, *others, **more)
+        if not is_last:
+            return result
+        return (for_all(result[0]), *result[1:]) if isinstance(result, tuple) else for_all(result)
+
+    return once

@@ -181,16 +181,38 @@ def test_views_side_by_side_have_the_losses_they_have_one_by_one(adapter, window
     assert together.loss == pytest.approx(one_by_one.loss, rel=1e-6)
 
 
-def test_a_probe_holds_twelve_bytes_per_parameter(adapter, windows, weights):
-    """Of which the caller's weights are four; a view is written where the model reads it."""
-    make_probe(adapter, windows).probe(weights, 0, NODE, EXPONENT)
-    adapter.hold(1)
-    held = []
-    for at_once in (0, 1, 3):
-        make_probe(adapter, windows, at_once=at_once).probe(weights, 0, NODE, EXPONENT)
-        assert np.shares_memory(adapter.views.numpy(), adapter.host)
-        held.append(weights.nbytes + adapter.views.nbytes)
-    assert held == [12 * adapter.size, 12 * adapter.size, 28 * adapter.size]
+def most_bytes(work):
+    """How much memory torch holds at most while this is done, beyond what it held before."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(np.cumsum([event.nbytes() for event in events]))
+
+
+def test_a_probe_needs_inference_and_twelve_bytes_per_parameter(windows):
+    """The integer weights, held by the caller, are four of these, two views eight. Stacked: a batch for each view."""
+    base = load_base(embedded.path(), threads=1)
+    adapter = Adapter(base, key=KEY, targets=("q_proj", "up_proj", "down_proj"), rank=8, alpha=8, train="AB")
+    weights = np.zeros(adapter.size, np.int32)
+    drawn = batch(windows, 4, 9, 0)
+    mean_loss(adapter.model, drawn)
+    inference = most_bytes(lambda: mean_loss(adapter.model, drawn))
+    names = [Direction(NODE, sample) for sample in range(4)]
+    slack = 0.01 * inference
+    for at_once in (0, 1, 2):
+        adapter.hold(1)
+        probe = make_probe(adapter, windows, at_once=at_once)
+        found = most_bytes(lambda probe=probe: probe.losses(weights, names, 2))
+        num_views, num_batches = 2 * max(at_once, 1), max(2 * at_once, 1)
+        assert found <= num_batches * inference + 4 * num_views * adapter.size + slack
+        assert found >= inference + 4 * num_views * adapter.size - slack, (
+            "the measurement sees views and activations"
+        )
+    assert weights.nbytes + 4 * 2 * adapter.size == 12 * adapter.size
+    assert np.shares_memory(adapter.views.numpy(), adapter.host), "a view is written where the model reads it"
 
 
 def test_a_model_that_overflows_gives_no_votes(adapter, windows, weights):

@@ -12,14 +12,14 @@ from node.adapter import Adapter
 from node.base import load_base
 from node.data import Batch, LabelledBatch, stacked
 from node.losses import row_losses
-from node.stacked import side_by_side
+from node.stacked import frozen_layers, side_by_side
 
 TARGETS = ("q_proj", "v_proj", "layers.1.mlp.up_proj", "down_proj")
 
 
-def make_adapter(quantize="none", train="AB", num_views=4):
+def make_adapter(quantize="none", train="AB", num_views=4, targets=TARGETS):
     base = load_base(embedded.path(), threads=1, quantize=quantize)
-    adapter = Adapter(base, key=(17, 4), targets=TARGETS, rank=3, alpha=6, train=train)
+    adapter = Adapter(base, key=(17, 4), targets=targets, rank=3, alpha=6, train=train)
     adapter.hold(num_views)
     return with_views(adapter)
 
@@ -147,3 +147,67 @@ def test_heads_side_by_side_are_those_one_by_one(kind, save_model, tmp_path):
     assert np.ptp(expected) > 0.02
     after = one_by_one(adapter, batches[:1] * 4)
     assert np.array_equal(after[:2], expected[:2]), "PEFT's forward is back"
+
+
+@pytest.mark.parametrize(("quantize", "tolerance"), [("none", 2e-6), ("nf4", 2e-6)])
+@pytest.mark.parametrize("num_copies", [2, 4])
+def test_layers_below_the_first_adapted_one_see_every_batch_once(quantize, tolerance, num_copies):
+    adapter = make_adapter(quantize, targets=("layers.2.mlp.up_proj", "layers.3.self_attn.q_proj"))
+    batches = [make_batch(0, 20)] * num_copies + [make_batch(1, 13)] * (4 - num_copies)
+    seen = []
+    for layer in adapter.model.model.layers:
+        layer.input_layernorm.register_forward_hook(lambda _module, args, _out: seen.append(len(args[0])))
+    with side_by_side(adapter, 4, num_copies):
+        together = row_losses(adapter.model, stacked(batches))
+    assert seen == [8 // num_copies] * 2 + [8] * 2
+    assert together.sums == pytest.approx(one_by_one(adapter, batches), rel=tolerance)
+    seen.clear()
+    row_losses(adapter.model, make_batch(0, 5))
+    assert seen == [2] * 4
+
+
+def test_generated_copies_do_not_stay_equal_and_are_not_shared():
+    adapter = make_adapter(targets=("layers.3.mlp.down_proj",))
+    adapter.views.mul_(20)
+    prompt = torch.from_numpy(np.random.default_rng(2).integers(2, 500, (2, 9)))
+    options = {"max_new_tokens": 6, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+
+    def generated(prompts):
+        return adapter.model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **options)
+
+    with side_by_side(adapter, 2, 2):
+        together = generated(prompt.repeat(2, 1))
+    first = generated(prompt)
+    adapter.views[0].copy_(adapter.views[1])
+    second = generated(prompt)
+    assert torch.equal(together, torch.cat([first, second]))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [(("q_proj",), 0), (("layers.3.mlp.up_proj", "layers.1.mlp.up_proj"), 1), (("layers.3.mlp.up_proj",), 3)],
+)
+def test_which_layers_are_frozen(targets, count):
+    adapter = make_adapter(targets=targets)
+    layers, share = frozen_layers(adapter)
+    assert layers == list(adapter.model.model.layers)[:count]
+    assert share == count / 4
+
+
+def test_an_encoder_whose_head_is_trained_alone_is_run_once_for_all_views(encoder):
+    base = load_base(encoder, threads=1, labels=("0", "1"))
+    adapter = Adapter(base, key=(17, 4), targets=(), rank=1, alpha=1, train="B")
+    adapter.hold(4)
+    with_views(adapter)
+    layers, share = frozen_layers(adapter)
+    assert (share, len(layers)) == (1.0, base.model.config.num_hidden_layers)
+    seen = []
+    layers[-1].register_forward_hook(lambda _module, args, _out: seen.append(len(args[0])))
+    tokens = np.random.default_rng(0).integers(5, 50, (3, 9))
+    batch = LabelledBatch(tokens, np.array([9, 4, 6]), np.array([0, 1, 1]), base.padding)
+    with side_by_side(adapter, 4, 4):
+        together = row_losses(adapter.model, stacked([batch] * 4))
+    assert seen == [3]
+    assert together.sums == pytest.approx(one_by_one(adapter, [batch] * 4), rel=1e-5)
+    assert len(set(together.sums.round(4))) == 12
