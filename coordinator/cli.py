@@ -139,6 +139,14 @@ def init(
             show_default=False,
         ),
     ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=NAME",
+            help="What a field is called in the files of --calibrate, as for `zo-node join`; may be repeated.",
+            show_default="its own name",
+        ),
+    ] = None,
     adapter: Annotated[
         Path | None,
         typer.Option(
@@ -346,6 +354,7 @@ def init(
             directory.check_absent()
             own = ["--score", score] if score else []
             own += ["--adapter", str(adapter)] if adapter else []
+            own += [part for each in column or () for part in ("--column", each)]
             proposed = proposed_epsilon(manifest, found.folder, calibrate, own)
             probing = msgspec.structs.replace(manifest.probe, epsilon=proposed)
             manifest = validate(msgspec.structs.replace(manifest, probe=probing))

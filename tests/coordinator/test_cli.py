@@ -345,6 +345,26 @@ def test_a_calibrated_run_has_the_measured_epsilon(base, tmp_path, monkeypatch):
     assert command[5:] == ["--model", str(base), "--data", str(data[0]), "--data", str(data[1]), "--json"]
 
 
+def test_a_calibration_reads_data_as_nodes_do(base, adapter, tmp_path, monkeypatch):
+    measuring = Measuring(0.005)
+    monkeypatch.setattr("coordinator.calibration.subprocess.run", measuring)
+    options = (
+        "--calibrate",
+        tmp_path / "a.tsv",
+        "--column",
+        "text=1",
+        "--column",
+        "label=2",
+        "--adapter",
+        adapter,
+    )
+    task = ("--task", "verbalizer", "--label", "0=bad", "--label", "1=good")
+    assert run("init", tmp_path / "run", "--model", base, *options, *task).exit_code == 0
+    ((_, command),) = measuring.asked
+    data = ["--data", str(tmp_path / "a.tsv"), "--adapter", str(adapter)]
+    assert command[7:] == [*data, "--column", "text=1", "--column", "label=2", "--json"]
+
+
 def test_a_calibration_that_fails_makes_no_run(base, tmp_path, monkeypatch):
     monkeypatch.setattr("coordinator.calibration.subprocess.run", Measuring(None, code=12))
     result = run("init", tmp_path / "run", "--model", base, "--calibrate", tmp_path / "notes.txt")
