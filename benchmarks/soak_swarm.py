@@ -94,6 +94,8 @@ class Swarm:
     Attributes:
         directory: where everything lies.
         nodes: the processes that run, by place.
+        slowdowns: for each start of the coordinator, the time it took as a multiple of its processor time; 1 on a
+            machine that has nothing else to do.
     """
 
     def __init__(self, directory: Path, model: str, num_nodes: int, num_places: int) -> None:
@@ -111,6 +113,7 @@ class Swarm:
         self.directory = directory
         self.run = directory / "run"
         self.nodes: dict[int, Process] = {}
+        self.slowdowns: list[float] = []
         self._model = model
         self._num_started = 0
         self._coordinator: Process | None = None
@@ -169,12 +172,16 @@ class Swarm:
         """Start the coordinator, on the same port as before, and wait until it has a ticket. Raises SoakError."""
         port = parse_ticket(self._ticket).port if self._ticket else 0
         arguments = ["coordinator.cli", "serve", str(self.run), "--port", str(port)]
+        began = time.monotonic()
         process = self._coordinator = self._start("coordinator", arguments)
-        deadline = time.monotonic() + _START_S
+        deadline = began + _START_S
         while "\n" not in (said := process.out_path.read_text("utf-8")):
             if process.check() or time.monotonic() > deadline:
                 raise SoakError(f"the coordinator did not start: {process.err_path.read_text('utf-8')}")
             time.sleep(0.005)
+        took, processor_s = time.monotonic() - began, _processor_s(process.popen.pid)
+        if processor_s:
+            self.slowdowns.append(max(1.0, took / processor_s))
         self._ticket = said.splitlines()[0]
 
     def kill_coordinator(self) -> None:
@@ -362,6 +369,14 @@ class Swarm:
                 f"digests differ from the replay's, {proof.digest} at round {proof.rounds}: {different}"
             )
         return proof, num_samples
+
+
+def _processor_s(pid: int) -> float:
+    """The processor time that a process has had so far, in seconds; 0 where the system does not tell."""
+    with suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def distinct_samples(ledger: Ledger) -> Iterator[tuple[int, int]]:
