@@ -37,7 +37,15 @@ _STEP: Final = 0.001
 
 def init_run(path: Path, rounds: int, quorum: int) -> RunDirectory:
     """A run of the embedded model, as `zo-coordinator init` makes it."""
-    options = {"--rounds": rounds, "--step": _STEP, "--quorum": quorum, "--host": "127.0.0.1", "--port": 0}
+    options = {
+        "--rounds": rounds,
+        "--directions": 1,
+        "--step": _STEP,
+        "--full-votes": 1,
+        "--quorum": quorum,
+        "--host": "127.0.0.1",
+        "--port": 0,
+    }
     arguments = [str(each) for option in options.items() for each in option]
     subprocess.run(
         [

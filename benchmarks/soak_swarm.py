@@ -132,6 +132,7 @@ class Swarm:
             "--rounds": 10_000_000,
             "--directions": 2,
             "--step": 0.001,
+            "--full-votes": 1,
             "--train": "B",
             "--digest-every": 16,
             "--staleness": 1,

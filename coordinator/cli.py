@@ -62,6 +62,10 @@ from zo.quantization import Dtype, Kind, check_shapes
 from zo.replica import Replica
 
 _EPSILON = 0.01
+# What docs/recipes.md found: for models of 0.3 to 1 million parameters; no other size has been tried.
+_STEPS = {"B": 0.002, "AB": 0.001}
+_ONE_SIDED_FROM = 4
+"""Directions; with fewer, too much is lost to the mean of them that each is compared with."""
 _RANK = 4
 _ALPHA = 8.0
 
@@ -110,16 +114,30 @@ def init(
     rounds: Annotated[int, typer.Option(metavar="N", help="Rounds until the run is finished.")] = 300,
     directions: Annotated[
         int, typer.Option(metavar="N", help="Directions a node measures in a round, one byte each.")
-    ] = 1,
+    ] = 4,
     sides: Annotated[
-        int,
+        int | None,
         typer.Option(
             metavar="1|2",
             help="2: two losses for a direction, at +epsilon and -epsilon. 1: one, compared with the mean over all "
             "directions of the node.",
+            show_default="1 from 4 directions on",
         ),
-    ] = 2,
-    step: Annotated[float, typer.Option(metavar="X", help="How far a round moves the weights.")] = 0.01,
+    ] = None,
+    step: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="How far a direction moves the weights.",
+            show_default="0.001; 0.002 if only B is trained",
+        ),
+    ] = None,
+    full_votes: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Directions of a round up to which each moves them by the whole step."
+        ),
+    ] = 64,
     constant_step: Annotated[
         bool,
         typer.Option(
@@ -329,13 +347,14 @@ def init(
                         directions=directions,
                         batch_size=batch_size,
                         sequence_length=sequence_length,
-                        sides=sides,
+                        sides=(1 if directions >= _ONE_SIDED_FROM else 2) if sides is None else sides,
                     ),
                     schedule=Schedule(
-                        step=step,
+                        step=_STEPS[train] if step is None else step,
                         decay="constant" if constant_step else "linear",
                         smoothing=2,
                         first_exponent=-4,
+                        full_votes=full_votes,
                     ),
                     parity=Parity(digest_every=digest_every, share_loss=share_loss),
                 )

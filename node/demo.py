@@ -138,7 +138,7 @@ def _start_coordinator(swarm: _Swarm, rounds: int, directions: int) -> str:
     run = swarm.directory / "run"
     arguments = ["coordinator.cli", "init", str(run), "--model", str(embedded.path()), "--name", "demo"]
     arguments += ["--rounds", str(rounds), "--directions", str(directions), "--batch-size", str(_BATCH_SIZE)]
-    arguments += ["--train", _TRAIN, "--step", str(_STEP)]
+    arguments += ["--train", _TRAIN, "--step", str(_STEP), "--full-votes", "1"]
     arguments += ["--quorum", str(NUM_NODES - 1), "--host", "127.0.0.1"]
     made = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False)
     if made.returncode:

@@ -332,7 +332,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             gt=0,
             le=4,
             description="Step in units of the weights: each round moves them by step times the mean of "
-            "code / RMS(codes) times z.",
+            "code / RMS(codes) times z, times the number of votes, but no more than full_votes.",
         ),
     ]
     decay: Annotated[Literal["linear", "constant"], Meta(description="How the step changes over the rounds.")]
@@ -350,6 +350,14 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             description="Exponent of the codes in round 0: one unit of code is 2^exponent of slope. It adapts.",
         ),
     ]
+    full_votes: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=65536,
+            description="Up to so many votes in a round, each adds a whole step; more of them share as many steps.",
+        ),
+    ] = 1
 
 
 class Parity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

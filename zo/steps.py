@@ -52,6 +52,7 @@ class StepRule(msgspec.Struct, frozen=True, kw_only=True):
     decays: bool
     smoothing: int
     first_exponent: int
+    full_votes: int = 1
 
     def start(self) -> Scale:
         """The scale before round 0."""
@@ -64,8 +65,12 @@ class StepRule(msgspec.Struct, frozen=True, kw_only=True):
     def advance(self, scale: Scale, round: int, codes: NDArray[np.int8]) -> tuple[int, Scale]:
         """The step for this round's codes, and the scale for the next round.
 
-        step = step(round) × 2^8 / (votes × RMS), so that `(code × step) >> 8` summed over the votes moves the
-        weights by step(round) × mean(code / RMS × z). RMS is the smoothed one, this round included.
+        step = step(round) × min(votes, full_votes) × 2^8 / (votes × RMS), so that `(code × step) >> 8` summed over
+        the votes moves the weights by step(round) × min(votes, full_votes) × mean(code / RMS × z). RMS is the smoothed
+        one, this round included.
+
+        The best step grows with the number of directions as long as what they add up to is mostly noise, which is up
+        to (|g|² + noise) tr H / gᵀHg of them; docs/recipes.md has figures.
 
         Args:
             scale: what the last round left.
@@ -86,7 +91,8 @@ class StepRule(msgspec.Struct, frozen=True, kw_only=True):
             # and normalising by it would make the step too large as long as the search goes on.
             smoothed = mean_square
         rms = max(isqrt(smoothed), _RMS_FLOOR)
-        step = min((self.scheduled(round) << 16) // (votes.size * rms), STEP_MAX)
+        schedule = self.scheduled(round) * min(votes.size, self.full_votes)
+        step = min((schedule << 16) // (votes.size * rms), STEP_MAX)
 
         move = _exponent_move(smoothed)
         if is_cut_off:
@@ -119,6 +125,7 @@ def step_rule(manifest: Manifest) -> StepRule:
         decays=schedule.decay == "linear",
         smoothing=schedule.smoothing,
         first_exponent=schedule.first_exponent,
+        full_votes=schedule.full_votes,
     )
 
 

@@ -71,8 +71,27 @@ def test_init_says_what_it_made_and_what_comes_next(base, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("options", "sides", "step"),
+    [
+        ([], 1, 0.001),
+        (["--directions", 4, "--train", "B"], 1, 0.002),
+        (["--directions", 3], 2, 0.001),
+        (["--directions", 2, "--sides", 1, "--step", 0.5], 1, 0.5),
+    ],
+)
+def test_what_init_takes_unless_told_otherwise(base, tmp_path, options, sides, step):
+    assert run("init", tmp_path / "run", "--model", base, *options).exit_code == 0
+    manifest = RunDirectory(tmp_path / "run").manifest()
+    assert (manifest.probe.sides, manifest.schedule.step, manifest.schedule.full_votes) == (sides, step, 64)
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--sides", "3"], ("probe.sides = 3",)),
+        (["--sides", "0"], ("probe.sides = 0",)),
+        (["--full-votes", "0"], ("schedule.full_votes = 0",)),
+        (["--sides", "1", "--directions", "1"], ("probe.sides = 1 needs probe.directions to be at least 2",)),
         (["--epsilon", "0"], ("probe.epsilon = 0.0",)),
         (["--rounds", "0"], ("run.rounds = 0",)),
         (["--directions", "5000"], ("probe.directions = 5000", "4096")),

@@ -50,7 +50,8 @@ def base(tmp_path):
 
 def make(path, base, rounds=ROUNDS, seed=1):
     """A run of three nodes, by the rule, with a digest every four rounds."""
-    succeeds("init", path, "--model", base, "--host", "127.0.0.1", "--port", 0, "--digest-every", 4)
+    options = ("--host", "127.0.0.1", "--port", 0, "--digest-every", 4, "--directions", 1)
+    succeeds("init", path, "--model", base, *options)
     directory = RunDirectory(path)
     extend(directory, rounds, seed)
     return directory
@@ -175,7 +176,7 @@ def test_diff_of_runs_of_their_own(path, base, tmp_path):
     assert "schedule.step" in result.stdout
     assert result.stdout.endswith("two runs of their own: no round in common\n")
     found = json.loads(run("diff", path, tmp_path / "other", "--json").stdout)
-    assert found["fields"]["schedule.step"] == [0.01, 0.5]
+    assert found["fields"]["schedule.step"] == [0.001, 0.5]
 
 
 # ---- export -------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The step rule: exact integers, normalised steps, and an exponent that finds its place."""
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -63,6 +64,23 @@ def test_a_round_moves_by_step_times_the_mean_of_code_over_rms(values, number):
     got = coefficients(codes(*values), step).astype(np.float64)
     # off by less than: the shift's 1, the step's fraction times code / 2^8, and 1 in 256 of the RMS
     assert np.all(np.abs(got - wanted) <= 2 + np.abs(wanted) / 200)
+
+
+@pytest.mark.parametrize(("num_votes", "share"), [(1, 1), (7, 7), (8, 8), (9, 8), (300, 8)])
+def test_up_to_full_votes_each_vote_adds_a_whole_step(num_votes, share):
+    round_codes = codes(*([32, -32] * num_votes)[:num_votes])
+    shared, scale = RULE.advance(RULE.start(), 3, round_codes)
+    step, same = msgspec.structs.replace(RULE, full_votes=8).advance(RULE.start(), 3, round_codes)
+    assert step == pytest.approx(share * shared, abs=share)
+    assert same == scale
+
+
+def test_a_missing_vote_is_no_vote_of_the_full(make_manifest):
+    rule = step_rule(make_manifest(full_votes=4))
+    assert rule.full_votes == 4
+    three, _ = rule.advance(rule.start(), 0, codes(32, NO_VOTE, -32, 32))
+    four, _ = rule.advance(rule.start(), 0, codes(32, 32, -32, 32))
+    assert three == four
 
 
 @given(votes, st.integers(1, 20))
