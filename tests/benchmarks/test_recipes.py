@@ -47,14 +47,15 @@ def row(method, *, end, forwards=100, seed=1, start=4.0, subject="a", **settings
 
 
 def test_floats_and_codes_go_the_same_way_on_the_same_bytes_a_quarter_as_wide(problem):
-    codes = train(problem, SWARM, seed=1)
-    floats = train(problem, replace(SWARM, scalars="float"), seed=1)
+    swarm = replace(SWARM, rounds=16, step=0.02)
+    codes = train(problem, swarm, seed=1)
+    floats = train(problem, replace(swarm, scalars="float"), seed=1)
     ends = codes.course.points[-1], floats.course.points[-1]
-    assert ends[0].forwards == ends[1].forwards == 2 * 4 * 3
-    assert (ends[0].up_bytes, ends[1].up_bytes) == (24, 96)
+    assert ends[0].forwards == ends[1].forwards == 2 * 16 * 3
+    assert (ends[0].up_bytes, ends[1].up_bytes) == (96, 384)
     assert codes.course.points[0].metric == floats.course.points[0].metric
-    moved = ends[1].metric - floats.course.points[0].metric
-    assert ends[0].metric - floats.course.points[0].metric == pytest.approx(moved, rel=0.2)
+    before = floats.course.points[0].metric
+    assert abs(ends[0].metric - ends[1].metric) < abs(ends[1].metric - before) / 3
 
 
 def test_first_order_and_mezo_train_the_same_adapter(problem, tmp_path):
@@ -132,9 +133,7 @@ def test_a_page_says_what_came_of_the_targets():
     assert codes == "- **not met**: a, int8 ends at 3.000, float at 2.950: 1.69% apart"
     assert "66.7% of the improvement of first order (1.500) with 100 forward passes" in share
     assert reached == "- a, 65% of it after about 98 forward passes"
-    assert mezo.startswith(
-        "- met: a, MeZO's 3.500 (400 forward passes, rate 0.01) after about 50: 0.12 of them"
-    )
+    assert mezo == "- met: a, MeZO's lowest, 3.500 after 400 at rate 0.01, after about 50: 0.12 of them"
 
 
 def test_a_metric_that_the_swarm_never_came_to_is_a_target_not_met():
