@@ -116,23 +116,28 @@ class Member:
         A machine that is cut off without a word has no other end. Who is slow is given twice, or eight times, as long
         as it takes otherwise.
         """
-        usual_s = 0.0 if self.latency is None else self.latency.timeout_s
         quiet_s = now - self.heard_at
-        if quiet_s >= max(LOST_AFTER_S, 8 * usual_s):
+        if quiet_s >= max(LOST_AFTER_S, 8 * self._usual_s):
             return Event.LOST
-        return Event.QUIET if quiet_s >= max(QUIET_AFTER_S, 2 * usual_s) else None
+        return Event.QUIET if quiet_s >= max(QUIET_AFTER_S, 2 * self._usual_s) else None
 
     def is_owed_the_end(self, now: float) -> bool:
         """Whether a run that is over is served on for this member: without it, it would wait for the end for ever.
 
-        Who is here and has not been told may be loading or catching up. Who has been told needs a moment to say that it
-        goes; who went without a word, or was here when the coordinator was killed, is on its way back or was killed.
+        Who is here may be loading, catching up, or in the midst of a probe: then it has not read yet what it was sent,
+        and will not if the connection ends before. Who went without a word, or was here when the coordinator was
+        killed, is on its way back, or was killed.
         """
         if self.has_left:
             return False
-        if self.presence is Presence.GONE or self.is_finished:
-            return now < self.heard_at + FAREWELL_S
+        if self.presence is Presence.GONE:
+            return now < self.heard_at + max(FAREWELL_S, 2 * self._usual_s)
         return self.silence(now) is None
+
+    @property
+    def _usual_s(self) -> float:
+        """How long it may take to report, in seconds; 0 if that is not known."""
+        return 0.0 if self.latency is None else self.latency.timeout_s
 
     def room(self) -> int:
         """How many more commits it may be sent now."""

@@ -20,6 +20,7 @@ from coordinator.keyring import Keyring
 from coordinator.ledger import Checkpoint, Ledger, StorageError
 from coordinator.limits import Limits
 from coordinator.membership import Event, Member, Presence
+from coordinator.pace import Latency
 from coordinator.roster import Enrolment, Roster
 from coordinator.rundir import RunDirectory
 from coordinator.status import AgentStatus, MemberStatus, Status, status_of, stored_status
@@ -446,6 +447,8 @@ def _known_members(ledger: Ledger, before: Status | None) -> list[Member]:
         if node in counts:
             known = counts[node]
             member.name = known.name
+            if known.latency_s is not None:
+                member.latency = Latency(known.latency_s, 0.0)
             member.up = Count(known.messages_up, known.payload_bytes_up, known.zmtp_bytes_up)
             member.down = Count(known.messages_down, known.payload_bytes_down, known.zmtp_bytes_down)
         members.append(member)

@@ -90,7 +90,8 @@ def _ask(
         while time.monotonic() < until:
             links, frames = end.poll(_LOOK_S)
             for link in links:
-                num_wrong += link is Link.WRONG_KEY
+                # In a row: a coordinator that is killed in a handshake is followed by nobody for a while.
+                num_wrong = num_wrong + 1 if link is Link.WRONG_KEY else 0
                 if link is Link.UP:
                     end.send(encode(question))
                 elif link is Link.REFUSED or num_wrong == _WRONG_KEY_TRIES:

@@ -216,13 +216,12 @@ class NodeService:
         while self._end is None and not self._wants_to_leave:
             with self._interruptible():
                 links, frames = self._socket.poll(0.0 if self._sessions.next_probe() else _POLL_S)
-            # The frames first: those of a new connection come only after its `Hello`, so they are of the one before.
-            for frame in frames:
-                self._on_frame(frame)
             end = self._socket
             for link in links:
                 if self._socket is end:  # else these are of one that was given up
                     self._on_link(link)
+            for frame in frames:
+                self._on_frame(frame)
             if self._end is not None:
                 return
             now = time.monotonic()

@@ -69,9 +69,9 @@ def test_everyone_can_leave_be_lost_and_come_back():
     [
         # who went without a word, or was here when the coordinator was killed
         ({"presence": GONE}, FAREWELL_S),
-        # who has been told needs a moment to say that it goes, and may be in the midst of a probe
-        ({"presence": LIVE, "is_finished": True}, FAREWELL_S),
-        # who has not been told may be loading a base
+        ({"presence": GONE, "latency": Latency(100.0, 0.0)}, 2 * Latency(100.0, 0.0).timeout_s),
+        # who is here may be loading a base or in the midst of a probe, and has not read what it was told
+        ({"presence": LIVE, "is_finished": True}, QUIET_AFTER_S),
         ({"presence": JOINING}, QUIET_AFTER_S),
         ({"presence": LIVE}, QUIET_AFTER_S),
         ({"presence": SILENT, "latency": Latency(100.0, 0.0)}, 2 * Latency(100.0, 0.0).timeout_s),

@@ -170,6 +170,23 @@ def test_a_coordinator_killed_at_every_write_boundary(swarm):
     assert any("commits" in death for death in deaths), deaths
 
 
+def test_a_node_that_sleeps_at_the_end_of_the_run_still_gets_it(swarm):
+    """As one in the midst of a long probe: it has read nothing of what it was sent, and would lose it."""
+    swarm.init("--quorum", 1, rounds=16).serve()
+    for name in ("ada", "ben"):
+        swarm.join(name)
+    swarm.poll_members("ada", "ben")
+    swarm.run_until(8)
+    swarm.poll(lambda: rounds_of(swarm, "ben") == list(range(8)), "ben at round 8")
+    swarm.nodes["ben"].send(signal.SIGSTOP)
+    swarm.open_until(16)
+    assert swarm.nodes["ada"].wait() == 0, swarm.nodes["ada"]
+    swarm.poll(lambda: swarm.events("left"), "ada has left")
+    assert swarm.coordinator.is_running
+    swarm.nodes["ben"].send(signal.SIGCONT)
+    swarm.assert_finished("ada", "ben")
+
+
 def test_a_coordinator_that_sleeps(swarm):
     swarm.init("--quorum", 2).serve()
     for name in ("ada", "ben"):

@@ -7,7 +7,6 @@ from node.service import NodeError, NodeService
 from node.state import StateDirectory
 from transport.exits import Exit
 from transport.keys import new_key_pair
-from transport.messages import PROTOCOL_VERSION, Finished, Welcome, encode
 from transport.session import Jumped, Keep, Open, StartOver
 from transport.sockets import Link
 from transport.ticket import Ticket
@@ -159,36 +158,3 @@ def test_a_coordinator_that_is_killed_again_and_again_is_not_taken_for_another(s
     for _ in range(20):
         service._on_link(Link.WRONG_KEY)
         service._on_link(Link.NOBODY)
-
-
-class LastWords:
-    """A socket at whose other end the coordinator said that the run is over, and was gone."""
-
-    def __init__(self, *happenings):
-        self.happenings = list(happenings)
-
-    def poll(self, timeout_s):
-        return self.happenings.pop(0)
-
-    def send(self, frame):
-        return True
-
-    def socket_count(self):
-        return None
-
-
-def test_what_was_said_before_a_connection_broke_is_heard(service, manifest):
-    """While a long probe runs, the run may end and the coordinator go: its last words wait here all the same."""
-    replica = Replica(manifest, zeros(manifest.adapter.size), manifest.run.rounds, bytes(16))
-    service._sessions.by_agent[0].replica = replica
-    real, service._socket = (
-        service._socket,
-        LastWords(
-            ([Link.UP], []),
-            ([], [encode(Welcome(PROTOCOL_VERSION, 0, manifest.encode(), replica.round, 0, None))]),
-            ([Link.DOWN, Link.NOBODY], [encode(Finished(replica.round, replica.digest()))]),
-        ),
-    )
-    service._loop()
-    service._socket = real
-    assert service._end.code is Exit.OK
