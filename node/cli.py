@@ -197,7 +197,7 @@ def join(
                 )
                 task, length = manifest.task, manifest.probe.sequence_length
                 windows = read_data(data, base, task, length, columns)
-                err.print(f"training data: {windows}", style="dim", highlight=False)
+                err.print(f"training data: {windows}", style="dim", highlight=False, soft_wrap=True)
                 held_out = read_data(eval_data, base, task, length, columns) if eval_data else None
                 trainer = LanguageTrainer(
                     manifest,
@@ -212,7 +212,7 @@ def join(
                 )
                 rehearsal = trainer.rehearse(at_once)
                 log({"rehearsal": asdict(rehearsal)})
-                err.print(f"probing: {rehearsal}", style="dim", highlight=False)
+                err.print(f"probing: {rehearsal}", style="dim", highlight=False, soft_wrap=True)
                 if rehearsal.warning:
                     _warn(rehearsal.warning)
                 return trainer
@@ -380,7 +380,7 @@ def evaluate(
             form=Form(quantize, tuple(skip_quantize or ()), dtype, device),
         )
         rows = read_data(data, base, wanted, length, columns_by_field(column))
-        err.print(f"data: {rows}", style="dim", highlight=False)
+        err.print(f"data: {rows}", style="dim", highlight=False, soft_wrap=True)
         scored = None
         columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:

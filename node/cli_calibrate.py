@@ -86,7 +86,7 @@ def calibrate(
         path = model or str(embedded.path())
         base = load_base(path, threads=num_threads, labels=manifest.task.head_labels, **form._asdict())
         rows = read_data(data, base, manifest.task, manifest.probe.sequence_length, columns_by_field(column))
-        err.print(f"data: {rows}", style="dim", highlight=False)
+        err.print(f"data: {rows}", style="dim", highlight=False, soft_wrap=True)
         own = load_score(score) if score else None
         trainer = LanguageTrainer(
             manifest, base, rows, None, private_seed=0, threads=num_threads, score=own, start=adapter

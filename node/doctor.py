@@ -24,6 +24,7 @@ from node.device import DeviceError, device_of
 from node.memory import PROBING, OutOfMemoryError, memory_explained
 from node.quantization import Form
 from transport.base_files import BaseFilesError, configuration, is_causal, is_in_layer, tensor_shapes
+from transport.hub import bytes_to_fetch
 from transport.keys import KeyFileError, invitation_keys, load_key, new_key_pair
 from transport.sockets import Link, NodeSocket, SocketError
 from transport.ticket import Ticket
@@ -157,13 +158,30 @@ def clock(now: float) -> Finding:
 
 def disk(path: Path) -> Finding:
     """Whether there is space where a node keeps its state."""
-    existing = next(each for each in (path, *path.absolute().parents) if each.exists())
-    free = shutil.disk_usage(existing).free
+    existing = _existing(path)
+    free = _free_bytes(path)
     state: State = "fail" if free < LEAST_DISK_BYTES else "warn" if free < ENOUGH_DISK_BYTES else "ok"
     cure = "" if state == "ok" else "free some space, or name another place with --state"
     if not os.access(existing, os.W_OK):
         state, cure = "fail", f"name a place with --state that this user may write; {existing} is not"
     return Finding(check="disk", state=state, found=f"{megabytes(free)} free at {existing}", cure=cure)
+
+
+def download(model: str) -> Finding | None:
+    """What of a base on the hub is not on this machine yet, and whether there is space for it; None if all is here."""
+    try:
+        missing, cache = bytes_to_fetch(model)
+    except BaseFilesError:  # the next check says so
+        return None
+    if not missing:
+        return None
+    free = _free_bytes(cache)
+    found = f"{megabytes(missing)} to fetch from the hub, {megabytes(free)} free at {cache}"
+    if missing > free:
+        cure = "free some space, or name another place with the environment variable HF_HOME"
+        return Finding(check="download", state="fail", found=found, cure=cure)
+    cure = "the first join fetches it; after that the doctor can look at it"
+    return Finding(check="download", state="warn", found=found, cure=cure)
 
 
 def memory(folder: Path, form: Form) -> Finding:
@@ -257,6 +275,15 @@ def generator() -> Finding:
     return Finding(
         check="generator", state="ok", found=f"{len(KNOWN_ANSWERS)} known answers and an update, to the bit"
     )
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest directory above it that exists."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
+
+
+def _free_bytes(path: Path) -> int:
+    return shutil.disk_usage(_existing(path)).free
 
 
 def _wrong_generator(what: str) -> Finding:
@@ -418,6 +445,10 @@ def examine(
     place = device(form.device)
     yield place
     yield from quantised_kernels(form.quantize)
+    fetching = download(model)
+    if fetching is not None:
+        yield fetching
+        return
     found = list(base_files(model, manifest))
     yield from found
     if any(each.state == "fail" for each in (place, *found)):

@@ -15,6 +15,7 @@ from node.labelled import Labelled
 from node.objectives import objective
 from node.probe import Probe
 from node.rehearsal import Rehearsal, rehearse
+from transport.base_files import layers_only
 from zo.initial import initial_weights
 from zo.manifest import Manifest, Probing, Task
 
@@ -26,7 +27,7 @@ def rehearsed(base: Base, manifest: Manifest | None, probing: Probing) -> Rehear
 
     Args:
         base: freshly loaded; it holds an adapter afterwards.
-        manifest: of the run; None for an adapter of rank 4 on every linear layer.
+        manifest: of the run; None for an adapter of rank 4 on every layer.
         probing: of the run, or what stands for it.
 
     Raises:
@@ -36,7 +37,7 @@ def rehearsed(base: Base, manifest: Manifest | None, probing: Probing) -> Rehear
     adapter = Adapter(
         base,
         key=_KEY,
-        targets=manifest.adapter.targets if manifest else sorted(base.linear_shapes),
+        targets=manifest.adapter.targets if manifest else sorted(layers_only(base.linear_shapes)),
         rank=manifest.adapter.rank if manifest else 4,
         alpha=manifest.adapter.alpha if manifest else 8.0,
         train=manifest.adapter.train if manifest else "AB",

@@ -46,7 +46,34 @@ def find(model: str | Path) -> Found:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return Found(folder, folder.resolve().name, "")
-    if folder.exists():
+    name, revision = _on_the_hub(model)
+    folder = _fetched(str(model), name, revision)
+    # The library keeps each commit in a folder of that name: the revision that was meant, and no other.
+    return Found(folder, name, folder.name if _COMMIT.fullmatch(folder.name) else revision or "")
+
+
+def bytes_to_fetch(model: str | Path) -> tuple[int, Path]:
+    """How much `find` would download, and into which directory; nothing, where it cannot be told.
+
+    Raises:
+        BaseFilesError: neither a directory nor the name of a model on the hub.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    cache = Path(constants.HF_HUB_CACHE)
+    if Path(model).expanduser().is_dir():
+        return 0, cache
+    name, revision = _on_the_hub(model)
+    try:
+        files = snapshot_download(name, revision=revision, allow_patterns=list(_PATTERNS), dry_run=True)
+    except Exception:  # whatever it is, `find` says it, or does without the hub
+        return 0, cache
+    return sum(file.file_size or 0 for file in files if file.will_download), cache
+
+
+def _on_the_hub(model: str | Path) -> tuple[str, str | None]:
+    """Name and revision of a model that is in no directory here. Raises BaseFilesError if it can be none."""
+    if Path(model).expanduser().exists():
         raise BaseFilesError(f"the base {model} is a file; name the directory that holds its config.json")
     # A hub name is NAME or OWNER/NAME: what cannot be one was meant as a directory.
     name, revision = split(str(model))
@@ -54,9 +81,7 @@ def find(model: str | Path) -> Found:
         raise BaseFilesError(
             f"the base {model} does not exist; name a directory with a config.json, or a hub name"
         )
-    folder = _fetched(str(model), name, revision)
-    # The library keeps each commit in a folder of that name: the revision that was meant, and no other.
-    return Found(folder, name, folder.name if _COMMIT.fullmatch(folder.name) else revision or "")
+    return name, revision
 
 
 def _fetched(model: str, name: str, revision: str | None) -> Path:

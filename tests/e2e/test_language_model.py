@@ -36,6 +36,9 @@ def test_two_nodes_train_and_the_adapter_measures_the_same_in_plain_peft(languag
     proof = swarm.assert_finished("ada", "ben")
     assert "all 4 rounds are done" in swarm.nodes["ada"].err
     assert [r["round"] for r in swarm.log("ada") if "held_out" in r] == [0, 2]
+    (rehearsal,) = [r["rehearsal"] for r in swarm.log("ada") if "rehearsal" in r]
+    assert rehearsal["signal"] > rehearsal["unevenness"] > 0
+    assert "probing: " in swarm.nodes["ada"].err
     adapter = tmp_path / "adapter"
     exported = swarm.command("node.cli", "export", swarm.run, "-o", adapter)
     assert exported.wait() == 0, exported

@@ -4,8 +4,10 @@ import json
 import shutil
 import socket
 import threading
+from types import SimpleNamespace
 from unittest.mock import Mock
 
+import huggingface_hub
 import msgspec
 import numpy as np
 import pytest
@@ -160,6 +162,33 @@ def test_memory_is_counted_from_the_headers(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"hello, this is no header")
     with pytest.raises(BaseError, match="is not a safetensors file"):
         doctor.needed_bytes(tmp_path, Form())
+
+
+def test_a_base_that_is_not_here_yet_is_not_fetched(monkeypatch, tmp_path):
+    def files(name, **options):
+        assert options["dry_run"]
+        sizes = [(10 * 10**9, True), (7, False)]
+        return [SimpleNamespace(file_size=size, will_download=will) for size, will in sizes]
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", files)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for free, state in ((11 * 10**9, "warn"), (9 * 10**9, "fail")):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        found = doctor.download("owner/name")
+        assert found.state == state
+        assert found.found.startswith("10.0 GB to fetch from the hub, ")
+        assert found.cure
+    assert doctor.download(str(embedded.path())) is None
+    assert doctor.download("/no/such/base") is None
+    checks = [each["check"] for each in json.loads(run("--model", "owner/name", "--json").stdout)]
+    assert checks[-1] == "download"
+
+    def offline(*_, **__):
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    assert doctor.download("owner/name") is None
 
 
 def test_the_generator(monkeypatch):
