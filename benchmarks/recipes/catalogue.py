@@ -133,6 +133,7 @@ def instructions(run: Runner, quick: bool) -> None:
     swarm = Swarm(rounds=10 if quick else 100, directions=4, sides=1, step=0.02, epsilon=0.003)
     subject = f"{model.name} in nf4, {len(clients)} tasks"
     _compare(run, subject, problem, swarm, few=30 if quick else 200, many=None if quick else 600)
+    run(subject, problem, replace(swarm, rounds=swarm.rounds // 2, agents=4))
 
 
 def sentiment(run: Runner, quick: bool) -> None:

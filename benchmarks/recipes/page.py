@@ -15,6 +15,7 @@ LEAST_LENGTH: Final = 0.2
 _COLOURS: Final = {
     "swarm, int8": "tab:blue",
     "swarm, float": "tab:cyan",
+    "swarm, int8, 4 agents": "tab:purple",
     "MeZO": "tab:orange",
     "first order, Adam": "tab:green",
 }

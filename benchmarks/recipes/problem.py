@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from node import base as bases
@@ -66,6 +67,12 @@ class Problem:
                     state.update(np.ascontiguousarray(part).tobytes())
         return state.hexdigest()
 
+    def measure(self, model: torch.nn.Module) -> float:
+        """The held-out metric of a model."""
+        size = 4 * self.form.batch_size
+        found = [measure(model, part, batch_size=size, objective=self.metric) for part in self.held_out]
+        return float(np.mean([each.loss for each in found]))
+
 
 class HeldOut:
     """Measures an adapter on what a problem holds out; what is frozen of the model is computed once."""
@@ -78,13 +85,8 @@ class HeldOut:
 
     def __call__(self) -> float:
         """The metric at what the adapter holds."""
-        problem, size = self._problem, 4 * self._problem.form.batch_size
         with once_per_batch(self._backbone, self._known):
-            found = [
-                measure(self._model, part, batch_size=size, objective=problem.metric)
-                for part in problem.held_out
-            ]
-        return float(np.mean([each.loss for each in found]))
+            return self._problem.measure(self._model)
 
 
 def load(problem: Problem) -> bases.Base:

@@ -7,6 +7,7 @@ codes and commits as well.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ from numpy.typing import NDArray
 from benchmarks.recipes import problem as problems
 from benchmarks.recipes.course import MARKS, Course, Show
 from benchmarks.recipes.problem import Form, HeldOut, Problem
+from node.adapter import Adapter
 from node.base import Base
 from node.language import adapt
+from node.mixture import Mixture
 from node.objectives import objective
 from node.probe import Probe
 from zo import kernels
@@ -49,11 +52,14 @@ class Swarm:
     smoothing: int = 2
     epsilon: float = 0.01
     scalars: Literal["int8", "float"] = "int8"
+    agents: int = 1
+    """Adapters, each probed by every node; they predict by the mean of their probabilities."""
 
     @property
     def method(self) -> str:
         """What the tables call it."""
-        return f"swarm, {self.scalars}"
+        of_agents = f", {self.agents} agents" if self.agents > 1 else ""
+        return f"swarm, {self.scalars}{of_agents}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +68,7 @@ class Trained:
 
     course: Course
     digest: str
-    """Of the weights after the last round."""
+    """Of the first agent's weights after the last round."""
     ledger_bytes: int
     """All commits as encoded: what one node receives, without the transport's frames."""
     num_no_votes: int
@@ -97,26 +103,28 @@ def train(
         for node, windows in enumerate(problem.private)
     ]
     weights = initial_weights(adapter.layout, run_key(manifest.run_id), form.train)
-    trainer = Exact(manifest, weights) if settings.scalars == "int8" else InFloats(manifest, weights)
-
+    kind = Exact if settings.scalars == "int8" else InFloats
+    trainers = [kind(manifest, weights, agent) for agent in range(settings.agents)]
     held_out = HeldOut(problem, adapter)
 
     def measure() -> float:
-        adapter.load(to_float(trainer.weights))
+        if len(trainers) > 1:
+            return together(problem, adapter, [each.weights for each in trainers])
+        adapter.load(to_float(trainers[0].weights))
         return held_out()
 
-    a_round = len(probes) * settings.directions
+    a_round = len(probes) * settings.directions * settings.agents
     course = Course(settings.rounds * settings.sides * a_round, measure, show, marks)
     losses = []
     for number in range(settings.rounds):
-        losses.append(trainer.round(number, probes))
+        losses.append(float(np.nanmean([each.round(number, probes) for each in trainers])))
         done = (number + 1) * a_round
-        course.reached(settings.sides * done, trainer.bytes_each * done)
+        course.reached(settings.sides * done, kind.bytes_each * done)
     return Trained(
         course=course,
-        digest=digest(settings.rounds, trainer.weights).hex(),
-        ledger_bytes=trainer.ledger_bytes,
-        num_no_votes=trainer.num_no_votes,
+        digest=digest(settings.rounds, trainers[0].weights).hex(),
+        ledger_bytes=sum(each.ledger_bytes for each in trainers),
+        num_no_votes=sum(each.num_no_votes for each in trainers),
         losses=tuple(losses),
     )
 
@@ -160,20 +168,31 @@ def make_manifest(
             schedule=manifests.Schedule(
                 step=settings.step, decay=settings.decay, smoothing=settings.smoothing, first_exponent=-4
             ),
+            agents=manifests.Agents(count=settings.agents),
             parity=manifests.Parity(digest_every=16, share_loss=True),
         )
     )
 
 
+def together(problem: Problem, adapter: Adapter, weights: Sequence[NDArray[np.int32]]) -> float:
+    """The held-out metric of several agents, exported and loaded as one model by the mean of their probabilities."""
+    with tempfile.TemporaryDirectory() as place:
+        folders = [Path(place) / str(agent) for agent in range(len(weights))]
+        for folder, each in zip(folders, weights, strict=True):
+            adapter.export(folder, each, problem.model)
+        return problem.measure(Mixture(problems.load(problem).model, folders, "mean"))
+
+
 class Exact:
-    """Rounds as they are in the field."""
+    """Rounds of one agent as they are in the field."""
 
     bytes_each: Final = 1
 
-    def __init__(self, manifest: manifests.Manifest, weights: NDArray[np.int32]) -> None:
+    def __init__(self, manifest: manifests.Manifest, weights: NDArray[np.int32], agent: int) -> None:
+        self._agent = agent
         self._rule = step_rule(manifest)
         self._scale = self._rule.start()
-        self._replica = Replica(manifest, weights)
+        self._replica = Replica(manifest, weights, agent=agent)
         self.ledger_bytes = self.num_no_votes = 0
 
     @property
@@ -184,7 +203,8 @@ class Exact:
     def round(self, number: int, probes: list[Probe]) -> float:
         """One round of all nodes; their mean loss."""
         probed = [
-            probe.probe(self.weights, number, node, self._scale.exponent) for node, probe in enumerate(probes)
+            probe.probe(self.weights, number, node, self._scale.exponent, self._agent)
+            for node, probe in enumerate(probes)
         ]
         codes: NDArray[np.int8] = np.concatenate([each.codes for each in probed])
         step, self._scale = self._rule.advance(self._scale, number, codes)
@@ -207,7 +227,8 @@ class InFloats:
 
     bytes_each: Final = FLOAT_BYTES
 
-    def __init__(self, manifest: manifests.Manifest, weights: NDArray[np.int32]) -> None:
+    def __init__(self, manifest: manifests.Manifest, weights: NDArray[np.int32], agent: int) -> None:
+        self._agent = agent
         self._key = run_key(manifest.run_id)
         self._rule: StepRule = step_rule(manifest)
         self._mean_square = 0.0
@@ -216,7 +237,7 @@ class InFloats:
 
     def round(self, number: int, probes: list[Probe]) -> float:
         """One round of all nodes; their mean loss."""
-        probed = [probe.slopes(self.weights, number, node) for node, probe in enumerate(probes)]
+        probed = [probe.slopes(self.weights, number, node, self._agent) for node, probe in enumerate(probes)]
         slopes = np.concatenate([each for each, _ in probed])
         mean_square = float(np.mean(slopes**2))
         self._mean_square += (mean_square - self._mean_square) / (1 << self._rule.smoothing if number else 1)
@@ -225,7 +246,7 @@ class InFloats:
         ).astype(np.int32)
         names = np.array(
             [
-                (node, sample, 0)
+                (node, sample, self._agent)
                 for node, probe in enumerate(probes)
                 for sample in samples(number, probe.directions)
             ],

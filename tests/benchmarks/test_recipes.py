@@ -187,3 +187,12 @@ def test_a_recipe_leaves_rows_a_page_and_two_plots(monkeypatch, problem, tmp_pat
     rows = json.loads(capsys.readouterr().out)
     assert [each["method"] for each in rows] == ["swarm, int8", "first order, Adam"]
     assert np.isfinite(rows[0]["points"][-1][2])
+
+
+def test_agents_learn_apart_and_are_measured_together(problem):
+    two = train(problem, replace(SWARM, agents=2, step=0.05), seed=1, marks=(0.0, 1.0))
+    one = train(problem, replace(SWARM, step=0.05), seed=1, marks=(0.0, 1.0))
+    assert two.course.points[0].metric == pytest.approx(one.course.points[0].metric, abs=1e-4)
+    assert two.course.points[-1].forwards == 2 * one.course.points[-1].forwards
+    assert two.course.points[-1].metric != one.course.points[-1].metric
+    assert two.ledger_bytes > 1.9 * one.ledger_bytes
