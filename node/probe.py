@@ -7,6 +7,7 @@ own.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from time import perf_counter
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from node.adapter import Adapter
 from node.data import AnyBatch, Sequences, batch, stacked
-from node.frozen import frozen_backbone, once_per_batch
+from node.frozen import Answers, frozen_backbone, once_per_batch
 from node.losses import Objective, row_losses
 from node.stacked import side_by_side
 from zo import kernels
@@ -93,6 +94,7 @@ class Probe:
         self.objective = objective
         self.at_once = at_once
         self._forward_seconds = 0.0
+        self._answers: Answers = deque(maxlen=1)  # a node with no more rows than a batch has only ever one
 
     def probe(
         self, weights: NDArray[np.int32], round: int, node: int, exponent: int, agent: int = 0
@@ -156,7 +158,7 @@ class Probe:
         if len(self.adapter.views) < num_views:
             self.adapter.hold(num_views)
         found = []
-        with once_per_batch(frozen_backbone(self.adapter)):
+        with once_per_batch(frozen_backbone(self.adapter), self._answers):
             for start in range(0, len(directions), per_pass):
                 chunk = directions[start : start + per_pass]
                 batches = [self.draw(name if sides == 2 else directions[0]) for name in chunk]

@@ -25,6 +25,8 @@ class FirstOrder:
 
     steps: int
     rate: float
+    batch_size: int | None = None
+    """Another than the form's."""
     method: ClassVar[str] = "first order, Adam"
 
 
@@ -35,6 +37,8 @@ class Mezo:
     steps: int
     rate: float
     epsilon: float = 1e-3
+    batch_size: int | None = None
+    """Another than the form's."""
     method: ClassVar[str] = "MeZO"
 
 
@@ -48,11 +52,12 @@ def first_order(problem: Problem, settings: FirstOrder, seed: int, show: Show) -
     parameters = _trained(adapter)
     optimizer = torch.optim.Adam(parameters, settings.rate)
     num_bytes = FLOAT_BYTES * adapter.size
+    size = settings.batch_size or problem.form.batch_size
     course = Course(settings.steps, HeldOut(problem, adapter), show)
     for step in range(settings.steps):
         optimizer.param_groups[0]["lr"] = settings.rate * (1 - step / settings.steps)
         optimizer.zero_grad()
-        loss = _loss(adapter.model, batch(problem.pooled, problem.form.batch_size, seed, step))
+        loss = _loss(adapter.model, batch(problem.pooled, size, seed, step))
         torch.autograd.backward(loss)
         optimizer.step()
         course.reached(step + 1, num_bytes * (step + 1))
@@ -63,6 +68,7 @@ def mezo(problem: Problem, settings: Mezo, seed: int, show: Show) -> Course:
     """Train once, measured on the way. Bytes are those of its scalars, had another worker to follow them."""
     adapter, weights, objective = start(problem, seed)
     generator = np.random.default_rng(seed)
+    size = settings.batch_size or problem.form.batch_size
 
     held_out, backbone = HeldOut(problem, adapter), frozen_backbone(adapter)
 
@@ -73,7 +79,7 @@ def mezo(problem: Problem, settings: Mezo, seed: int, show: Show) -> Course:
     course = Course(2 * settings.steps, measure, show)
     for step in range(settings.steps):
         z = generator.standard_normal(weights.size, np.float32)
-        drawn = batch(problem.pooled, problem.form.batch_size, seed, step)
+        drawn = batch(problem.pooled, size, seed, step)
         losses = []
         with once_per_batch(backbone):
             for sign in (1, -1):

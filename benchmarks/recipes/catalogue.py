@@ -137,9 +137,13 @@ def instructions(run: Runner, quick: bool) -> None:
 
 
 def sentiment(run: Runner, quick: bool) -> None:
-    """Films praised or not: a linear head on a frozen sentence encoder, sixteen nodes."""
+    """Films praised or not: a linear head on a frozen sentence encoder, sixteen nodes.
+
+    A node's batch is all of its rows: the encoder reads them once, and what a round costs is the head.
+    """
     model = assets.encoder()
-    form = Form(targets=(), batch_size=8, sequence_length=64)
+    nodes, num_rows = (4, 32) if quick else (16, 432)
+    form = Form(targets=(), batch_size=num_rows, sequence_length=64)
     task = Task(kind="head", labels=("0", "1"))
     base = bases.load_base(model, threads=1, labels=task.labels)
     columns = {"text": "1", "label": "2"}
@@ -153,15 +157,14 @@ def sentiment(run: Runner, quick: bool) -> None:
         model=str(model),
         form=form,
         task=task,
-        private=[_every(pooled, 16, node) for node in range(16)],
+        private=[_every(pooled, nodes, node, num_rows) for node in range(nodes)],
         pooled=pooled,
-        held_out=[_every(held_out, 4, 0) if quick else held_out],
+        held_out=[_every(held_out, 8, 0) if quick else held_out],
         metric=row_misses,
     )
-    swarm = Swarm(rounds=5 if quick else 60, directions=32, sides=1, step=0.1, epsilon=0.01)
-    _compare(
-        run, "MiniLM on SST-2, head", problem, swarm, few=20 if quick else 100, many=None if quick else 600
-    )
+    swarm = Swarm(rounds=50 if quick else 1000, directions=4, sides=1, step=0.3, epsilon=0.01)
+    few, many = (20, None) if quick else (100, 1000)
+    _compare(run, "MiniLM on SST-2, head", problem, swarm, few, many, batch_size=32)
 
 
 def accuracy(run: Runner, quick: bool) -> None:
@@ -181,24 +184,30 @@ def accuracy(run: Runner, quick: bool) -> None:
         run(subject, problem, Mezo(steps=few, rate=10 * rate, epsilon=swarm.epsilon))
 
 
-def _compare(run: Runner, subject: str, problem: Problem, swarm: Swarm, few: int, many: int | None) -> None:
+def _compare(
+    run: Runner,
+    subject: str,
+    problem: Problem,
+    swarm: Swarm,
+    few: int,
+    many: int | None,
+    batch_size: int | None = None,
+) -> None:
     """All methods on one problem; rates are chosen on runs of `few` steps, and first order goes on to `many`."""
-    first = [run(subject, problem, FirstOrder(steps=few, rate=rate)) for rate in FIRST_ORDER_RATES]
-    if many is not None:
-        run(subject, problem, FirstOrder(steps=many, rate=_best_rate(first)))
     for scalars in SCALARS:
         run(subject, problem, replace(swarm, scalars=scalars))
+    adam = FirstOrder(steps=few, rate=0, batch_size=batch_size)
+    first = [run(subject, problem, replace(adam, rate=rate)) for rate in FIRST_ORDER_RATES]
+    if many is not None:
+        run(subject, problem, replace(adam, steps=many, rate=_best_rate(first)))
     for rate in MEZO_RATES:
-        run(subject, problem, Mezo(steps=few, rate=rate))
+        run(subject, problem, Mezo(steps=few, rate=rate, batch_size=batch_size))
 
 
-def _every(rows: Labelled, stride: int, first: int) -> Labelled:
-    return replace(
-        rows,
-        tokens=rows.tokens[first::stride],
-        lengths=rows.lengths[first::stride],
-        labels=rows.labels[first::stride],
-    )
+def _every(rows: Labelled, stride: int, first: int, most: int | None = None) -> Labelled:
+    """Every `stride`th row from the one numbered `first` on, at most so many."""
+    chosen = slice(first, None if most is None else first + stride * most, stride)
+    return replace(rows, tokens=rows.tokens[chosen], lengths=rows.lengths[chosen], labels=rows.labels[chosen])
 
 
 RECIPES: Final = {

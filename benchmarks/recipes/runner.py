@@ -18,6 +18,9 @@ from benchmarks.recipes.problem import Problem
 from benchmarks.recipes.results import Results, Row, key_of
 from benchmarks.recipes.swarm import Swarm, train
 
+_USUAL = (("agents", 1), ("batch_size", None))
+"""Settings that go without saying: rows from before they could be made are still the same rows."""
+
 Method = Swarm | Mezo | FirstOrder
 
 
@@ -43,7 +46,7 @@ class Runner:
         """The row of a method on a problem, from the results or from a run."""
         digest = self._digests.setdefault(subject, problem.digest)
         form = asdict(problem.form) | {"targets": list(problem.form.targets)}  # as JSON gives it back
-        how = {name: value for name, value in asdict(settings).items() if (name, value) != ("agents", 1)}
+        how = {name: value for name, value in asdict(settings).items() if (name, value) not in _USUAL}
         key = key_of(self._recipe, digest, form, settings.method, how, seed)
         is_new = key not in self.keys
         self.keys.append(key)

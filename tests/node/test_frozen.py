@@ -70,6 +70,13 @@ def test_every_batch_is_computed_once(adapter, passes, sides, expected):
     assert len(set(probed.codes.tolist())) > 1
 
 
+def test_rows_that_are_all_in_every_batch_are_computed_once_for_all_rounds(adapter, passes):
+    probe = Probe(adapter, rows(), key=KEY, epsilon=0.01, directions=2, batch_size=6, seed=9)
+    found = [probe.probe(np.zeros(adapter.size, np.int32), number, 0, -4).codes for number in range(3)]
+    assert passes == [6]
+    assert len({codes.tobytes() for codes in found}) > 1
+
+
 @pytest.mark.parametrize("sides", [1, 2])
 def test_the_losses_are_those_of_whole_passes(adapter, monkeypatch, sides):
     weights = np.random.default_rng(1).integers(-(2**24), 2**24, adapter.size).astype(np.int32)
