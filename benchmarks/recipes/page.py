@@ -10,6 +10,7 @@ from benchmarks.recipes.results import Row
 
 FLOAT_TOLERANCE: Final = 0.01
 LEAST_SHARE: Final = 0.65
+MOST_POINTS: Final = 2.0
 LEAST_LENGTH: Final = 0.2
 """Of a run of ours, for a run of MeZO to be compared with it."""
 _COLOURS: Final = {
@@ -38,13 +39,13 @@ def markdown(title: str, command: str, metric: str, rows: Sequence[Row]) -> str:
         f"{row.points[-1].up_bytes:,} | {row.start:.3f} | {row.end:.3f} | {row.seconds:.0f} s | {row.commit} |"
         for row in rows
     ]
-    lines += ["", "## Targets", "", *targets(rows), ""]
+    lines += ["", "## Targets", "", *targets(rows, metric), ""]
     machines = sorted({f"{row.cpu}, torch {row.torch}, {row.date}" for row in rows})
     lines += [f"Measured on: {'; '.join(machines)}.", ""]
     return "\n".join(lines)
 
 
-def targets(rows: Sequence[Row]) -> Iterator[str]:
+def targets(rows: Sequence[Row], metric: str) -> Iterator[str]:
     """One line for each target and subject, where the rows for it are there."""
     for subject in dict.fromkeys(row.subject for row in rows):
         mine = [row for row in rows if row.subject == subject]
@@ -61,7 +62,11 @@ def targets(rows: Sequence[Row]) -> Iterator[str]:
                 change <= FLOAT_TOLERANCE,
             )
         adam = best(mine, "first order, Adam")
-        if adam is not None:
+        if adam is not None and "error" in metric:
+            points = 100 * (ours.end - adam.end)
+            wrong = f"{ours.end:.1%} wrong, by first order {adam.end:.1%}"
+            yield _line(subject, f"{wrong}: {points:.1f} points apart", points <= MOST_POINTS)
+        elif adam is not None:
             share = (ours.start - ours.end) / (adam.start - adam.end)
             yield _line(
                 subject,

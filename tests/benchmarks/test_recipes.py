@@ -129,15 +129,22 @@ def test_a_page_says_what_came_of_the_targets():
         row("first order, Adam", end=2.5, seed=2),
         row("MeZO", end=3.5, forwards=400),
     ]
-    codes, share, reached, mezo = page.targets(rows)
+    codes, share, reached, mezo = page.targets(rows, "loss")
     assert codes == "- **not met**: a, int8 ends at 3.000, float at 2.950: 1.69% apart"
     assert "66.7% of the improvement of first order (1.500) with 100 forward passes" in share
     assert reached == "- a, 65% of it after about 98 forward passes"
     assert mezo == "- met: a, MeZO's lowest, 3.500 after 400 at rate 0.01, after about 50: 0.12 of them"
 
 
+@pytest.mark.parametrize(("end", "verdict"), [(0.22, "met"), (0.2301, "**not met**")])
+def test_errors_are_compared_in_points(end, verdict):
+    rows = [row("swarm, int8", end=end, start=0.5), row("first order, Adam", end=0.21, start=0.5)]
+    (line,) = page.targets(rows, "held-out error")
+    assert line.startswith(f"- {verdict}: a, {end:.1%} wrong, by first order 21.0%: ")
+
+
 def test_a_metric_that_the_swarm_never_came_to_is_a_target_not_met():
-    (line,) = page.targets([row("swarm, int8", end=3.0), row("MeZO", end=2.9)])
+    (line,) = page.targets([row("swarm, int8", end=3.0), row("MeZO", end=2.9)], "loss")
     assert line == "- **not met**: a, MeZO's lowest, 2.900 after 100 at rate 0.01, was not reached"
 
 
