@@ -1,4 +1,4 @@
-"""What a round costs on the wire, for the README's table: real CURVE sockets on loopback, counted by the kernel.
+"""What a round costs on the wire, for the tables of docs/bandwidth.md: real CURVE sockets on loopback, counted by the kernel.
 
     python -m benchmarks.wire_table [--json] [--rounds N] [--pause-ms MS] [--idle-s S]
 
@@ -221,7 +221,7 @@ def measure_session(manifest: Manifest, pause_s: float, idle_s: float) -> list[d
 
 
 def markdown(figures: dict[str, Any]) -> str:
-    """The README's tables."""
+    """The tables of docs/bandwidth.md."""
     lines = [
         "| nodes | directions | report: payload | ZMTP + CURVE | wire | wire per direction "
         "| commit: payload | ZMTP + CURVE | wire |",

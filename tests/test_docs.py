@@ -25,6 +25,7 @@ DOCUMENTS = sorted(
         *(ROOT / "docs").glob("*.md"),
     ]
 )
+GUIDE = ROOT / "docs" / "guide.md"
 PROTOCOL = ROOT / "docs" / "protocol.md"
 PROGRAMS = {"zo-coordinator": coordinator.cli.app, "zo-node": node.cli.app}
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -99,10 +100,8 @@ def test_every_option_named_alone_belongs_to_some_command(document):
             assert span.split()[0] in ours, span
 
 
-def test_the_readme_shows_every_command():
-    shown = {
-        (program, rest.split()[0]) for program, rest in command_lines((ROOT / "README.md").read_text("utf-8"))
-    }
+def test_the_guide_shows_every_command():
+    shown = {(program, rest.split()[0]) for program, rest in command_lines(GUIDE.read_text("utf-8"))}
     for program in PROGRAMS:
         for command in options_by_command(program):
             if (program, command) != ("zo-node", "demo"):  # shown as `make demo`
@@ -147,7 +146,7 @@ def test_modules_that_are_run_exist(document):
 
 def test_the_file_tree_lists_what_is_there():
     (tree,) = [
-        block for block in blocks((ROOT / "README.md").read_text("utf-8"), "text") if block.startswith("zo/")
+        block for block in blocks((ROOT / "CONTRIBUTING.md").read_text("utf-8"), "text") if block.startswith("zo/")
     ]
     folder = ROOT
     for line in tree.splitlines():
@@ -171,7 +170,7 @@ def test_tests_that_are_named_exist():
 
 
 def test_the_exit_codes_are_those_of_the_code():
-    """The meaning in the README is the docstring in exits.py, word for word."""
+    """The meaning in the guide is the docstring in exits.py, word for word."""
     meaning_by_name = {}
     (definition,) = [
         item
@@ -182,7 +181,7 @@ def test_the_exit_codes_are_those_of_the_code():
         if isinstance(item, ast.Assign):
             says = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             meaning_by_name[item.targets[0].id] = " ".join(after.value.value.split()) if says else None
-    body = dict(sections((ROOT / "README.md").read_text("utf-8")))["Exit codes"]
+    body = dict(sections(GUIDE.read_text("utf-8")))["Exit codes"]
     rows = re.findall(r"^\| (\d+) \| `?(\w*)`? \| (.*?) \|$", body, re.MULTILINE)
     assert [int(code) for code, _, _ in rows] == sorted({*map(int, Exit), 1, 2})
     for code, name, meaning in rows:
