@@ -1,4 +1,4 @@
-"""What a round costs on the wire, for the tables of docs/bandwidth.md: real CURVE sockets on loopback, counted by the kernel.
+"""What a round costs on the wire, for docs/bandwidth.md: real CURVE sockets on loopback, counted by the kernel.
 
     python -m benchmarks.wire_table [--json] [--rounds N] [--pause-ms MS] [--idle-s S]
 
