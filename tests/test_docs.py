@@ -146,7 +146,9 @@ def test_modules_that_are_run_exist(document):
 
 def test_the_file_tree_lists_what_is_there():
     (tree,) = [
-        block for block in blocks((ROOT / "CONTRIBUTING.md").read_text("utf-8"), "text") if block.startswith("zo/")
+        block
+        for block in blocks((ROOT / "CONTRIBUTING.md").read_text("utf-8"), "text")
+        if block.startswith("zo/")
     ]
     folder = ROOT
     for line in tree.splitlines():
