@@ -47,6 +47,7 @@ from zo.manifest import (
     Adapter,
     Agents,
     BaseModel,
+    Decay,
     Manifest,
     ManifestError,
     Objective,
@@ -128,7 +129,7 @@ def init(
         float | None,
         typer.Option(
             metavar="X",
-            help="How far a direction moves the weights.",
+            help="How far a direction moves the weights; with --raw, the learning rate.",
             show_default="0.001; 0.002 if only B is trained",
         ),
     ] = None,
@@ -138,12 +139,38 @@ def init(
             metavar="N", help="Directions of a round up to which each moves them by the whole step."
         ),
     ] = 64,
-    constant_step: Annotated[
+    decay: Annotated[
+        Decay,
+        typer.Option(
+            metavar="|".join(get_args(Decay)),
+            help="How the step changes. linear: to 0 at the last round. cosine: likewise, longer near both ends. "
+            "halving: by half every --half-life rounds, for a run whose end is not known. constant: for few rounds, or "
+            "to go on from another run.",
+        ),
+    ] = "linear",
+    half_life: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Rounds after which the step halves, with --decay halving.",
+            show_default="a quarter of the rounds",
+        ),
+    ] = None,
+    warm_up: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="First rounds, in which the step grows to its full size: if the loss jumps up at the start.",
+        ),
+    ] = 0,
+    normalised: Annotated[
         bool,
         typer.Option(
-            "--constant-step", help="Keep the step; else it falls linearly to 0.", show_default=False
+            "--normalised/--raw",
+            help="Divide the step by the size of the slopes, which suits any loss; or multiply it with the slopes as "
+            "they are, as MeZO does: to repeat settings that were published.",
         ),
-    ] = False,
+    ] = True,
     epsilon: Annotated[
         float | None,
         typer.Option(metavar="X", help="Length of the probe in each direction.", show_default=str(_EPSILON)),
@@ -297,6 +324,10 @@ def init(
             any_quantization=any_quantization,
         )
         try:
+            if step is None and not normalised:
+                raise ManifestError(
+                    "--raw needs --step: how large a learning rate is depends on the slopes of a model's loss"
+                )
             trained = msgspec.structs.replace(
                 task_of(task, label or (), template),
                 objective=objective,
@@ -351,7 +382,10 @@ def init(
                     ),
                     schedule=Schedule(
                         step=_STEPS[train] if step is None else step,
-                        decay="constant" if constant_step else "linear",
+                        decay=decay,
+                        warm_up=warm_up,
+                        half_life=_half_life(half_life, decay, rounds),
+                        normalised=normalised,
                         smoothing=2,
                         first_exponent=-4,
                         full_votes=full_votes,
@@ -393,6 +427,13 @@ def init(
         soft_wrap=True,
     )
     out.print(f"Next: zo-coordinator serve {run}", highlight=False, soft_wrap=True)
+
+
+def _half_life(given: int | None, decay: Decay, rounds: int) -> int:
+    """What the manifest says of it."""
+    if given is not None:
+        return given
+    return -(-rounds // 4) if decay == "halving" else 0
 
 
 def _check_length(manifest: Manifest, configuration: Mapping[str, Any]) -> None:

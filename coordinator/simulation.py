@@ -506,6 +506,7 @@ def virtual(manifest: Manifest, scenario: Scenario) -> Manifest:
         replace(
             manifest,
             run=replace(manifest.run, rounds=scenario.rounds, nonce=nonce),
+            schedule=replace(manifest.schedule, warm_up=min(manifest.schedule.warm_up, scenario.rounds - 1)),
             adapter=replace(manifest.adapter, size=_SIZE),
         )
     )

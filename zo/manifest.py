@@ -20,6 +20,7 @@ _MAX_SAMPLES: Final = 2**32
 TaskKind = Literal["text", "completion", "verbalizer", "head"]
 TEXT_PLACE: Final = "{text}"
 DEFAULT_TEMPLATE: Final = "{text}\nAnswer:"
+Decay = Literal["constant", "linear", "cosine", "halving"]
 Objective = Literal["cross-entropy", "accuracy", "token-f1", "exact-match", "callable"]
 GENERATED: Final[frozenset[Objective]] = frozenset({"token-f1", "exact-match", "callable"})
 """Objectives that judge what the model says after a prompt."""
@@ -332,10 +333,35 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             gt=0,
             le=4,
             description="Step in units of the weights: each round moves them by step times the mean of "
-            "code / RMS(codes) times z, times the number of votes, but no more than full_votes.",
+            "code / RMS(codes) times z, times the number of votes, but no more than full_votes. Not normalised: of "
+            "slope times z.",
         ),
     ]
-    decay: Annotated[Literal["linear", "constant"], Meta(description="How the step changes over the rounds.")]
+    decay: Annotated[
+        Decay,
+        Meta(
+            description="How the step changes over the rounds: not at all; to 0, on a line or on half a wave of a "
+            "cosine; or by half every half_life rounds."
+        ),
+    ]
+    warm_up: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=100_000_000,
+            description="First rounds, in which the step grows on a line to its full size.",
+        ),
+    ] = 0
+    half_life: Annotated[
+        int, Meta(ge=0, le=100_000_000, description="Of the decay by halves: rounds from one to the next.")
+    ] = 0
+    normalised: Annotated[
+        bool,
+        Meta(
+            description="Whether the step is divided by the RMS of the codes, so that it does not depend on the size "
+            "of the slopes; else it is multiplied with the slopes as they are, as a learning rate is."
+        ),
+    ] = True
     smoothing: Annotated[
         int,
         Meta(
@@ -358,6 +384,18 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             description="Up to so many votes in a round, each adds a whole step; more of them share as many steps.",
         ),
     ] = 1
+
+    def __post_init__(self) -> None:
+        """Check that there is a half-life where one is needed.
+
+        Raises:
+            ValueError: there is none, or it means nothing.
+        """
+        if (self.decay == "halving") != (self.half_life > 0):
+            raise ValueError(
+                f"decay = {self.decay!r} and half_life = {self.half_life} do not go together: halving needs a "
+                "half_life of at least 1 round, and nothing else has one"
+            )
 
 
 class Parity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -393,8 +431,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
         Raises:
             ValueError: the run would need more samples than there are names for directions, it leaves layers of an
-                unquantised base unquantised, it trains nothing, or one direction is to be compared with the mean of
-                itself.
+                unquantised base unquantised, it trains nothing, one direction is to be compared with the mean of
+                itself, or it is over before its step has warmed up.
         """
         if not self.adapter.targets and self.task.kind != "head":
             raise ValueError(
@@ -409,6 +447,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError(
                 "probe.sides = 1 needs probe.directions to be at least 2, got 1: a slope is what a direction's loss "
                 "differs by from the mean of all"
+            )
+        if self.schedule.warm_up and self.schedule.warm_up >= self.run.rounds:
+            raise ValueError(
+                f"schedule.warm_up = {self.schedule.warm_up} must be less than run.rounds = {self.run.rounds}"
             )
         num_samples = self.run.rounds * self.probe.directions
         if num_samples > _MAX_SAMPLES:

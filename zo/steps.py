@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from zo.codes import LIMIT, NO_VOTE
 from zo.commit import STEP_MAX
-from zo.manifest import Manifest
+from zo.manifest import Decay, Manifest
+from zo.schedules import scheduled
 from zo.weights import FRACTION_BITS
 
 # Mean squares are kept in units of 2^-16, so that their roots come out in units of 2^-8.
@@ -31,6 +32,10 @@ _MAX_MOVE: Final = 8
 # With more than a quarter of the codes at ±127 the RMS is a guess: look for it upwards, and remember nothing of it.
 _CUT_OFF_SHARE: Final = 4
 _CUT_OFF_MOVE: Final = 2
+# A learning rate may be far smaller than the weights' resolution, since slopes may be large.
+_RAW_BITS: Final = 60
+# Of a code's unit: `coefficient = (code × step) >> 8`.
+_CODE_BITS: Final = 8
 
 
 class Scale(msgspec.Struct, frozen=True):
@@ -48,33 +53,40 @@ class StepRule(msgspec.Struct, frozen=True, kw_only=True):
 
     rounds: int
     step: int
-    """The step before decay, in units of the weights' resolution (2^-28)."""
-    decays: bool
+    """The step before warm-up and decay, in units of the weights' resolution (2^-28); of 2^-60 if it is raw."""
+    decay: Decay
     smoothing: int
     first_exponent: int
     full_votes: int = 1
+    warm_up: int = 0
+    half_life: int = 0
+    normalised: bool = True
+    """Whether the step is divided by the RMS of the codes; else it is raw: it multiplies slopes as they are."""
 
     def start(self) -> Scale:
         """The scale before round 0."""
         return Scale(mean_square=0, exponent=self.first_exponent)
 
     def scheduled(self, round: int) -> int:
-        """The step of a round by the schedule alone, in units of the weights' resolution; 0 past the end of a decay."""
-        return self.step * max(self.rounds - round, 0) // self.rounds if self.decays else self.step
+        """The step of a round by the schedule alone, in the units of `step`; 0 past the end of some decays."""
+        return scheduled(
+            self.step, self.decay, round, self.rounds, warm_up=self.warm_up, half_life=self.half_life
+        )
 
     def advance(self, scale: Scale, round: int, codes: NDArray[np.int8]) -> tuple[int, Scale]:
         """The step for this round's codes, and the scale for the next round.
 
         step = step(round) × min(votes, full_votes) × 2^8 / (votes × RMS), so that `(code × step) >> 8` summed over
         the votes moves the weights by step(round) × min(votes, full_votes) × mean(code / RMS × z). RMS is the smoothed
-        one, this round included.
+        one, this round included. A raw step moves them by step(round) × min(votes, full_votes) × mean(slope × z),
+        where slope = code × 2^exponent: step = step(round) × min(votes, full_votes) × 2^(8 + exponent) / votes.
 
         The best step grows with the number of directions as long as what they add up to is mostly noise, which is up
         to (|g|² + noise) tr H / gᵀHg of them; docs/recipes.md has figures.
 
         Args:
             scale: what the last round left.
-            round: 0 ≤ round; rounds past the end of the schedule get step 0 if it decays.
+            round: 0 ≤ round.
             codes: (n,) int8, all codes of the round.
         """
         votes = codes[codes != NO_VOTE].astype(np.int64)
@@ -90,9 +102,13 @@ class StepRule(msgspec.Struct, frozen=True, kw_only=True):
             # The true RMS is out of sight. What is remembered would say that these codes are larger than usual,
             # and normalising by it would make the step too large as long as the search goes on.
             smoothed = mean_square
-        rms = max(isqrt(smoothed), _RMS_FLOOR)
         schedule = self.scheduled(round) * min(votes.size, self.full_votes)
-        step = min((schedule << 16) // (votes.size * rms), STEP_MAX)
+        if self.normalised:
+            rms = max(isqrt(smoothed), _RMS_FLOOR)
+            step = min((schedule << 16) // (votes.size * rms), STEP_MAX)
+        else:
+            shift = FRACTION_BITS - _RAW_BITS + _CODE_BITS + scale.exponent
+            step = min((schedule << max(shift, 0)) // (votes.size << max(-shift, 0)), STEP_MAX)
 
         move = _exponent_move(smoothed)
         if is_cut_off:
@@ -121,11 +137,14 @@ def step_rule(manifest: Manifest) -> StepRule:
     schedule = manifest.schedule
     return StepRule(
         rounds=manifest.run.rounds,
-        step=round(schedule.step * 2**FRACTION_BITS),
-        decays=schedule.decay == "linear",
+        step=round(schedule.step * 2 ** (FRACTION_BITS if schedule.normalised else _RAW_BITS)),
+        decay=schedule.decay,
         smoothing=schedule.smoothing,
         first_exponent=schedule.first_exponent,
         full_votes=schedule.full_votes,
+        warm_up=schedule.warm_up,
+        half_life=schedule.half_life,
+        normalised=schedule.normalised,
     )
 
 

@@ -86,6 +86,22 @@ def test_what_init_takes_unless_told_otherwise(base, tmp_path, options, sides, s
 
 
 @pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], ("linear", 0, 0, True)),
+        (["--decay", "cosine", "--warm-up", 3], ("cosine", 3, 0, True)),
+        (["--decay", "halving", "--rounds", 10], ("halving", 0, 3, True)),
+        (["--decay", "halving", "--half-life", 5], ("halving", 0, 5, True)),
+        (["--decay", "constant", "--raw", "--step", "1e-6"], ("constant", 0, 0, False)),
+    ],
+)
+def test_a_schedule_is_written_into_the_manifest(base, tmp_path, options, expected):
+    assert run("init", tmp_path / "run", "--model", base, *options).exit_code == 0
+    made = RunDirectory(tmp_path / "run").manifest().schedule
+    assert (made.decay, made.warm_up, made.half_life, made.normalised) == expected
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--sides", "3"], ("probe.sides = 3",)),
@@ -115,6 +131,10 @@ def test_what_init_takes_unless_told_otherwise(base, tmp_path, options, sides, s
         (["--task", "verbalizer", "--label", "a"], ("the label 'a' has no word", "LABEL=WORD, as a=yes")),
         (["--template", "{text}"], ("words and template need kind = 'verbalizer', got 'text'",)),
         (["--target", "none"], ("targets must name at least one module, got none",)),
+        (["--rounds", "7", "--warm-up", "7"], ("schedule.warm_up = 7 must be less than run.rounds = 7",)),
+        (["--half-life", "7"], ("decay = 'linear' and half_life = 7 do not go together",)),
+        (["--decay", "halving", "--half-life", "0"], ("half_life = 0 do not go together",)),
+        (["--raw"], ("--raw needs --step",)),
     ],
 )
 def test_a_value_out_of_range_is_named_and_nothing_is_made(base, tmp_path, options, words):

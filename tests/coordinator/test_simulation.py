@@ -104,3 +104,9 @@ def test_a_node_that_gives_up_is_noticed(make_manifest, monkeypatch):
     )
     with pytest.raises(SimulationError, match="gave up with exit code 6: it is none"):
         run(make_manifest)
+
+
+def test_a_schedule_is_simulated_over_fewer_rounds_than_it_warms_up_in(make_manifest):
+    scenario = msgspec.structs.replace(SMALL, rounds=3)
+    manifest = make_manifest(rounds=100, warm_up=50, decay="cosine", directions=4)
+    assert virtual(manifest, scenario).schedule.warm_up == 2

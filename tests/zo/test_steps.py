@@ -10,7 +10,7 @@ from zo.codes import NO_VOTE, coefficients, encode
 from zo.commit import STEP_MAX
 from zo.steps import Scale, StepRule, replay_scale, step_rule
 
-RULE = StepRule(rounds=100, step=2**28 // 50, decays=True, smoothing=3, first_exponent=-4)
+RULE = StepRule(rounds=100, step=2**28 // 50, decay="linear", smoothing=3, first_exponent=-4)
 
 
 def codes(*values: int) -> np.ndarray:
@@ -48,9 +48,47 @@ def test_a_small_scenario_to_the_last_bit():
 def test_the_rule_of_a_manifest(make_manifest):
     manifest = make_manifest(rounds=7, step=0.02, decay="constant", smoothing=2, first_exponent=-9)
     assert step_rule(manifest) == StepRule(
-        rounds=7, step=round(0.02 * 2**28), decays=False, smoothing=2, first_exponent=-9
+        rounds=7, step=round(0.02 * 2**28), decay="constant", smoothing=2, first_exponent=-9
     )
-    assert step_rule(make_manifest()).decays
+    assert step_rule(make_manifest()).decay == "linear"
+    raw = step_rule(make_manifest(decay="halving", half_life=5, warm_up=2, normalised=False, step=2.0**-20))
+    assert (raw.decay, raw.half_life, raw.warm_up, raw.normalised) == ("halving", 5, 2, False)
+    assert raw.step == 2**40
+
+
+RAW = msgspec.structs.replace(RULE, normalised=False, decay="constant", step=2**40)
+
+
+@pytest.mark.parametrize("exponent", [-30, -8, 0, 9])
+def test_a_raw_step_is_a_learning_rate_for_slopes_as_they_are(exponent):
+    round_codes = codes(30, -60, 90, 0)
+    step, _ = RAW.advance(Scale(0, exponent), 3, round_codes)
+    learning_rate = 2.0**40 / 2**60
+    wanted = learning_rate * 2.0**28 * round_codes.astype(np.float64) * 2.0**exponent / 4
+    got = coefficients(round_codes, step).astype(np.float64)
+    assert np.all(np.abs(got - wanted) <= 2 + np.abs(wanted) / 200)
+
+
+def test_a_raw_step_depends_on_no_code_and_finds_its_exponent_as_others_do():
+    small, large = codes(3, -4, 5), codes(30, -40, 50)
+    assert RAW.advance(RAW.start(), 0, small)[0] == RAW.advance(RAW.start(), 0, large)[0]
+    for round_codes in (small, large, codes(127, 127), codes(0, 1)):
+        assert RAW.advance(RAW.start(), 0, round_codes)[1] == RULE.advance(RULE.start(), 0, round_codes)[1]
+
+
+def test_votes_share_a_raw_step_beyond_full_votes():
+    rule = msgspec.structs.replace(RAW, full_votes=8)
+    one, four, sixteen = (rule.advance(rule.start(), 0, codes(*[9] * n))[0] for n in (1, 4, 16))
+    assert one == four == 2 * sixteen
+
+
+@pytest.mark.parametrize("exponent", [-64, 63])
+def test_a_raw_step_never_leaves_its_range(exponent):
+    for step in (0, 1, 2**62):
+        rule = msgspec.structs.replace(RAW, step=step)
+        found, _ = rule.advance(Scale(0, exponent), 0, codes(5))
+        assert 0 <= found <= STEP_MAX
+    assert found == (0 if exponent == -64 else STEP_MAX) or exponent == -64
 
 
 votes = st.lists(st.integers(-126, 126), min_size=1, max_size=300).filter(any)
@@ -108,12 +146,12 @@ def test_the_step_decays_to_nothing_or_not_at_all():
     assert steps[1] == pytest.approx(steps[0] / 2, rel=1e-6)
     assert steps[2] == pytest.approx(steps[0] / 100, rel=1e-4)
     assert steps[3:] == [0, 0]
-    constant = StepRule(rounds=100, step=RULE.step, decays=False, smoothing=3, first_exponent=-4)
+    constant = StepRule(rounds=100, step=RULE.step, decay="constant", smoothing=3, first_exponent=-4)
     assert {constant.advance(scale, number, round_codes)[0] for number in (0, 50, 99)} == {steps[0]}
 
 
 def test_the_step_never_leaves_int32():
-    rule = StepRule(rounds=1, step=4 * 2**28, decays=False, smoothing=0, first_exponent=0)
+    rule = StepRule(rounds=1, step=4 * 2**28, decay="constant", smoothing=0, first_exponent=0)
     step, _ = rule.advance(rule.start(), 0, codes(1))
     assert step == STEP_MAX
     assert coefficients(codes(127, -127), step).dtype == np.int32
@@ -123,7 +161,7 @@ def test_the_step_never_leaves_int32():
 @pytest.mark.parametrize("start", [-64, -20, -4, 0, 13, 63])
 @pytest.mark.parametrize("slope", [1e-4, 1.0, 300.0])
 def test_the_exponent_brings_the_rms_near_32_from_any_start(start, slope, smoothing):
-    rule = StepRule(rounds=1000, step=RULE.step, decays=False, smoothing=smoothing, first_exponent=start)
+    rule = StepRule(rounds=1000, step=RULE.step, decay="constant", smoothing=smoothing, first_exponent=start)
     rng = np.random.default_rng(7)
     scale = rule.start()
     rms = []
@@ -141,7 +179,7 @@ def test_the_exponent_brings_the_rms_near_32_from_any_start(start, slope, smooth
 def test_codes_that_are_cut_off_raise_the_exponent_and_never_the_step(smoothing):
     # With an exponent far too small every code is ±127, round after round, until the exponent is found. What the
     # rule remembers must not make these steps larger than the manifest's.
-    rule = StepRule(rounds=1000, step=RULE.step, decays=False, smoothing=smoothing, first_exponent=-64)
+    rule = StepRule(rounds=1000, step=RULE.step, decay="constant", smoothing=smoothing, first_exponent=-64)
     scale = rule.start()
     round_codes = codes(127, -127, 127, 127)
     for number in range(40):
@@ -153,10 +191,10 @@ def test_codes_that_are_cut_off_raise_the_exponent_and_never_the_step(smoothing)
 
 
 def test_the_exponent_stays_within_its_bounds():
-    high = StepRule(rounds=10, step=1, decays=False, smoothing=0, first_exponent=63)
+    high = StepRule(rounds=10, step=1, decay="constant", smoothing=0, first_exponent=63)
     assert high.advance(high.start(), 0, codes(127, 127))[1].exponent == 63
     assert high.advance(high.start(), 0, codes(100, 100))[1].exponent == 63
-    low = StepRule(rounds=10, step=1, decays=False, smoothing=0, first_exponent=-64)
+    low = StepRule(rounds=10, step=1, decay="constant", smoothing=0, first_exponent=-64)
     assert low.advance(low.start(), 0, codes(0, 1))[1].exponent == -64
 
 
