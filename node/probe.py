@@ -8,7 +8,7 @@ own.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import NamedTuple
 
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from node.adapter import Adapter
 from node.data import AnyBatch, Sequences, batch, stacked
 from node.frozen import Answers, frozen_backbone, once_per_batch
-from node.losses import Objective, row_losses
+from node.losses import Objective, RowLosses, row_losses
+from node.privacy import Mechanism
 from node.stacked import side_by_side
 from zo import kernels
 from zo.codes import NO_VOTE, encode
@@ -67,6 +68,7 @@ class Probe:
         sides: int = 2,
         objective: Objective = row_losses,
         at_once: int = 0,
+        mechanism: Mechanism | None = None,
     ) -> None:
         """Fix what stays the same from round to round.
 
@@ -82,6 +84,8 @@ class Probe:
             sides: 2: two losses and a batch for each direction; 1: one loss for each, all on one batch.
             objective: what the loss is; `node.objectives.objective` gives that of a task.
             at_once: see the attribute.
+            mechanism: makes slopes differentially private; None: they are as measured. With it batches and noise are
+                drawn anew each time, and a round probed again gives other codes.
         """
         self.adapter = adapter
         self.windows = windows
@@ -93,6 +97,7 @@ class Probe:
         self.sides = sides
         self.objective = objective
         self.at_once = at_once
+        self.mechanism = mechanism
         self._forward_seconds = 0.0
         self._answers: Answers = deque(maxlen=1)  # a node with no more rows than a batch has only ever one
 
@@ -131,6 +136,8 @@ class Probe:
         Args as those of `probe`.
         """
         names = [Direction(node, sample, agent) for sample in samples(round, self.directions)]
+        if self.mechanism is not None:
+            return self._private_slopes(self.mechanism, weights, names)
         losses = self.losses(weights, names, self.sides)
         slopes = one_sided(losses[:, 0], self.epsilon) if self.sides == 1 else two_sided(losses, self.epsilon)
         return slopes, finite_mean(losses)
@@ -150,6 +157,72 @@ class Probe:
             sides: 2: each direction has a batch of its own; 1: all have the first one's.
             epsilon: another than the probe's.
         """
+        found = []
+        with once_per_batch(frozen_backbone(self.adapter), self._answers):
+            for chunk in self._in_view(weights, directions, sides, epsilon):
+                batches = [self.draw(name if sides == 2 else directions[0]) for name in chunk]
+                found.append(self._measured(batches, sides).means(sides * len(chunk)).reshape(-1, sides))
+        return np.concatenate(found)
+
+    def _private_slopes(
+        self, mechanism: Mechanism, weights: NDArray[np.int32], names: Sequence[Direction]
+    ) -> tuple[NDArray[np.float64], float]:
+        """As `slopes`, with sums over rows that the mechanism draws, bounds and makes noisy.
+
+        Each row has one loss, the mean over what is predicted in it. A sum is divided by how many rows are expected in
+        a batch, not by how many there were. One-sided, a row's own mean over the directions is taken out of its losses
+        before they are bounded: the mean that all L_i have in common never is on its own.
+        """
+        shared = [[name] for name in names] if self.sides == 2 else [names]
+        slopes, seen = [], []
+        for together in shared:
+            rows = mechanism.rows(self.windows.num_windows)
+            losses = self.row_losses(weights, together, rows, self.sides)
+            with np.errstate(invalid="ignore"):  # inf − inf: such a row says nothing
+                if self.sides == 2:
+                    said, width = losses[..., 0] - losses[..., 1], 2 * self.epsilon
+                else:
+                    said = losses[..., 0] - losses[..., 0].mean(1, keepdims=True)
+                    width = self.epsilon * (len(together) - 1) / len(together)
+            expected = mechanism.release.rate * self.windows.num_windows
+            slopes.append(mechanism.noisy_sum(said) / (expected * width))
+            seen.append(losses.ravel())
+        return np.concatenate(slopes), finite_mean(np.concatenate(seen))
+
+    def row_losses(
+        self, weights: NDArray[np.int32], directions: Sequence[Direction], rows: NDArray[np.int64], sides: int
+    ) -> NDArray[np.float64]:
+        """The loss of each of some rows at the views of every direction, by at most `batch_size` of them in a pass.
+
+        Args:
+            weights: int32 (adapter.size,).
+            directions: the names of n directions z.
+            rows: their numbers; there may be none.
+            sides: 2: at weights + εz and weights − εz; 1: at weights + εz.
+
+        Returns:
+            (rows, n, sides).
+        """
+        losses = np.empty((len(rows), len(directions), sides))
+        with once_per_batch(frozen_backbone(self.adapter), self._answers):
+            for start in range(0, len(rows), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                drawn, done = self.windows.take(rows[part]), 0
+                for chunk in self._in_view(weights, directions, sides):
+                    found = self._measured([drawn] * len(chunk), sides)
+                    each = (found.sums / found.counts).reshape(len(chunk), sides, -1)
+                    losses[part, done : done + len(chunk)] = np.moveaxis(each, 2, 0)
+                    done += len(chunk)
+        return losses
+
+    def _in_view(
+        self,
+        weights: NDArray[np.int32],
+        directions: Sequence[Direction],
+        sides: int,
+        epsilon: float | None = None,
+    ) -> Iterator[Sequence[Direction]]:
+        """The directions by as many as share a forward pass, each time with their views in the adapter."""
         epsilon = self.epsilon if epsilon is None else epsilon
         per_pass = max(self.at_once, 1)
         num_views = sides * per_pass + (
@@ -157,38 +230,39 @@ class Probe:
         )  # the kernel always makes both views; a second one may go unused
         if len(self.adapter.views) < num_views:
             self.adapter.hold(num_views)
-        found = []
-        with once_per_batch(frozen_backbone(self.adapter), self._answers):
-            for start in range(0, len(directions), per_pass):
-                chunk = directions[start : start + per_pass]
-                batches = [self.draw(name if sides == 2 else directions[0]) for name in chunk]
-                for i, name in enumerate(chunk):
-                    views = self.adapter.host[sides * i], self.adapter.host[sides * i + 1]
-                    kernels.perturbed(weights, self.key, name, epsilon, out=views)
-                self.adapter.push()
-                begin = perf_counter()
-                found.append(
-                    self._together(batches, sides) if self.at_once else self._apart(batches[0], sides)
-                )
-                self._forward_seconds += perf_counter() - begin
-        return np.concatenate(found)
+        for start in range(0, len(directions), per_pass):
+            chunk = directions[start : start + per_pass]
+            for i, name in enumerate(chunk):
+                views = self.adapter.host[sides * i], self.adapter.host[sides * i + 1]
+                kernels.perturbed(weights, self.key, name, epsilon, out=views)
+            self.adapter.push()
+            yield chunk
 
-    def _apart(self, drawn: AnyBatch, sides: int) -> NDArray[np.float64]:
-        """The losses of the adapter's first `sides` views on one batch, each with a pass of its own: (1, sides)."""
-        found = np.empty((1, sides), np.float64)
+    def _measured(self, batches: Sequence[AnyBatch], sides: int) -> RowLosses:
+        """The losses of all rows of n batches, each under `sides` views, which follow each other."""
+        begin = perf_counter()
+        found = self._together(batches, sides) if self.at_once else self._apart(batches[0], sides)
+        self._forward_seconds += perf_counter() - begin
+        return found
+
+    def _apart(self, drawn: AnyBatch, sides: int) -> RowLosses:
+        """The losses of one batch under the adapter's first `sides` views, each with a pass of its own."""
+        found = []
         for side in range(sides):
             if side:
                 self.adapter.views[0].copy_(self.adapter.views[side])
-            found[0, side] = self.objective(self.adapter.model, drawn).mean
-        return found
+            found.append(self.objective(self.adapter.model, drawn))
+        return RowLosses(
+            np.concatenate([each.sums for each in found]), np.concatenate([each.counts for each in found])
+        )
 
-    def _together(self, batches: Sequence[AnyBatch], sides: int) -> NDArray[np.float64]:
-        """The losses of `sides` views on each of n batches, from one forward pass: (n, sides)."""
+    def _together(self, batches: Sequence[AnyBatch], sides: int) -> RowLosses:
+        """The losses of n batches, each under `sides` views, from one forward pass."""
         num_views = sides * len(batches)
         together = stacked([drawn for drawn in batches for _ in range(sides)])
         num_copies = sides if sides == 2 else num_views
         with side_by_side(self.adapter, num_views, num_copies):
-            return self.objective(self.adapter.model, together).means(num_views).reshape(-1, sides)
+            return self.objective(self.adapter.model, together)
 
     def draw(self, direction: Direction) -> AnyBatch:
         """The batch that a direction is measured on."""
