@@ -51,7 +51,13 @@ class Onlooker:
         return initial_weights(self._layout, run_key(self._manifest.run_id), self._manifest.adapter.train)
 
     def probe(
-        self, weights: NDArray[np.int32], round: int, node: int, exponent: int, agent: int = 0
+        self,
+        weights: NDArray[np.int32],
+        round: int,
+        node: int,
+        exponent: int,
+        agent: int = 0,
+        walk_step: int = 0,
     ) -> Abstention:
         """No vote in any direction."""
         directions = self._manifest.probe.directions

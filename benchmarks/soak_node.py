@@ -24,7 +24,8 @@ from zo.codes import NO_VOTE, encode
 from zo.directions import Direction, run_key
 from zo.manifest import Manifest
 from zo.replica import samples
-from zo.spsa import projected_gradients
+from zo.spsa import finite_mean, projected_gradients
+from zo.walk import walk
 
 _NUM_ROWS: Final = 64
 _RIDGE: Final = 0.01
@@ -73,17 +74,28 @@ class LogisticTrainer:
         return float(logistic + _RIDGE * float(weights @ weights))
 
     def probe(
-        self, weights: NDArray[np.int32], round: int, node: int, exponent: int, agent: int = 0
+        self,
+        weights: NDArray[np.int32],
+        round: int,
+        node: int,
+        exponent: int,
+        agent: int = 0,
+        walk_step: int = 0,
     ) -> Probed:
         """The codes of an agent's round."""
         self._before_probe(round)
-        probing = self._manifest.probe
+        probing, key = self._manifest.probe, run_key(self._manifest.run_id)
+        rng = np.random.default_rng([self._seed + (agent << 64), round])
+        losses = []
+
+        def measured(at: NDArray[np.int32], names: Sequence[Direction]) -> NDArray[np.int8]:
+            gradients, loss = projected_gradients(self.loss, at, key, names, probing.epsilon)
+            losses.append(loss)
+            return encode(gradients, exponent, rng)
+
         names = [Direction(node, sample, agent) for sample in samples(round, probing.directions)]
-        key = run_key(self._manifest.run_id)
-        gradients, loss = projected_gradients(self.loss, weights, key, names, probing.epsilon)
-        return Probed(
-            encode(gradients, exponent, np.random.default_rng([self._seed + (agent << 64), round])), loss
-        )
+        codes = walk(measured, weights, key, names, probing.local_steps, walk_step)
+        return Probed(codes, finite_mean(np.array(losses)))
 
     def evaluate(self, weights: NDArray[np.int32]) -> float | None:
         """The training loss: there is nothing held out."""

@@ -125,6 +125,15 @@ def init(
             show_default="1 from 4 directions on",
         ),
     ] = None,
+    local_steps: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Steps that a node takes on its own in a round, with its directions, before it reports: fewer rounds "
+            "for as much work.",
+        ),
+    ] = 1,
     step: Annotated[
         float | None,
         typer.Option(
@@ -378,7 +387,10 @@ def init(
                         directions=directions,
                         batch_size=batch_size,
                         sequence_length=sequence_length,
-                        sides=(1 if directions >= _ONE_SIDED_FROM else 2) if sides is None else sides,
+                        sides=(1 if directions // local_steps >= _ONE_SIDED_FROM else 2)
+                        if sides is None
+                        else sides,
+                        local_steps=local_steps,
                     ),
                     schedule=Schedule(
                         step=_STEPS[train] if step is None else step,

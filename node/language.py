@@ -85,6 +85,7 @@ class LanguageTrainer:
             batch_size=manifest.probe.batch_size,
             seed=private_seed,
             sides=manifest.probe.sides,
+            local_steps=manifest.probe.local_steps,
             objective=self._objective,
         )
 
@@ -114,10 +115,16 @@ class LanguageTrainer:
 
     @memory_explained("to probe", PROBING)
     def probe(
-        self, weights: NDArray[np.int32], round: int, node: int, exponent: int, agent: int = 0
+        self,
+        weights: NDArray[np.int32],
+        round: int,
+        node: int,
+        exponent: int,
+        agent: int = 0,
+        walk_step: int = 0,
     ) -> Probed:
         """The codes of an agent's round."""
-        return self._probe.probe(weights, round, node, exponent, agent)
+        return self._probe.probe(weights, round, node, exponent, agent, walk_step)
 
     @memory_explained("for the held-out data", PROBING)
     def evaluate(self, weights: NDArray[np.int32]) -> float | None:

@@ -26,6 +26,7 @@ from zo.codes import NO_VOTE, encode
 from zo.directions import Direction, RunKey
 from zo.replica import samples
 from zo.spsa import finite_mean, one_sided, two_sided
+from zo.walk import walk
 
 ROUNDING_STREAM = 1  # keeps the generator that rounds codes apart from the one that draws batches
 
@@ -66,6 +67,7 @@ class Probe:
         batch_size: int,
         seed: int,
         sides: int = 2,
+        local_steps: int = 1,
         objective: Objective = row_losses,
         at_once: int = 0,
         mechanism: Mechanism | None = None,
@@ -82,6 +84,8 @@ class Probe:
             seed: the node's own secret: decides batches and rounding, so that a round probed again after a
                 restart gives the same codes, as long as `at_once` is the same.
             sides: 2: two losses and a batch for each direction; 1: one loss for each, all on one batch.
+            local_steps: in which a round's directions are measured, each where the codes of those before lead
+                (`zo.walk`); divides `directions`.
             objective: what the loss is; `node.objectives.objective` gives that of a task.
             at_once: see the attribute.
             mechanism: makes slopes differentially private; None: they are as measured. With it batches and noise are
@@ -95,6 +99,7 @@ class Probe:
         self.batch_size = batch_size
         self.seed = seed
         self.sides = sides
+        self.local_steps = local_steps
         self.objective = objective
         self.at_once = at_once
         self.mechanism = mechanism
@@ -102,7 +107,13 @@ class Probe:
         self._answers: Answers = deque(maxlen=1)  # a node with no more rows than a batch has only ever one
 
     def probe(
-        self, weights: NDArray[np.int32], round: int, node: int, exponent: int, agent: int = 0
+        self,
+        weights: NDArray[np.int32],
+        round: int,
+        node: int,
+        exponent: int,
+        agent: int = 0,
+        walk_step: int = 0,
     ) -> Probed:
         """The codes of one round: direction i of a round is the sample round × directions + i of the node.
 
@@ -113,14 +124,23 @@ class Probe:
             exponent: of this round's codes.
             agent: which adapter the weights are. Each sees batches of its own: on the same ones, the agents would
                 learn the same.
+            walk_step: what a code is multiplied with between two local steps.
         """
         started = perf_counter()
         self._forward_seconds = 0.0
-        gradients, loss = self.slopes(weights, round, node, agent)
         rng = np.random.default_rng([self._seed_of(agent), round, ROUNDING_STREAM])
+        losses = []
+
+        def measured(at: NDArray[np.int32], names: Sequence[Direction]) -> NDArray[np.int8]:
+            gradients, found = self._slopes(at, names)
+            losses.append(found)
+            return encode(gradients, exponent, rng)
+
+        names = self._names(round, node, agent)
+        codes = walk(measured, weights, self.key, names, self.local_steps, walk_step)
         return Probed(
-            codes=encode(gradients, exponent, rng),
-            loss=loss,
+            codes=codes,
+            loss=finite_mean(np.concatenate(losses)),
             seconds=perf_counter() - started,
             forward_seconds=self._forward_seconds,
         )
@@ -130,17 +150,27 @@ class Probe:
     ) -> tuple[NDArray[np.float64], float]:
         """The projected gradients of a round before they are encoded, (directions,), and the mean of finite losses.
 
-        Two-sided, g = (L(w + εz) − L(w − εz)) / 2ε on one batch per direction (Spall 1992, eq. 2.1, for a Rademacher
-        z); one-sided, `zo.spsa.one_sided` on the batch of the round's first sample.
-
-        Args as those of `probe`.
+        All of them at the same weights. Args as those of `probe`.
         """
-        names = [Direction(node, sample, agent) for sample in samples(round, self.directions)]
+        slopes, losses = self._slopes(weights, self._names(round, node, agent))
+        return slopes, finite_mean(losses)
+
+    def _names(self, round: int, node: int, agent: int) -> list[Direction]:
+        return [Direction(node, sample, agent) for sample in samples(round, self.directions)]
+
+    def _slopes(
+        self, weights: NDArray[np.int32], names: Sequence[Direction]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The projected gradients along some directions, (n,), and the losses that they come from.
+
+        Two-sided, g = (L(w + εz) − L(w − εz)) / 2ε on one batch per direction (Spall 1992, eq. 2.1, for a Rademacher
+        z); one-sided, `zo.spsa.one_sided` on the batch of the first.
+        """
         if self.mechanism is not None:
             return self._private_slopes(self.mechanism, weights, names)
         losses = self.losses(weights, names, self.sides)
         slopes = one_sided(losses[:, 0], self.epsilon) if self.sides == 1 else two_sided(losses, self.epsilon)
-        return slopes, finite_mean(losses)
+        return slopes, losses.ravel()
 
     def losses(
         self,
@@ -166,8 +196,8 @@ class Probe:
 
     def _private_slopes(
         self, mechanism: Mechanism, weights: NDArray[np.int32], names: Sequence[Direction]
-    ) -> tuple[NDArray[np.float64], float]:
-        """As `slopes`, with sums over rows that the mechanism draws, bounds and makes noisy.
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """As `_slopes`, with sums over rows that the mechanism draws, bounds and makes noisy.
 
         Each row has one loss, the mean over what is predicted in it. A sum is divided by how many rows are expected in
         a batch, not by how many there were. One-sided, a row's own mean over the directions is taken out of its losses
@@ -187,7 +217,7 @@ class Probe:
             expected = mechanism.release.rate * self.windows.num_windows
             slopes.append(mechanism.noisy_sum(said) / (expected * width))
             seen.append(losses.ravel())
-        return np.concatenate(slopes), finite_mean(np.concatenate(seen))
+        return np.concatenate(slopes), np.concatenate(seen)
 
     def row_losses(
         self, weights: NDArray[np.int32], directions: Sequence[Direction], rows: NDArray[np.int64], sides: int

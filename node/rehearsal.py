@@ -180,11 +180,11 @@ def _difference(probe: Probe, weights: NDArray[np.int32]) -> float:
 
 
 def _candidates(probe: Probe) -> Iterator[int]:
-    """Directions that make 2, 4, 8 … views: as many as a round has and as fit into a pass."""
+    """Directions that make 2, 4, 8 … views: as many as a local step has and as fit into a pass."""
     num_tokens = probe.draw(Direction(0, 0)).tokens.size
     _, frozen = frozen_layers(probe.adapter)
     num_views = 2
-    while num_views <= probe.sides * probe.directions:
+    while num_views <= probe.sides * probe.directions // probe.local_steps:
         num_batches = num_views // 2 if probe.sides == 2 else 1  # which is what the frozen layers see
         if num_tokens * (frozen * num_batches + (1 - frozen) * num_views) > MAX_TOKENS:
             return

@@ -57,9 +57,15 @@ class Trainer(Protocol):
         """The weights of round 0."""
 
     def probe(
-        self, weights: NDArray[np.int32], round: int, node: int, exponent: int, agent: int = 0
+        self,
+        weights: NDArray[np.int32],
+        round: int,
+        node: int,
+        exponent: int,
+        agent: int = 0,
+        walk_step: int = 0,
     ) -> ProbeResult:
-        """The codes of an agent's round; `weights` are left as they are."""
+        """The codes of an agent's round; `weights` are left as they are. `walk_step` is for local steps (`zo.walk`)."""
 
     def evaluate(self, weights: NDArray[np.int32]) -> float | None:
         """Held-out loss in nats; None if there is nothing held out."""
@@ -384,7 +390,8 @@ class NodeService:
             if self._evaluate_every and round % self._evaluate_every == 0:
                 held_out = self._held_out[agent] = trainer.evaluate(session.replica.weights)
                 self._log({"agent": agent, "round": round, "held_out": held_out, **self._bytes()})
-            probed = trainer.probe(session.replica.weights, round, session.node, exponent, agent)
+            walk_step = session.walk_step(round, exponent)
+            probed = trainer.probe(session.replica.weights, round, session.node, exponent, agent, walk_step)
         self.view.num_directions += probed.codes.size
         self.view.num_no_votes += probed.num_no_votes
         self._carry_out(self._sessions.on_probed(agent, round, probed.codes, probed.loss, time.monotonic()))

@@ -54,6 +54,7 @@ def rehearsed(base: Base, manifest: Manifest | None, probing: Probing) -> Rehear
         batch_size=probing.batch_size,
         seed=0,
         sides=probing.sides,
+        local_steps=probing.local_steps,
         objective=objective(task, base, rows, stand_in),
     )
     train = manifest.adapter.train if manifest else "AB"

@@ -46,6 +46,8 @@ from zo.commit import Commit, Entry, decode_entry, genesis
 from zo.manifest import Manifest, ManifestError, decode_manifest, run_id
 from zo.replica import ChainError, HistoryNeeded, Replica
 from zo.snapshot import SnapshotError, decode_snapshot
+from zo.steps import step_rule
+from zo.walk import first_step, next_step
 from zo.weights import WeightsOverflow
 
 RESEND_S: Final = 10.0
@@ -186,6 +188,8 @@ class Session:
         """Round up to which the coordinator said there are commits."""
         self._exponent: tuple[int, int] | None = None
         """(round, exponent of its codes)."""
+        self._walk_step: tuple[int, int] | None = None
+        """(round, step of its walk), from the last commit."""
         self._report: tuple[int, bytes] | None = None
         self._resend_at = 0.0
         self._resend_s = RESEND_S
@@ -312,6 +316,13 @@ class Session:
         if self._exponent is None or self._exponent[0] != round:
             return None
         return self._exponent
+
+    def walk_step(self, round: int, exponent: int) -> int:
+        """What a code of this exponent is multiplied with between the local steps of a round that is to be probed."""
+        assert self.manifest is not None
+        if self._walk_step is not None and self._walk_step[0] == round:
+            return self._walk_step[1]
+        return first_step(step_rule(self.manifest), round, exponent)
 
     @property
     def behind(self) -> int:
@@ -467,11 +478,21 @@ class Session:
             assert isinstance(commit, Commit)  # a revert needs a history, and there is none here
             self._remember_digest(replica)
             effects.append(self._applied(commit))
-            self._exponent = replica.round, commit.exponents[0]
+            self._remember_scale(commit, manifest)
             if replica.round % manifest.parity.digest_every == 0:
                 effects.append(Transmit(self._progress(replica, manifest)))
         self._must_reach = max(self._must_reach, replica.round)
         return effects
+
+    def _remember_scale(self, commit: Commit, manifest: Manifest) -> None:
+        """What the next round's codes are in units of, and how far they lead on a walk."""
+        before, exponent = self._exponent, commit.exponents[0]
+        self._exponent = commit.round + 1, exponent
+        self._walk_step = None
+        if manifest.probe.local_steps > 1 and before is not None and before[0] == commit.round:
+            codes = np.frombuffer(commit.codes, np.int8)
+            step = next_step(step_rule(manifest), commit, codes, exponent - before[1])
+            self._walk_step = commit.round + 1, step
 
     def _applied(self, commit: Commit) -> Applied:
         reported = self._report is not None and self._report[0] <= commit.round

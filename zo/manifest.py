@@ -322,6 +322,14 @@ class Probing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             "directions of the round, which share one batch.",
         ),
     ] = 2
+    local_steps: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="Steps that a node takes in a round on a copy of its own: each measures an equal share of its "
+            "directions and follows their codes. The commit replays everyone's from the common weights.",
+        ),
+    ] = 1
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -431,8 +439,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
         Raises:
             ValueError: the run would need more samples than there are names for directions, it leaves layers of an
-                unquantised base unquantised, it trains nothing, one direction is to be compared with the mean of
-                itself, or it is over before its step has warmed up.
+                unquantised base unquantised, it trains nothing, its local steps do not share the directions evenly, one
+                direction is to be compared with the mean of itself, or it is over before its step has warmed up.
         """
         if not self.adapter.targets and self.task.kind != "head":
             raise ValueError(
@@ -443,10 +451,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 f"base.skip_quantize = {list(self.base.skip_quantize)!r} needs base.quantize to be int8, nf4 or fp4: "
                 "nothing is quantised otherwise"
             )
-        if self.probe.sides == 1 and self.probe.directions == 1:
+        if self.probe.directions % max(self.probe.local_steps, 1):  # no constructor has checked its range
             raise ValueError(
-                "probe.sides = 1 needs probe.directions to be at least 2, got 1: a slope is what a direction's loss "
-                "differs by from the mean of all"
+                f"probe.local_steps = {self.probe.local_steps} must divide probe.directions = {self.probe.directions}: "
+                "every local step measures as many"
+            )
+        if self.probe.sides == 1 and self.probe.directions == self.probe.local_steps:
+            raise ValueError(
+                f"probe.sides = 1 needs probe.directions to be at least {2 * self.probe.local_steps}, got "
+                f"{self.probe.directions}: two in each local step, since a slope is what a direction's loss differs by "
+                "from the mean of all"
             )
         if self.schedule.warm_up and self.schedule.warm_up >= self.run.rounds:
             raise ValueError(

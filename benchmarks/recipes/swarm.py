@@ -34,6 +34,7 @@ from zo.initial import initial_weights
 from zo.layout import lora_layout
 from zo.replica import Replica, samples
 from zo.steps import StepRule, step_rule
+from zo.walk import first_step, next_step
 from zo.weights import digest, to_float
 
 FLOAT_BYTES: Final = 4
@@ -52,6 +53,10 @@ class Swarm:
     smoothing: int = 2
     epsilon: float = 0.01
     scalars: Literal["int8", "float"] = "int8"
+    local_steps: int = 1
+    """In which a node measures its directions of a round."""
+    full_votes: int = 1
+    """Up to so many votes of a round add a whole step each."""
     agents: int = 1
     """Adapters, each probed by every node; they predict by the mean of their probabilities."""
 
@@ -98,6 +103,7 @@ def train(
             batch_size=form.batch_size,
             seed=seed * 1000 + node,
             sides=settings.sides,
+            local_steps=settings.local_steps,
             objective=objective(problem.task, base, windows),
         )
         for node, windows in enumerate(problem.private)
@@ -164,9 +170,14 @@ def make_manifest(
                 batch_size=form.batch_size,
                 sequence_length=form.sequence_length,
                 sides=settings.sides,
+                local_steps=settings.local_steps,
             ),
             schedule=manifests.Schedule(
-                step=settings.step, decay=settings.decay, smoothing=settings.smoothing, first_exponent=-4
+                step=settings.step,
+                decay=settings.decay,
+                smoothing=settings.smoothing,
+                first_exponent=-4,
+                full_votes=settings.full_votes,
             ),
             agents=manifests.Agents(count=settings.agents),
             parity=manifests.Parity(digest_every=16, share_loss=True),
@@ -192,6 +203,7 @@ class Exact:
         self._agent = agent
         self._rule = step_rule(manifest)
         self._scale = self._rule.start()
+        self._walk_step = first_step(self._rule, 0, self._scale.exponent)
         self._replica = Replica(manifest, weights, agent=agent)
         self.ledger_bytes = self.num_no_votes = 0
 
@@ -203,10 +215,11 @@ class Exact:
     def round(self, number: int, probes: list[Probe]) -> float:
         """One round of all nodes; their mean loss."""
         probed = [
-            probe.probe(self.weights, number, node, self._scale.exponent, self._agent)
+            probe.probe(self.weights, number, node, self._scale.exponent, self._agent, self._walk_step)
             for node, probe in enumerate(probes)
         ]
         codes: NDArray[np.int8] = np.concatenate([each.codes for each in probed])
+        exponent = self._scale.exponent
         step, self._scale = self._rule.advance(self._scale, number, codes)
         commit = Commit(
             round=number,
@@ -217,6 +230,7 @@ class Exact:
             previous=self._replica.head,
         )
         self._replica.apply(commit)
+        self._walk_step = next_step(self._rule, commit, codes, self._scale.exponent - exponent)
         self.ledger_bytes += len(commit.encode())
         self.num_no_votes += int(np.count_nonzero(codes == NO_VOTE))
         return float(np.nanmean([each.loss for each in probed]))

@@ -107,6 +107,7 @@ def test_a_schedule_is_written_into_the_manifest(base, tmp_path, options, expect
         (["--sides", "3"], ("probe.sides = 3",)),
         (["--sides", "0"], ("probe.sides = 0",)),
         (["--full-votes", "0"], ("schedule.full_votes = 0",)),
+        (["--local-steps", "3"], ("probe.local_steps = 3 must divide probe.directions = 4",)),
         (["--sides", "1", "--directions", "1"], ("probe.sides = 1 needs probe.directions to be at least 2",)),
         (["--epsilon", "0"], ("probe.epsilon = 0.0",)),
         (["--rounds", "0"], ("run.rounds = 0",)),

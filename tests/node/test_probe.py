@@ -14,8 +14,9 @@ from node.data import Windows, batch
 from node.losses import RowLosses, mean_loss
 from node.probe import Probe
 from zo import reference
-from zo.codes import NO_VOTE, encode
-from zo.directions import Direction
+from zo.codes import NO_VOTE, coefficients, encode
+from zo.directions import Direction, stack
+from zo.spsa import one_sided, two_sided
 from zo.weights import to_float
 
 KEY = (17, 4)
@@ -103,6 +104,32 @@ def test_a_code_is_the_encoded_slope_between_both_views_on_one_batch(adapter, wi
     assert result.loss == float(np.mean(losses))
     assert result.num_no_votes == 0
     assert 0 < result.forward_seconds <= result.seconds
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_with_local_steps_every_part_is_measured_where_the_codes_before_it_lead(
+    adapter, windows, weights, sides
+):
+    step, settings = 2**15, {"directions": 4, "sides": sides}
+    probed = make_probe(adapter, windows, local_steps=2, **settings).probe(
+        weights, 5, NODE, EXPONENT, walk_step=step
+    )
+    names = [Direction(NODE, sample) for sample in range(20, 24)]
+    plain, rng = (
+        make_probe(adapter, windows, **settings),
+        np.random.default_rng([9, 5, probe.ROUNDING_STREAM]),
+    )
+
+    def codes_of(at, part):
+        losses = plain.losses(at, part, sides)
+        return encode(
+            one_sided(losses[:, 0], EPSILON) if sides == 1 else two_sided(losses, EPSILON), EXPONENT, rng
+        )
+
+    first = codes_of(weights, names[:2])
+    moved = reference.apply(weights, KEY, stack(names[:2]), coefficients(first, step))
+    assert not np.array_equal(moved, weights)
+    assert np.array_equal(probed.codes, np.concatenate([first, codes_of(moved, names[2:])]))
 
 
 def test_one_sided_all_directions_of_a_round_meet_one_batch(adapter, windows, weights):

@@ -322,6 +322,19 @@ def test_a_report_is_sent_again_after_silence_ever_more_rarely(reported):
     assert session.on_tick(now + RESEND_S) == [Transmit(Report(1, b"\x03\xfc"))]
 
 
+def test_a_walk_follows_the_last_commit_and_the_schedule_where_there_is_none(make_manifest):
+    rig = Rig(make_manifest(directions=2, local_steps=2, decay="constant")).in_stage(Stage.REPORTED)
+    by_schedule = round(0.02 * 2**28) * 8
+    assert rig.session.walk_step(0, -4) == by_schedule
+    rig.get(rig.commit(step=1000))  # of four votes, one of which would have been a whole step
+    # Its codes were in units of 2^-4, the next are in 2^-5.
+    assert rig.session.walk_step(1, -5) == 4000 // 2
+    late = Rig(make_manifest(directions=2, local_steps=2, decay="constant"), rig.fresh())
+    late.session.on_link_up()
+    late.get(late.welcome())
+    assert late.session.walk_step(0, -4) == by_schedule
+
+
 def test_a_report_is_sent_again_on_a_new_connection(reported):
     session = reported.session
     session.on_link_down()

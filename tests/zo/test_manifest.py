@@ -62,7 +62,7 @@ def test_any_manifest_survives_its_toml(make_manifest, name, epsilon, step, alph
 def test_every_field_of_the_toml_is_explained(make_manifest):
     lines = documented_toml(make_manifest(), "A run.").splitlines()
     fields = [index for index, line in enumerate(lines) if " = " in line and not line.startswith("#")]
-    assert len(fields) == 44
+    assert len(fields) == 45
     assert all(lines[index - 1].startswith("# ") for index in fields)
     tables = [index for index, line in enumerate(lines) if line.startswith("[")]
     assert all(lines[index - 1].startswith("# ") for index in tables)
@@ -135,6 +135,7 @@ OUT_OF_RANGE = [
     ("probe", "sequence_length", 1_048_577),
     ("probe", "sides", 0),
     ("probe", "sides", 3),
+    ("probe", "local_steps", 0),
     ("schedule", "step", 0.0),
     ("schedule", "step", -0.1),
     ("schedule", "step", 4.5),
@@ -180,6 +181,14 @@ def test_every_field_with_a_range_is_in_the_list_above(make_manifest):
         (section, field) for section in sections for field in getattr(manifest, section).__struct_fields__
     }
     assert fields == {(section, field) for section, field, _ in OUT_OF_RANGE}
+
+
+def test_local_steps_share_the_directions_and_one_sided_there_are_two_in_each(make_manifest):
+    assert make_manifest(directions=6, local_steps=3, sides=1).probe.local_steps == 3
+    with pytest.raises(ValueError, match=r"probe.local_steps = 4 must divide probe.directions = 6"):
+        make_manifest(directions=6, local_steps=4)
+    with pytest.raises(ValueError, match=r"at least 12, got 6: two in each local step"):
+        make_manifest(directions=6, local_steps=6, sides=1)
 
 
 def test_messages_say_what_would_be_right(make_manifest):
@@ -359,10 +368,10 @@ GOLDEN_BYTES = (
     "7320a76164617074657287a77461726765747392a6715f70726f6aa6765f70726f6aa472616e6b04a5616c706861cb402000"
     "0000000000a5747261696ea142a57374617274a0a473697a65cd01f4ad6c61796f75745f646967657374d920316131613161"
     "3161316131613161316131613161316131613161316131613161a66167656e747382a5636f756e7401aa61737369676e6d65"
-    "6e74a3616c6ca570726f626585a7657073696c6f6ecb3f847ae147ae147baa646972656374696f6e7302aa62617463685f73"
-    "697a6508af73657175656e63655f6c656e677468cc80a5736964657302a87363686564756c6588a473746570cb3f947ae147"
-    "ae147ba56465636179a66c696e656172a77761726d5f757000a968616c665f6c69666500aa6e6f726d616c69736564c3a973"
-    "6d6f6f7468696e6703ae66697273745f6578706f6e656e74fcaa66756c6c5f766f74657301a670617269747982ac64696765"
-    "73745f657665727904aa73686172655f6c6f7373c3"
+    "6e74a3616c6ca570726f626586a7657073696c6f6ecb3f847ae147ae147baa646972656374696f6e7302aa62617463685f73"
+    "697a6508af73657175656e63655f6c656e677468cc80a5736964657302ab6c6f63616c5f737465707301a87363686564756c"
+    "6588a473746570cb3f947ae147ae147ba56465636179a66c696e656172a77761726d5f757000a968616c665f6c69666500aa"
+    "6e6f726d616c69736564c3a9736d6f6f7468696e6703ae66697273745f6578706f6e656e74fcaa66756c6c5f766f74657301"
+    "a670617269747982ac6469676573745f657665727904aa73686172655f6c6f7373c3"
 )
-GOLDEN_RUN_ID = "1a6ca3bccf58485c84ab3803e9e65a48"
+GOLDEN_RUN_ID = "d9e608a5ced6f2549373e016557f1376"
