@@ -155,10 +155,15 @@ def take_back(
         The entry, durable, and the replica after it.
 
     Raises:
-        HistoryError: nothing to take back.
+        HistoryError: nothing to take back, or the run has weight decay.
         WeightsOverflow: it would move a weight out of range; nothing has changed then.
         StorageError: it could not be written; nothing has changed then.
     """
+    if manifest.schedule.weight_decay:
+        raise HistoryError(
+            "this run has weight decay: every round has shrunk what those before did, so that nothing can be taken "
+            "back exactly. `export --round N` has the weights of a round, and `init --adapter` starts a run from them"
+        )
     total = ledger.num_commits()
     if not 0 <= first < total:
         raise HistoryError(

@@ -393,7 +393,9 @@ class _World:
             node.saved.pop(agent, None)
             if self.rng.random() < 0.7:
                 if node.is_witness:
-                    replica = Replica(self.manifest, replica.weights, replica.round, replica.head, agent)
+                    replica = Replica(
+                        self.manifest, replica.weights, replica.round, replica.head, agent, replica.state
+                    )
                 node.saved[agent] = self.manifest, replica
 
     def _is_lost(self) -> bool:

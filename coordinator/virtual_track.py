@@ -102,7 +102,7 @@ class VirtualTrack:
         return Conductor(
             self._manifest,
             config,
-            Replica(self._manifest, truth.weights, truth.round, truth.head, self.agent),
+            Replica(self._manifest, truth.weights, truth.round, truth.head, self.agent, truth.state),
             scale,
             [
                 Member(node=each.node, key=each.key, name=each.name, has_left=each.node in self.left)

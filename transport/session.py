@@ -375,7 +375,8 @@ class Session:
     def _consider(self, offer: Offer, now: float) -> list[Effect]:
         """Ask for the snapshot's next piece; how long it takes to come decides whether it is worth going on."""
         assert self.manifest is not None
-        if offer.num_bytes > 5 * self.manifest.adapter.size + 4096:
+        num_vectors = self.manifest.schedule.num_vectors
+        if offer.num_bytes > 5 * num_vectors * self.manifest.adapter.size + 4096:
             return self._fail(
                 Exit.DAMAGED,
                 f"the coordinator offers a snapshot of {offer.num_bytes:,} bytes for "

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zo import loops
+from zo.compiled import Kernel
 from zo.directions import Direction, RunKey
 from zo.reference import check_range, check_uint32
 
@@ -22,6 +23,8 @@ WORK_PER_THREAD: Final = 2**26
 """A thread (0.1 ms to start) is worth it for this many parameter·directions, about 2 ms."""
 PERTURBED_WORK: Final = 6
 """What both perturbed views of a parameter cost, in parameter·directions."""
+PAIR_WORK: Final = 4
+"""What following or decaying costs a parameter, in parameter·directions: reading and writing it."""
 PIECES_PER_THREAD: Final = 4
 """Threads fetch pieces as they go, so that one on a busy core does not hold up the others."""
 
@@ -99,6 +102,34 @@ def apply(
     )
 
 
+def follow(weights: NDArray[np.int32], aim: NDArray[np.int32], shift: int) -> None:
+    """weights += (aim − weights) >> shift, in place; `reference.follow` says what for.
+
+    Args:
+        weights: (size,) int32, contiguous and writable.
+        aim: (size,) int32, contiguous.
+        shift: 1 to 31.
+
+    Raises:
+        ValueError: a wrong shape, dtype or range. Nothing has changed then.
+    """
+    _in_pairs(loops.follow, weights, "aim", aim, shift)
+
+
+def decay(weights: NDArray[np.int32], start: NDArray[np.int32], shift: int) -> None:
+    """weights −= (weights − start) / 2^shift, rounded half away from zero, in place.
+
+    Args:
+        weights: (size,) int32, contiguous and writable.
+        start: (size,) int32, contiguous.
+        shift: 1 to 31.
+
+    Raises:
+        ValueError: a wrong shape, dtype or range. Nothing has changed then.
+    """
+    _in_pairs(loops.decay, weights, "start", start, shift)
+
+
 def perturbed(
     weights: NDArray[np.int32],
     key: RunKey,
@@ -166,6 +197,19 @@ def _check_vector(name: str, vector: NDArray[Any], dtype: type[np.generic], writ
         raise ValueError(
             f"{name} must be a {kind} vector of {np.dtype(dtype)}, got {vector.dtype} of shape {vector.shape}"
         )
+
+
+def _in_pairs(
+    loop: Kernel, weights: NDArray[np.int32], name: str, other: NDArray[np.int32], shift: int
+) -> None:
+    """loop(weights, other, shift), entry by entry, on as many threads as it is worth."""
+    _check_vector("weights", weights, np.int32, writable=True)
+    _check_vector(name, other, np.int32)
+    if other.size != weights.size:
+        raise ValueError(f"{name} must have the {weights.size} entries of weights, got {other.size}")
+    if not 1 <= shift <= 31:
+        raise ValueError(f"shift must be within 1 and 31, got {shift}")
+    _in_ranges(lambda low, high: loop(weights[low:high], other[low:high], shift), weights.size, PAIR_WORK)
 
 
 def _in_ranges(run: Callable[[int, int], None], size: int, work_each: int) -> None:

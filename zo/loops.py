@@ -26,7 +26,7 @@ GROUP: Final = 4
 # Inside kernels every integer must have its width: Numba would widen a Python constant to int64. Globals are frozen
 # when a kernel is compiled, and a cached kernel notices a change of this file only: to change a constant that comes
 # from another one, as no run in the field allows, touch this one too.
-_u32, _u64, _i32 = np.uint32, np.uint64, np.int32
+_u32, _u64, _i32, _i64 = np.uint32, np.uint64, np.int32, np.int64
 _MASKS = np.uint32(1) << np.arange(32, dtype=np.uint32)
 _M0, _M1 = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])
 _K0, _K1 = np.uint32(KEY_INCREMENTS[0]), np.uint32(KEY_INCREMENTS[1])
@@ -145,6 +145,23 @@ def apply(weights, key0, key1, directions, coefficients, start):  # type: ignore
         skip = 0
 
 
+@kernel(_array(types.int32, readonly=False), _array(types.int32), types.int64)
+def follow(weights, aim, shift):  # type: ignore[no-untyped-def]
+    """weights += (aim − weights) >> shift."""
+    for j in range(weights.shape[0]):
+        weights[j] = _i32(weights[j] + ((_i64(aim[j]) - _i64(weights[j])) >> shift))
+
+
+@kernel(_array(types.int32, readonly=False), _array(types.int32), types.int64)
+def decay(weights, start, shift):  # type: ignore[no-untyped-def]
+    """weights −= (weights − start) / 2^shift, rounded half away from zero."""
+    half = _i64(1) << (shift - 1)
+    for j in range(weights.shape[0]):
+        way = _i64(weights[j]) - _i64(start[j])
+        pull = (abs(way) + half) >> shift
+        weights[j] = _i32(weights[j] - (pull if way > 0 else -pull))
+
+
 @kernel(
     _array(types.int32),
     *(types.int64, types.int64, types.int64, types.int64, types.int64),
@@ -207,4 +224,4 @@ def perturbation(key0, key1, node, sample, agent, start, out):  # type: ignore[n
         skip = 0
 
 
-ALL: Final[tuple[Kernel, ...]] = (apply, perturbed, perturbation)
+ALL: Final[tuple[Kernel, ...]] = (apply, follow, decay, perturbed, perturbation)

@@ -392,6 +392,28 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             description="Up to so many votes in a round, each adds a whole step; more of them share as many steps.",
         ),
     ] = 1
+    momentum: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=16,
+            description="0: none; k: codes move an aim, and each round the weights go 2^-k of the way to it: a "
+            "momentum of 1 - 2^-k whose steps add up to the same.",
+        ),
+    ] = 0
+    weight_decay: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=30,
+            description="0: none; k: each round takes the weights 2^-k of the way back to where they started.",
+        ),
+    ] = 0
+
+    @property
+    def num_vectors(self) -> int:
+        """How many vectors of the weights' size a replica holds: the weights, their aim, their start."""
+        return 1 + bool(self.momentum) + bool(self.weight_decay)
 
     def __post_init__(self) -> None:
         """Check that there is a half-life where one is needed.

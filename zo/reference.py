@@ -126,6 +126,38 @@ def apply(
     return moved
 
 
+def follow(weights: NDArray[np.int32], aim: NDArray[np.int32], shift: int) -> NDArray[np.int32]:
+    """weights + ((aim − weights) >> shift), a new (size,) int32: 2^−shift of the way, rounded down.
+
+    With v = aim − weights this is momentum: an update goes into v, of which 2^−shift moves the weights in each round
+    (Polyak 1964, with a total gain of 1).
+
+    Args:
+        weights: (size,) int32.
+        aim: (size,) int32.
+        shift: 1 to 31.
+    """
+    way = aim.astype(np.int64) - weights
+    moved: NDArray[np.int64] = weights + (way >> shift)
+    return moved.astype(np.int32)
+
+
+def decay(weights: NDArray[np.int32], start: NDArray[np.int32], shift: int) -> NDArray[np.int32]:
+    """weights less 2^−shift of what they differ from `start` by, a new (size,) int32.
+
+    Rounded to the nearest, half away from zero: the same in both directions.
+
+    Args:
+        weights: (size,) int32.
+        start: (size,) int32.
+        shift: 1 to 31.
+    """
+    way = weights.astype(np.int64) - start
+    pull = (np.abs(way) + (1 << (shift - 1))) >> shift
+    moved: NDArray[np.int64] = weights - np.sign(way) * pull
+    return moved.astype(np.int32)
+
+
 def perturbed(
     weights: NDArray[np.int32], key: RunKey, direction: Direction, epsilon: float, start: int = 0
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -3,7 +3,7 @@
 Node, coordinator, audit and simulation all hold one; it is the only code that turns commits into weights (law 1).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -55,7 +55,21 @@ class Replica:
         round: int = 0,
         head: bytes | None = None,
         agent: int = 0,
+        state: Sequence[NDArray[np.int32]] = (),
     ):
+        """Start, or go on from a snapshot.
+
+        Args:
+            manifest: of the run.
+            weights: (size,) int32; copied.
+            round: number of commits that they hold.
+            head: digest of the last of them.
+            agent: whose they are.
+            state: that of the replica to go on from; none at the start of a run.
+
+        Raises:
+            ValueError: a wrong shape, dtype or agent, or no state where the manifest's rule has one.
+        """
         if weights.shape != (manifest.adapter.size,) or weights.dtype != np.int32:
             raise ValueError(
                 f"weights must be int32 of {manifest.adapter.size} entries, got {weights.dtype} of {weights.shape}"
@@ -70,7 +84,30 @@ class Replica:
         self._rounds = manifest.run.rounds
         self._directions = manifest.probe.directions
         self._staleness = manifest.run.staleness
-        self._bound = Bound(self.weights)
+        self._momentum = manifest.schedule.momentum
+        self._weight_decay = manifest.schedule.weight_decay
+        num_more = manifest.schedule.num_vectors - 1
+        if not round and not state:
+            state = [weights] * num_more
+        if len(state) != num_more:
+            raise ValueError(
+                f"a replica of this run has {num_more} vectors beside its weights, got {len(state)}"
+            )
+        vectors = [each.copy() for each in state]
+        self._aim = vectors.pop(0) if self._momentum else None
+        self._start = vectors.pop(0) if self._weight_decay else None
+        self._bound = Bound(self._moved, self._start)
+
+    @property
+    def state(self) -> list[NDArray[np.int32]]:
+        """What the weights to come depend on beside the weights: with momentum their aim, with weight decay where they
+        started; each (size,) int32. Read it, never write it."""
+        return [each for each in (self._aim, self._start) if each is not None]
+
+    @property
+    def _moved(self) -> NDArray[np.int32]:
+        """What coefficients are added to."""
+        return self.weights if self._aim is None else self._aim
 
     def check(self, commit: Commit) -> NDArray[np.int32]:
         """The commit's coefficients, (participants × directions,) int32, if it can be applied next.
@@ -91,7 +128,7 @@ class Replica:
                 f"commit of round {commit.round} has {len(commit.codes)} codes, expected {expected}"
             )
         coefficients = code_rules.coefficients(np.frombuffer(commit.codes, np.int8), commit.steps[0])
-        self._bound.check(self.weights, coefficients)
+        self._bound.check(self._moved, coefficients)
         return coefficients
 
     def apply(self, entry: Entry, frame: bytes | None = None, history: History | None = None) -> None:
@@ -109,13 +146,18 @@ class Replica:
         if isinstance(entry, Revert):
             self._check_follows(entry)
             self.weights = self._reverted(entry, history)
+            self._aim = None if self._aim is None else self.weights.copy()
             self._bound = Bound(self.weights)
         else:
             coefficients = self.check(entry)
             directions = self._names(entry)
             voting = coefficients != 0
-            kernels.apply(self.weights, self._key, directions[voting], coefficients[voting])
+            kernels.apply(self._moved, self._key, directions[voting], coefficients[voting])
             self._bound.grow(coefficients)
+            if self._start is not None:
+                kernels.decay(self._moved, self._start, self._weight_decay)
+            if self._aim is not None:
+                kernels.follow(self.weights, self._aim, self._momentum)
         self.round += 1
         self.head = chain_digest(entry.encode() if frame is None else frame)
 
@@ -129,16 +171,16 @@ class Replica:
             history: (first, last) -> the entries first..last-1.
 
         Raises:
-            ValueError: the range is not within the ledger.
+            ValueError: the range is not within the ledger, or the run has weight decay.
             WeightsOverflow: taking it back would move a weight out of range.
         """
         draft = Revert(self.round, first, last, nodes, bytes(16), self.head)
         weights = self._sum_taken_back(draft, history)
-        return Revert(self.round, first, last, nodes, digest(self.round + 1, weights, self.agent), self.head)
+        return Revert(self.round, first, last, nodes, self._digest_at_rest(weights), self.head)
 
     def digest(self) -> bytes:
-        """(16,) bytes that stand for the round, the agent and every bit of the weights."""
-        return digest(self.round, self.weights, self.agent)
+        """(16,) bytes that stand for the round, the agent and every bit of the weights and of `state`."""
+        return digest(self.round, self.weights, self.agent, self.state)
 
     def _check_follows(self, entry: Entry) -> None:
         if entry.round != self.round:
@@ -166,7 +208,7 @@ class Replica:
                 f"round {revert.round} takes back rounds from {revert.first} on; that needs their codes, or a snapshot"
             )
         weights = self._sum_taken_back(revert, history)
-        found = digest(revert.round + 1, weights, self.agent)
+        found = self._digest_at_rest(weights)
         if found != revert.digest:
             raise ChainError(
                 f"taking back rounds {revert.first} to {revert.last - 1} gives digest {found.hex()}, "
@@ -175,13 +217,25 @@ class Replica:
         return weights
 
     def _sum_taken_back(self, revert: Revert, history: History) -> NDArray[np.int32]:
-        """The weights without what a revert takes back: (size,) int32, new."""
-        weights = self.weights.copy()
+        """The weights without what a revert takes back: (size,) int32, new.
+
+        With momentum these are the aim without it: what rounds add to an aim is a sum, and the weights come to rest
+        there. Weight decay has shrunk what a round did in every round since, so there is no exact inverse.
+        """
+        if self._weight_decay:
+            raise ChainError(
+                "nothing can be taken back in a run with weight decay: every round since has shrunk what is to go"
+            )
+        weights = self._moved.copy()
         bound = Bound(weights)
         for names, coefficients in _in_batches(self._taken_back(revert, history)):
             bound.admit(weights, coefficients)
             kernels.apply(weights, self._key, names, coefficients)
         return weights
+
+    def _digest_at_rest(self, weights: NDArray[np.int32]) -> bytes:
+        """The digest after a revert."""
+        return digest(self.round + 1, weights, self.agent, [weights] if self._momentum else [])
 
     def _taken_back(self, revert: Revert, history: History) -> Iterator[Move]:
         for part in inverse(revert, history):

@@ -34,14 +34,19 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     seal: Digest
     """BLAKE2b-128 of `head` and `digest`: the weights do not prove the head."""
     weights: bytes
-    """zstd over the little-endian int32 bytes, transposed so that bytes of equal weight lie together."""
+    """zstd over the little-endian int32 bytes, transposed so that bytes of equal weight lie together: of the weights,
+    and of what each vector of the replica's `state` differs from them by."""
     agent: Annotated[int, Meta(ge=0)] = 0
     """Whose weights they are."""
 
 
 def encode_snapshot(replica: Replica, manifest: Manifest) -> bytes:
     """The replica as a snapshot."""
-    planes = replica.weights.astype("<i4").view(np.uint8).reshape(-1, 4).T
+    vectors = [
+        replica.weights,
+        *(each - replica.weights for each in replica.state),
+    ]  # wrapping: and back again
+    planes = np.concatenate(vectors).astype("<i4").view(np.uint8).reshape(-1, 4).T
     weights_digest = replica.digest()
     return msgspec.msgpack.encode(
         Snapshot(
@@ -78,8 +83,9 @@ def decode_snapshot(data: bytes, manifest: Manifest, agent: int = 0) -> Replica:
         raise SnapshotError(f"snapshot of run {snapshot.run_id.hex()}, this is run {manifest.run_id.hex()}")
     if snapshot.agent != agent:
         raise SnapshotError(f"snapshot of agent {snapshot.agent}, wanted is that of agent {agent}")
-    weights = _decompress(snapshot.weights, manifest.adapter.size)
-    if digest(snapshot.round, weights, agent) != snapshot.digest:
+    vectors = _decompress(snapshot.weights, manifest.adapter.size, manifest.schedule.num_vectors)
+    weights, state = vectors[0], vectors[1:] + vectors[0]
+    if digest(snapshot.round, weights, agent, list(state)) != snapshot.digest:
         raise SnapshotError(
             f"snapshot of round {snapshot.round} is damaged: its weights do not match its digest"
         )
@@ -87,7 +93,7 @@ def decode_snapshot(data: bytes, manifest: Manifest, agent: int = 0) -> Replica:
         raise SnapshotError(
             f"snapshot of round {snapshot.round} is damaged: its head does not match its seal"
         )
-    return Replica(manifest, weights, snapshot.round, snapshot.head, agent)
+    return Replica(manifest, weights, snapshot.round, snapshot.head, agent, list(state))
 
 
 def content_address(data: bytes) -> bytes:
@@ -99,17 +105,19 @@ def _seal(head: bytes, weights_digest: bytes) -> bytes:
     return hashlib.blake2b(head + weights_digest, digest_size=DIGEST_BYTES, person=_SEAL_PERSON).digest()
 
 
-def _decompress(data: bytes, size: int) -> NDArray[np.int32]:
-    num_bytes = 4 * size
+def _decompress(data: bytes, size: int, num_vectors: int) -> NDArray[np.int32]:
+    """(num_vectors, size) int32."""
+    num_bytes = 4 * size * num_vectors
     try:
         if zstandard.frame_content_size(data) != num_bytes:
-            raise SnapshotError(f"snapshot does not hold {size} weights")
+            what = "weights and as much state" if num_vectors > 1 else "weights"
+            raise SnapshotError(f"snapshot does not hold {size} {what}")
         planes = zstandard.ZstdDecompressor().decompress(data, max_output_size=num_bytes)
     except zstandard.ZstdError as error:
         raise SnapshotError(f"snapshot is damaged: {error}") from error
     return (
-        np.ascontiguousarray(np.frombuffer(planes, np.uint8).reshape(4, size).T)
+        np.ascontiguousarray(np.frombuffer(planes, np.uint8).reshape(4, num_vectors * size).T)
         .view("<i4")
-        .reshape(size)
+        .reshape(num_vectors, size)
         .astype(np.int32)
     )

@@ -4,6 +4,7 @@ How they move is `kernels.apply`; by how much is `codes.coefficients`.
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -47,21 +48,24 @@ def from_float(values: NDArray[np.floating]) -> NDArray[np.int32]:
     return scaled.astype(np.int32)
 
 
-def digest(round: int, weights: NDArray[np.int32], agent: int = 0) -> bytes:
+def digest(
+    round: int, weights: NDArray[np.int32], agent: int = 0, state: Sequence[NDArray[np.int32]] = ()
+) -> bytes:
     """(16,) bytes for the round, the agent and every bit of the weights: two replicas are equal if these are.
 
     BLAKE2b-128, personalised "zo-weights", over round (uint64), agent (uint32) and the int32, all
-    little-endian.
+    little-endian; then over the vectors of `state`, on which the weights to come depend as well.
 
     Raises:
         ValueError: the weights are not int32.
     """
-    if weights.dtype != np.int32:
-        raise ValueError(f"weights must be int32, got {weights.dtype}")
-    state = hashlib.blake2b(digest_size=DIGEST_BYTES, person=_DIGEST_PERSON)
-    state.update(round.to_bytes(8, "little") + agent.to_bytes(4, "little"))
-    state.update(np.ascontiguousarray(weights, "<i4").data)
-    return state.digest()
+    sponge = hashlib.blake2b(digest_size=DIGEST_BYTES, person=_DIGEST_PERSON)
+    sponge.update(round.to_bytes(8, "little") + agent.to_bytes(4, "little"))
+    for vector in (weights, *state):
+        if vector.dtype != np.int32:
+            raise ValueError(f"weights must be int32, got {vector.dtype}")
+        sponge.update(np.ascontiguousarray(vector, "<i4").data)
+    return sponge.digest()
 
 
 class Bound:
@@ -78,8 +82,15 @@ class Bound:
         value: the bound, in weight units (2^−28).
     """
 
-    def __init__(self, weights: NDArray[np.int32]) -> None:
-        self.value = _largest(weights)
+    def __init__(self, weights: NDArray[np.int32], anchor: NDArray[np.int32] | None = None) -> None:
+        """Look at the weights.
+
+        Args:
+            weights: as they are now.
+            anchor: what they may be drawn towards, if anything: no entry gets beyond the larger of both.
+        """
+        self._least = 0 if anchor is None else _largest(anchor)
+        self.value = max(_largest(weights), self._least)
 
     def check(self, weights: NDArray[np.int32], coefficients: NDArray[np.int32]) -> None:
         """Check that an update with these coefficients cannot wrap any of these weights.
@@ -89,7 +100,7 @@ class Bound:
         """
         growth = _sum_of_magnitudes(coefficients)
         if self.value + growth > INT32_MAX:
-            self.value = _largest(weights)
+            self.value = max(_largest(weights), self._least)
         if self.value + growth > INT32_MAX:
             raise WeightsOverflow(
                 f"a weight of magnitude {self.value * 2.0**-FRACTION_BITS:.3f} could move by "

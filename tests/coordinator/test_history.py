@@ -161,6 +161,16 @@ def test_what_cannot_be_taken_back_changes_nothing(directory, manifest, ledger, 
     assert directory.snapshots().stored() == []
 
 
+def test_with_weight_decay_nothing_is_taken_back_and_it_is_said_what_to_do(directory, manifest, ledger):
+    schedule = msgspec.structs.replace(manifest.schedule, weight_decay=8)
+    manifest = msgspec.structs.replace(manifest, schedule=schedule)
+    with pytest.raises(
+        HistoryError, match=r"this run has weight decay: .* `export --round N` .* `init --adapter`"
+    ):
+        take_back(directory, manifest, ledger, 3, [])
+    assert ledger.num_commits() == 10
+
+
 def test_a_revert_that_would_overflow_is_not_made(directory, manifest, ledger, monkeypatch):
     def edge(*_, **__):
         raise WeightsOverflow("too far")

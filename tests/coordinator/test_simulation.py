@@ -110,3 +110,11 @@ def test_a_schedule_is_simulated_over_fewer_rounds_than_it_warms_up_in(make_mani
     scenario = msgspec.structs.replace(SMALL, rounds=3)
     manifest = make_manifest(rounds=100, warm_up=50, decay="cosine", directions=4)
     assert virtual(manifest, scenario).schedule.warm_up == 2
+
+
+def test_a_swarm_with_momentum_and_weight_decay_in_a_storm(make_manifest):
+    scenario = Scenario(nodes=200, rounds=160, loss=0.02)
+    manifest = virtual(make_manifest(directions=4, momentum=3, weight_decay=6), scenario)
+    result = simulate(manifest, scenario, lambda done, total: None)
+    assert result.leaps > 0
+    assert result.coordinator_kills == 3

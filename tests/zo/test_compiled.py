@@ -54,7 +54,7 @@ def test_processes_share_what_one_has_compiled_even_when_they_start_together(tmp
     another_processor = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
     assert output(start(ASK, tmp_path, **another_processor)) == ["False"]
     later = output(start(COMPILE_AND_RUN, tmp_path))
-    assert later[2:] == ["1", "1", "1"]  # each kernel came from the cache
+    assert set(later[2:]) == {"1"}  # each kernel came from the cache
     assert later[1] == together[0][1]
 
 

@@ -230,3 +230,34 @@ def test_views_of_another_size_are_refused():
     short = np.empty(4, np.float32)
     with pytest.raises(ValueError, match="5 entries of weights, got 4"):
         kernels.perturbed(np.zeros(5, np.int32), KEY, Direction(0, 0), 0.1, out=(short, short))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("shift", [1, 3, 12, 31])
+@pytest.mark.parametrize("name", ["follow", "decay"])
+def test_moving_towards_another_vector_equals_the_reference(monkeypatch, name, shift, size):
+    rng = np.random.default_rng(size)
+    weights, other = rng.integers(-(2**31), 2**31, (2, size)).astype(np.int32)
+    weights[: size // 2] = other[: size // 2] + rng.integers(-5, 6, size // 2).astype(np.int32)  # near
+    expected = getattr(reference, name)(weights, other, shift)
+    threaded = weights.copy()
+    getattr(kernels, name)(weights, other, shift)
+    assert np.array_equal(weights, expected)
+    monkeypatch.setattr(kernels, "WORK_PER_THREAD", 1)
+    kernels.set_threads(3)
+    other.flags.writeable = False
+    getattr(kernels, name)(threaded, other, shift)
+    assert np.array_equal(threaded, expected)
+
+
+@pytest.mark.parametrize("move", [kernels.follow, kernels.decay])
+def test_moving_towards_what_does_not_fit_is_refused(move):
+    weights = np.zeros(4, np.int32)
+    for other, shift, words in (
+        (np.zeros(5, np.int32), 3, "must have the 4 entries"),
+        (np.zeros(4, np.int64), 3, "int32"),
+        (np.zeros(4, np.int32), 0, "shift must be within 1 and 31, got 0"),
+        (np.zeros(4, np.int32), 32, "shift must be within 1 and 31, got 32"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            move(weights, other, shift)

@@ -62,7 +62,7 @@ def test_any_manifest_survives_its_toml(make_manifest, name, epsilon, step, alph
 def test_every_field_of_the_toml_is_explained(make_manifest):
     lines = documented_toml(make_manifest(), "A run.").splitlines()
     fields = [index for index, line in enumerate(lines) if " = " in line and not line.startswith("#")]
-    assert len(fields) == 45
+    assert len(fields) == 47
     assert all(lines[index - 1].startswith("# ") for index in fields)
     tables = [index for index, line in enumerate(lines) if line.startswith("[")]
     assert all(lines[index - 1].startswith("# ") for index in tables)
@@ -143,6 +143,8 @@ OUT_OF_RANGE = [
     ("schedule", "warm_up", -1),
     ("schedule", "half_life", -1),
     ("schedule", "normalised", 1),
+    ("schedule", "momentum", 17),
+    ("schedule", "weight_decay", 31),
     ("schedule", "smoothing", -1),
     ("schedule", "smoothing", 17),
     ("schedule", "first_exponent", -65),
@@ -370,8 +372,9 @@ GOLDEN_BYTES = (
     "3161316131613161316131613161316131613161316131613161a66167656e747382a5636f756e7401aa61737369676e6d65"
     "6e74a3616c6ca570726f626586a7657073696c6f6ecb3f847ae147ae147baa646972656374696f6e7302aa62617463685f73"
     "697a6508af73657175656e63655f6c656e677468cc80a5736964657302ab6c6f63616c5f737465707301a87363686564756c"
-    "6588a473746570cb3f947ae147ae147ba56465636179a66c696e656172a77761726d5f757000a968616c665f6c69666500aa"
+    "658aa473746570cb3f947ae147ae147ba56465636179a66c696e656172a77761726d5f757000a968616c665f6c69666500aa"
     "6e6f726d616c69736564c3a9736d6f6f7468696e6703ae66697273745f6578706f6e656e74fcaa66756c6c5f766f74657301"
-    "a670617269747982ac6469676573745f657665727904aa73686172655f6c6f7373c3"
+    "a86d6f6d656e74756d00ac7765696768745f646563617900a670617269747982ac6469676573745f657665727904aa736861"
+    "72655f6c6f7373c3"
 )
-GOLDEN_RUN_ID = "d9e608a5ced6f2549373e016557f1376"
+GOLDEN_RUN_ID = "2593e164a94a748baecc374ca459e2f2"
