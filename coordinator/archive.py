@@ -46,7 +46,7 @@ def restore(
         progress: called with (commits replayed, commits in all).
 
     Raises:
-        LedgerError: the ledger is damaged.
+        LedgerError: the ledger is damaged, or its end is not signed by the run's coordinator.
         SnapshotError, RunDirectoryError: the weights of round 0 cannot be had.
     """
     total = ledger.num_commits()
@@ -57,6 +57,7 @@ def restore(
         except (ValueError, WeightsOverflow) as error:
             raise LedgerError(f"{ledger.path} is damaged at round {replica.round}: {error}") from error
         progress(replica.round, total)
+    ledger.check_seal(manifest.run.signer, total)
     rule = step_rule(manifest)
     checkpoint = ledger.last_checkpoint()
     start, scale = (checkpoint.round, checkpoint.scale) if checkpoint else (0, rule.start())

@@ -1,11 +1,12 @@
 """The audit: replays a ledger from its first commit and proves, or refutes, everything that it claims."""
 
+import contextlib
 from collections.abc import Callable
 
 import msgspec
 import numpy as np
 
-from coordinator.ledger import Ledger
+from coordinator.ledger import Ledger, LedgerError
 from zo.commit import Commit, decode_entry
 from zo.manifest import Manifest
 from zo.replica import Replica
@@ -34,7 +35,8 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True):
 def audit(
     manifest: Manifest, initial: Replica, ledger: Ledger, progress: Callable[[int, int], None]
 ) -> Audit:
-    """Replay an agent's whole ledger: the chain, every step by the manifest's rule, every recorded digest and scale.
+    """Replay an agent's whole ledger: the chain, every signature, every step by the manifest's rule,
+    every recorded digest and scale.
 
     Args:
         manifest: of the run.
@@ -58,32 +60,34 @@ def audit(
                 f"the weights of round 0 have digest {initial.digest().hex()}, recorded is {start.digest.hex()}"
             )
         proven += 1
-    for number, frame in enumerate(ledger.frames(0, total)):
-        try:
-            entry = decode_entry(frame)
-            initial.apply(entry, frame, ledger.entries)
-        except (ValueError, ArithmeticError) as error:
-            raise AuditError(f"round {number}: {error}") from error
-        if isinstance(entry, Commit):
-            step, scale = rule.advance(scale, number, np.frombuffer(entry.codes, np.int8))
-            if entry.steps != (step,) or entry.exponents != (scale.exponent,):
-                raise AuditError(
-                    f"round {number}: step {entry.steps[0]} and exponent {entry.exponents[0]} are not those of the "
-                    f"manifest's rule, {step} and {scale.exponent}"
-                )
-        checkpoint = recorded.pop(initial.round, None)
-        if checkpoint is not None:
-            if checkpoint.digest != initial.digest():
-                raise AuditError(
-                    f"round {number}: the replayed weights have digest {initial.digest().hex()}, "
-                    f"recorded is {checkpoint.digest.hex()}"
-                )
-            if checkpoint.scale != scale:
-                raise AuditError(
-                    f"round {number}: the step rule's memory is {scale}, recorded is {checkpoint.scale}"
-                )
-            proven += 1
-        progress(initial.round, total)
+    with contextlib.closing(ledger.frames(0, total)) as frames:
+        for number, frame in enumerate(frames):
+            try:
+                ledger.check_seal(manifest.run.signer, number + 1)
+                entry = decode_entry(frame)
+                initial.apply(entry, frame, ledger.entries)
+            except (ValueError, ArithmeticError, LedgerError) as error:
+                raise AuditError(f"round {number}: {error}") from error
+            if isinstance(entry, Commit):
+                step, scale = rule.advance(scale, number, np.frombuffer(entry.codes, np.int8))
+                if entry.steps != (step,) or entry.exponents != (scale.exponent,):
+                    raise AuditError(
+                        f"round {number}: step {entry.steps[0]} and exponent {entry.exponents[0]} are not those of the "
+                        f"manifest's rule, {step} and {scale.exponent}"
+                    )
+            checkpoint = recorded.pop(initial.round, None)
+            if checkpoint is not None:
+                if checkpoint.digest != initial.digest():
+                    raise AuditError(
+                        f"round {number}: the replayed weights have digest {initial.digest().hex()}, "
+                        f"recorded is {checkpoint.digest.hex()}"
+                    )
+                if checkpoint.scale != scale:
+                    raise AuditError(
+                        f"round {number}: the step rule's memory is {scale}, recorded is {checkpoint.scale}"
+                    )
+                proven += 1
+            progress(initial.round, total)
     if recorded:
         raise AuditError(f"a digest is recorded for round {min(recorded)}, but the ledger ends at {total}")
     return Audit(

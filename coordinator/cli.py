@@ -35,6 +35,7 @@ from transport.adapter_files import digest as adapter_digest
 from transport.connections import MOST_OF_A_KEY, MOST_SILENT
 from transport.keys import invitation_keys, standing_token
 from transport.messages import PROTOCOL_VERSION
+from transport.seals import Signer
 from transport.selftest import prove_closed
 from transport.sockets import CoordinatorSocket
 from transport.ticket import Ticket, reachable_host
@@ -337,6 +338,7 @@ def init(
     """
     with failures_explained():
         directory = RunDirectory(run)
+        signing_key = secrets.token_bytes(32)
         found = hub.find(model)
         tensors = base_files.tensor_shapes(found.folder)
         shapes = base_files.linear_shapes(tensors, base_files.configuration(found.folder))
@@ -387,6 +389,7 @@ def init(
                         rounds=rounds,
                         nonce=secrets.token_hex(16),
                         staleness=staleness,
+                        signer=Signer(signing_key).public,
                     ),
                     base=base,
                     task=trained,
@@ -450,7 +453,9 @@ def init(
             )
         except ValueError as error:
             raise AdapterFilesError(f"{adapter}: {error}") from error
-        directory.create(manifest, config, Replica(manifest, weights), invite_only=invite_only)
+        directory.create(
+            manifest, config, Replica(manifest, weights), invite_only=invite_only, signing_key=signing_key
+        )
     out.print(f"Made {run}: run {manifest.run_id.hex()}", highlight=False, soft_wrap=True)
     out.print(
         f"{layout.size:,} trained parameters on {manifest.base.name}; {rounds} rounds of {directions} "
@@ -526,7 +531,7 @@ def serve(
         given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
         config = validate_config(msgspec.structs.replace(directory.config(), **given))
         check_capacity(config, manifest)
-        keys = directory.keys()
+        keys, signer = directory.keys(), directory.signer(manifest)
         stopping = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopping.set())
@@ -554,7 +559,7 @@ def serve(
                 ticket = Ticket(place, end.port, manifest.run_id, keys.public, token)
                 out.print(str(ticket), style="bold", highlight=False, soft_wrap=True)
                 sys.stdout.flush()
-                service = Service(directory, manifest, config, ledger, restored, end, keyring)
+                service = Service(directory, manifest, config, ledger, restored, end, keyring, signer)
                 _serve(service, stopping, stay)
             finally:
                 end.close()
@@ -658,7 +663,7 @@ def verify(
     run: RunArgument,
     json: JsonOption = False,
 ) -> None:
-    """Replay the whole ledger and prove the chain, every step and every recorded digest, of every agent.
+    """Replay the whole ledger; prove the chain, every signature, every step and every recorded digest, of every agent.
 
     With several agents, --json prints one object a line for each.
     """
@@ -678,9 +683,10 @@ def _show_proof(proof: Audit, manifest: Manifest, seconds: float, json: bool) ->
         print(msgspec.json.encode(proof).decode())
         return
     whose = f"agent {proof.agent} " if manifest.agents.count > 1 else ""
+    signed = "every one signed, " if manifest.run.signer else ""
     out.print(
-        f"{whose}verified: {proof.rounds} commits in one chain, every step by the rule, {proof.digests_proven} digests "
-        f"reproduced ({duration(seconds)})",
+        f"{whose}verified: {proof.rounds} commits in one chain, {signed}every step by the rule, "
+        f"{proof.digests_proven} digests reproduced ({duration(seconds)})",
         highlight=False,
         soft_wrap=True,
     )

@@ -44,10 +44,11 @@ from transport.messages import (
     Refuse,
     Report,
     Resync,
+    Sealed,
     Trace,
     Welcome,
 )
-from zo.commit import Commit
+from zo.commit import Commit, chain_digest
 from zo.manifest import Manifest
 from zo.replica import Replica
 from zo.steps import Scale, step_rule
@@ -94,6 +95,7 @@ class Conductor:
         offer_for: Callable[[int], Offer | None],
         digests_between: Callable[[int, int], list[bytes]],
         now: float,
+        seal: Callable[[int, bytes], bytes] | None = None,
     ) -> None:
         """Go on where the ledger ends.
 
@@ -110,6 +112,8 @@ class Conductor:
             offer_for: what a node at a round is offered to catch up with; None if replaying is certainly cheaper.
             digests_between: (first, last) -> the digests after first..last commits, replayed; empty if not at hand.
             now: in seconds, on any clock that only moves forward.
+            seal: (round, head) -> the signature under the chain's head after so many commits; None if the run is not
+                signed.
         """
         self.manifest = manifest
         self.config = config
@@ -126,6 +130,7 @@ class Conductor:
         self._read_history = read_history
         self._offer_for = offer_for
         self._digests_between = digests_between
+        self._seal = seal
         self._roster = roster
         self._node_by_session: dict[bytes, int] = {}
         self._opened_at: dict[int, float] = {}
@@ -295,7 +300,10 @@ class Conductor:
 
     def _wants_checkpoint(self) -> bool:
         """Whether the digest of the replica's round is one that the ledger records."""
-        round = self.replica.round
+        return self._shows_digest(self.replica.round)
+
+    def _shows_digest(self, round: int) -> bool:
+        """Whether nodes report their digest after so many commits, and are shown a seal."""
         return round > 0 and (round % self.manifest.parity.digest_every == 0 or self.is_over)
 
     # ---- sessions -------------------------------------------------------------------------------------------------
@@ -341,6 +349,8 @@ class Conductor:
         member.is_choosing = offer is not None
         manifest = b"" if hello.round or has_manifest else self.manifest.encode()
         yield send(session, Welcome(PROTOCOL_VERSION, node, manifest, self.round, self.exponent, offer))
+        if offer is None:
+            yield from self._sealed(session, hello.round, hello.head)
         yield from self._feed(member)
 
     def _replace(self, member: Member, session: bytes) -> Iterator[Effect]:
@@ -368,7 +378,7 @@ class Conductor:
             ]
         member.is_choosing = False
         member.acknowledged = member.cursor = follow.round
-        return self._feed(member)
+        return [*self._sealed(member.session, follow.round, follow.head), *self._feed(member)]
 
     def _trace(self, member: Member, trace: Trace) -> list[Effect]:
         """Find the first round after which a diverged node was wrong, by bisection: once wrong, it stays wrong."""
@@ -529,7 +539,9 @@ class Conductor:
         # Late codes are in units of the round before: they count only where those are this round's too.
         self._exponent_before, self._scale = self.exponent, scale
         frame = commit.encode()
-        effects.append(Persist(commit, frame))
+        head = chain_digest(frame)
+        seal = b"" if self._seal is None else self._seal(closed.number + 1, head)
+        effects.append(Persist(commit, frame, seal))
         self._unsettled = commit, frame
         missing = awaited - closed.codes_by_node.keys()
         for node in sorted(missing):
@@ -542,7 +554,15 @@ class Conductor:
             if member.session is not None and is_next and member.room():
                 member.cursor += 1
                 effects.append(Send(member.session, "Commit", frame))
+                if seal and self._shows_digest(self.round):
+                    effects.append(send(member.session, Sealed(self.round, head, seal)))
         return effects
+
+    def _sealed(self, session: bytes, round: int, head: bytes) -> list[Effect]:
+        """The seal of a round that is durable, for a session whose chain has this head by then."""
+        if self._seal is None or round == 0:
+            return []
+        return [send(session, Sealed(round, head, self._seal(round, head)))]
 
     def _feed(self, member: Member) -> list[Effect]:
         """What a member that is behind may be sent now, and the word that the run is over."""
@@ -557,6 +577,7 @@ class Conductor:
                 break
             member.cursor += len(frames)
             effects.append(send(member.session, History(tuple(frames))))
+            effects.extend(self._sealed(member.session, member.cursor, self._head_after(member.cursor)))
         settled = self._unsettled is None and self.is_over
         if settled and member.cursor == self.round and not member.is_finished:
             member.is_finished = True

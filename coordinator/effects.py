@@ -21,6 +21,8 @@ class Persist(msgspec.Struct, frozen=True):
 
     commit: Commit
     frame: bytes
+    seal: bytes
+    """Signature under the chain's head with it; empty if the run is not signed."""
 
 
 class PersistCheckpoint(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ from coordinator.ledger import Checkpoint, Ledger, StorageError
 from coordinator.rundir import RunDirectory, RunDirectoryError
 from transport.durable import agent_folder, write_atomically
 from zo.codes import NO_VOTE
-from zo.commit import Commit, Entry, Revert
+from zo.commit import Commit, Entry, Revert, genesis
 from zo.manifest import Manifest
 from zo.replica import Replica
 from zo.snapshot import encode_snapshot
@@ -156,6 +156,7 @@ def take_back(
 
     Raises:
         HistoryError: nothing to take back, or the run has weight decay.
+        KeyFileError: the key to sign it with is missing, or another.
         WeightsOverflow: it would move a weight out of range; nothing has changed then.
         StorageError: it could not be written; nothing has changed then.
     """
@@ -172,12 +173,18 @@ def take_back(
     unknown = set(nodes) - {each.node for each in ledger.nodes()}
     if unknown:
         raise HistoryError(f"no node {min(unknown)} has ever joined; `zo-coordinator status` lists them")
+    signer = directory.signer(manifest)
     replica = directory.state_at(total, manifest, ledger)
     if nodes and not took_part(ledger, nodes, first):
         raise HistoryError(f"node {', '.join(map(str, nodes))} took part in no round from {first} on")
     entry = replica.revert(first, total, tuple(sorted(set(nodes))), ledger.entries)
     replica.apply(entry, history=ledger.entries)
-    ledger.append(entry)
+    seal = (
+        b""
+        if signer is None
+        else signer.seal(genesis(manifest.run_id, ledger.agent), replica.round, replica.head)
+    )
+    ledger.append(entry, seal=seal)
     checkpoint = ledger.last_checkpoint()
     start, scale = (checkpoint.round, checkpoint.scale) if checkpoint else (0, step_rule(manifest).start())
     rule = step_rule(manifest)
@@ -260,6 +267,7 @@ def back_up(directory: RunDirectory, destination: Path) -> None:
         _copy_database(directory.keyring_path, copy.keyring_path)
         for path in (
             directory.key_path,
+            *([directory.signing_key_path] if directory.signing_key_path.exists() else []),
             directory.config_path,
             directory.initial_path,
             directory.manifest_path,

@@ -16,10 +16,11 @@ from typing import Any, Final, NamedTuple, Self
 import msgspec
 
 from coordinator.roster import Enrolment
+from transport.seals import is_sealed
 from zo.commit import Commit, Entry, Revert, chain_digest, decode_entry, genesis
 from zo.steps import Scale
 
-FORMAT: Final = "zo-ledger-2"
+FORMAT: Final = "zo-ledger-3"
 _NO_ROUND: Final = 2**62
 _CHECKPOINT: Final = "round, digest, mean_square, exponent"
 _EVENT: Final = "at, agent, round, kind, node, text"
@@ -27,7 +28,7 @@ _SCHEMA: Final = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE commits (
     agent INTEGER NOT NULL, round INTEGER NOT NULL, frame BLOB NOT NULL, bytes_before INTEGER NOT NULL,
-    codes_before INTEGER NOT NULL, is_revert INTEGER NOT NULL, PRIMARY KEY (agent, round));
+    codes_before INTEGER NOT NULL, is_revert INTEGER NOT NULL, seal BLOB NOT NULL, PRIMARY KEY (agent, round));
 CREATE INDEX reverts ON commits (agent, round) WHERE is_revert;
 CREATE TABLE checkpoints (
     agent INTEGER NOT NULL, round INTEGER NOT NULL, digest BLOB NOT NULL, mean_square INTEGER NOT NULL,
@@ -165,12 +166,13 @@ class Ledger:
 
     # ---- writing --------------------------------------------------------------------------------------------------
 
-    def append(self, entry: Entry, frame: bytes | None = None) -> None:
+    def append(self, entry: Entry, frame: bytes | None = None, seal: bytes = b"") -> None:
         """Make an entry durable.
 
         Args:
             entry: the next one.
             frame: its encoded form, if at hand.
+            seal: the signature under the chain's head with it; empty if the run is not signed.
 
         Raises:
             StorageError: it is not; the ledger is as before.
@@ -178,8 +180,8 @@ class Ledger:
         frame = entry.encode() if frame is None else frame
         num_bytes, codes = self._totals
         is_revert = isinstance(entry, Revert)
-        row = (self.agent, entry.round, frame, num_bytes, codes, is_revert)
-        self._write("INSERT INTO commits VALUES (?, ?, ?, ?, ?, ?)", *row)
+        row = (self.agent, entry.round, frame, num_bytes, codes, is_revert, seal)
+        self._write("INSERT INTO commits VALUES (?, ?, ?, ?, ?, ?, ?)", *row)
         self._totals = num_bytes + len(frame), codes + num_codes(entry)
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -234,7 +236,7 @@ class Ledger:
             self._one("SELECT COALESCE(MAX(round) + 1, 0) FROM commits WHERE agent = ?", self.agent)[0]
         )
 
-    def frames(self, first: int = 0, last: int | None = None) -> Iterator[bytes]:
+    def frames(self, first: int = 0, last: int | None = None) -> Generator[bytes]:
         """The encoded commits first..last-1, in order.
 
         Raises:
@@ -288,6 +290,26 @@ class Ledger:
         if num_commits == 0:
             return genesis(self._run_id, self.agent)
         return chain_digest(next(self.frames(num_commits - 1, num_commits)))
+
+    def check_seal(self, signer: str, round: int) -> None:
+        """Check that the coordinator has signed the chain's head after `round` entries, and so all before it.
+
+        Args:
+            signer: the manifest's key; empty if nothing is signed.
+            round: nothing is to be proved of the chain's beginning, 0.
+
+        Raises:
+            LedgerError: it has not.
+        """
+        if not signer or not round:
+            return
+        rows = self._read("SELECT seal FROM commits WHERE agent = ? AND round = ?", self.agent, round - 1)
+        seal = bytes(next(iter(rows), (b"",))[0])
+        if not is_sealed(signer, genesis(self._run_id, self.agent), round, self.head_after(round), seal):
+            raise LedgerError(
+                f"{self.path}: the entry of round {round - 1} is not signed by the run's coordinator: it, or one "
+                "before it, was forged, changed or damaged; restore the run from a backup"
+            )
 
     def checkpoints(self, first: int = 0, last: int | None = None) -> Iterator[Checkpoint]:
         """The digests recorded for rounds from first to last, by round; all of them without bounds."""

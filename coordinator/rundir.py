@@ -14,8 +14,19 @@ from coordinator.keyring import Keyring
 from coordinator.ledger import Ledger, StorageError
 from coordinator.snapshots import SnapshotStore, Stored
 from transport.durable import agent_folder, write_atomically
-from transport.keys import KeyPair, invitation_keys, load_key, new_key_pair, save_key, standing_token
+from transport.keys import (
+    KeyFileError,
+    KeyPair,
+    invitation_keys,
+    load_key,
+    load_secret,
+    new_key_pair,
+    save_key,
+    save_secret,
+    standing_token,
+)
 from transport.messages import PROTOCOL_VERSION
+from transport.seals import Signer
 from zo.manifest import Manifest, ManifestError, parse_manifest
 from zo.replica import Replica
 from zo.snapshot import SnapshotError, decode_snapshot, encode_snapshot
@@ -46,6 +57,7 @@ class RunDirectory:
         self.manifest_path = path / "manifest.toml"
         self.config_path = path / "coordinator.toml"
         self.key_path = path / "coordinator.key"
+        self.signing_key_path = path / "signing.key"
         self.ledger_path = path / "ledger.sqlite"
         self.keyring_path = path / "keys.sqlite"
         self.initial_path = path / "initial.zo"
@@ -65,7 +77,13 @@ class RunDirectory:
             )
 
     def create(
-        self, manifest: Manifest, config: ServiceConfig, initial: Replica, *, invite_only: bool = False
+        self,
+        manifest: Manifest,
+        config: ServiceConfig,
+        initial: Replica,
+        *,
+        invite_only: bool = False,
+        signing_key: bytes | None = None,
     ) -> None:
         """Make the directory and everything in it; its manifest last, so that half a directory is none.
 
@@ -74,6 +92,7 @@ class RunDirectory:
             config: how it is operated at first.
             initial: the weights of round 0.
             invite_only: make no standing invitation.
+            signing_key: the secret key of the manifest's signer; None if it names none.
 
         Raises:
             RunDirectoryError: there is something already.
@@ -84,6 +103,8 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             keys = new_key_pair()
             save_key(self.key_path, keys)
+            if signing_key is not None:
+                save_secret(self.signing_key_path, signing_key)
             with Keyring(self.keyring_path, create=True) as keyring:
                 if not invite_only:
                     keyring.invite(invitation_keys(standing_token(keys.secret)).public)
@@ -124,6 +145,18 @@ class RunDirectory:
     def keys(self) -> KeyPair:
         """The coordinator's keys. Raises KeyFileError."""
         return load_key(self.key_path)
+
+    def signer(self, manifest: Manifest) -> Signer | None:
+        """Who signs the ledger; None if nothing is signed. Raises KeyFileError, also if it is not the manifest's."""
+        if not manifest.run.signer:
+            return None
+        signer = Signer(load_secret(self.signing_key_path))
+        if signer.public != manifest.run.signer:
+            raise KeyFileError(
+                f"{self.signing_key_path} is not the key that this run is signed with, {manifest.run.signer}; restore "
+                "it from a backup"
+            )
+        return signer
 
     def ledger(self, manifest: Manifest, *, read_only: bool = False) -> Ledger:
         """The ledger. Raises LedgerError, StorageError."""
@@ -189,6 +222,7 @@ class RunDirectory:
         replica, _ = self.newest(manifest, ledger, before=round)
         for entry in ledger.entries(replica.round, round):
             replica.apply(entry, history=ledger.entries)
+        ledger.check_seal(manifest.run.signer, round)
         return replica
 
     @contextlib.contextmanager

@@ -4,6 +4,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -37,7 +38,9 @@ from transport.messages import (
     encode,
 )
 from transport.meter import Count
+from transport.seals import Signer
 from transport.sockets import CoordinatorSocket, Sent
+from zo.commit import genesis
 from zo.manifest import Manifest
 
 _LAST_WORD_S: Final = 1.0
@@ -120,6 +123,7 @@ class Service:
         restored: Sequence[Restored],
         end: CoordinatorSocket,
         keyring: Keyring,
+        signer: Signer | None = None,
     ) -> None:
         """Go on where the ledger ends.
 
@@ -131,6 +135,7 @@ class Service:
             restored: each agent's replica and step rule, in their order.
             end: where nodes connect.
             keyring: which keys may join.
+            signer: who signs the ledger; None if nothing is signed.
         """
         self._manifest = manifest
         self._ledger = ledger
@@ -164,6 +169,7 @@ class Service:
                 archive.offer_for,
                 archive.digests_between,
                 now,
+                None if signer is None else partial(signer.seal, genesis(manifest.run_id, agent)),
             )
             influence = Influence(manifest.probe.sides)
             last_loss = before.loss_of(agent) if before else None
@@ -347,8 +353,8 @@ class Service:
             case SendPiece(session, content, offset):
                 piece = track.archive.piece(content, offset, track.conductor.replica)
                 self._send(agent, session, "Piece", encode(piece))
-            case Persist(commit, frame):
-                ledger.append(commit, frame)
+            case Persist(commit, frame, seal):
+                ledger.append(commit, frame, seal)
                 findings = track.influence.observe(commit.participants, np.frombuffer(commit.codes, np.int8))
                 self._findings += [(agent, finding) for finding in findings]
             case Quarantine(node):

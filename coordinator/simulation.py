@@ -250,7 +250,7 @@ class _World:
                 node = self.node_by_session.get(session)
                 if node is not None:
                     self._deliver(node, address(frame, agent))
-            case Persist(commit, frame):
+            case Persist(commit, frame, _):
                 self._persist(self.tracks[agent], commit, frame)
             case PersistCheckpoint(round, digest, scale):
                 self.tracks[agent].checkpoint(round, digest, scale)
@@ -507,7 +507,7 @@ def virtual(manifest: Manifest, scenario: Scenario) -> Manifest:
     return validate(
         replace(
             manifest,
-            run=replace(manifest.run, rounds=scenario.rounds, nonce=nonce),
+            run=replace(manifest.run, rounds=scenario.rounds, nonce=nonce, signer=""),
             schedule=replace(manifest.schedule, warm_up=min(manifest.schedule.warm_up, scenario.rounds - 1)),
             adapter=replace(manifest.adapter, size=_SIZE),
         )

@@ -29,6 +29,8 @@ class Exit(IntEnum):
     """A check that was asked for failed: digests differ, or a loss did not fall."""
     MEMORY = 13
     """Memory does not suffice; what to lower is shown."""
+    FORGED = 14
+    """A history that the run's coordinator has not signed, or has signed otherwise: a forgery, or a fork."""
 
 
 HELP = "Exit codes: " + "; ".join(
@@ -46,5 +48,6 @@ HELP = "Exit codes: " + "; ".join(
         Exit.REFUSED: "refused by the coordinator",
         Exit.MISMATCH: "a check failed",
         Exit.MEMORY: "not enough memory",
+        Exit.FORGED: "history forged or forked",
     }.items()
 )

@@ -50,20 +50,31 @@ def standing_token(secret: bytes) -> bytes:
 
 
 def save_key(path: Path, pair: KeyPair) -> None:
-    """Write the secret key (the public one follows from it) with mode 0600 from its first byte on.
+    """Write the secret key, from which the public one follows, as `save_secret` does."""
+    save_secret(path, pair.secret)
+
+
+def save_secret(path: Path, secret: bytes) -> None:
+    """Write a secret key, (32,) bytes, with mode 0600 from its first byte on.
 
     Raises:
         FileExistsError: there is a file already; keys are never overwritten.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
-        file.write(pair.secret.hex() + "\n")
+        file.write(secret.hex() + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def load_key(path: Path) -> KeyPair:
-    """The key pair whose secret key is in `path`.
+    """The key pair whose secret key is in `path`. Raises KeyFileError, as `load_secret`."""
+    secret = load_secret(path)
+    return KeyPair(public_of(secret), secret)
+
+
+def load_secret(path: Path) -> bytes:
+    """The secret key in `path`, (32,) bytes.
 
     Raises:
         KeyFileError: missing, malformed, or open to others than its owner.
@@ -85,7 +96,7 @@ def load_key(path: Path) -> KeyPair:
         raise KeyFileError(
             f"key file {path} does not hold a key of 64 hexadecimal digits; restore it from a backup"
         )
-    return KeyPair(public_of(secret), secret)
+    return secret
 
 
 def load_or_make_key(path: Path) -> KeyPair:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import Meta
 
+from transport.seals import SIGNATURE_BYTES
 from zo.commit import DIGEST_BYTES, Commit
 from zo.manifest import MAX_AGENTS, RUN_ID_BYTES
 
@@ -209,10 +210,21 @@ class Admitted(Message, frozen=True, tag=25):
     key: PublicKey
 
 
+class Sealed(Message, frozen=True, tag=26):
+    """The coordinator's signature under the chain that the node has by then: proof of every entry before."""
+
+    round: Round
+    """Entries that it covers."""
+    head: Digest
+    """Digest of the last of them."""
+    signature: Annotated[bytes, Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
+    """Ed25519, under genesis, round and head (`transport.seals`)."""
+
+
 FromMember = Hello | Report | Progress | Leave | Fetch | Follow | Trace
 """What a node says in a run; the rest is about its key."""
 FromNode = FromMember | Redeem | Rotate
-ToMember = Welcome | Refuse | Commit | History | Resync | Identify | Finished | Piece
+ToMember = Welcome | Refuse | Commit | History | Resync | Identify | Finished | Piece | Sealed
 FromCoordinator = ToMember | Admitted
 
 _encoder = msgspec.msgpack.Encoder()

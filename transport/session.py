@@ -39,9 +39,11 @@ from transport.messages import (
     Refuse,
     Report,
     Resync,
+    Sealed,
     Trace,
     Welcome,
 )
+from transport.seals import is_sealed
 from zo.commit import Commit, Entry, decode_entry, genesis
 from zo.manifest import Manifest, ManifestError, decode_manifest, run_id
 from zo.replica import ChainError, HistoryNeeded, Replica
@@ -176,6 +178,8 @@ class Session:
         """Whether the next piece decides if it is worth going on with the snapshot."""
         self._must_leap = False
         """Whether only a snapshot leads on: the ledger takes back entries that this node does not have."""
+        self._sealed = 0
+        """Rounds of the own chain that the coordinator's signature has proved in this process."""
         self._trace: deque[tuple[int, bytes]] = deque(maxlen=_TRACE_ROUNDS)
         self.node: int | None = None
         self.manifest: Manifest | None = None
@@ -237,6 +241,8 @@ class Session:
                 return self._follow([message])
             case History(frames):
                 return self._history(frames)
+            case Sealed():
+                return self._seal(message)
             case Resync(round, digest):
                 if round == 0:
                     self.stage = Stage.ENDED
@@ -257,6 +263,7 @@ class Session:
         """
         announced = self.replica
         self.replica = replica
+        self._sealed = min(self._sealed, replica.round)
         if self.stage is Stage.FETCHING and self.download is not None:
             self._fetch_began = now, len(self.download.data)  # loading the base took its time
         if self.stage in (Stage.CONNECTING, Stage.ENDED) or (announced is None and replica.round == 0):
@@ -311,7 +318,12 @@ class Session:
         if self.stage is not Stage.FOLLOWING or self.replica is None or self._report is not None:
             return None
         round = self.replica.round
-        if round < self._must_reach or self.manifest is None or round >= self.manifest.run.rounds:
+        if (
+            self._lacks_seal
+            or round < self._must_reach
+            or self.manifest is None
+            or round >= self.manifest.run.rounds
+        ):
             return None
         if self._exponent is None or self._exponent[0] != round:
             return None
@@ -452,6 +464,41 @@ class Session:
         else:
             self._trace.clear()  # it has no gaps
 
+    def _seal(self, seal: Sealed) -> list[Effect]:
+        """A signature under the chain as it is here, or it is not the run's chain."""
+        replica, manifest = self.replica, self.manifest
+        assert replica is not None
+        assert manifest is not None
+        if seal.round > replica.round:
+            return self._greet()  # entries are missing: say where we are
+        if seal.round < replica.round:
+            return []  # it came before, in the answer to an earlier `Hello`
+        since = f"between round {self._sealed} and {seal.round}"
+        origin = genesis(self._run, self.agent)
+        if not is_sealed(manifest.run.signer, origin, seal.round, seal.head, seal.signature):
+            return self._fail(
+                Exit.FORGED,
+                f"the seal of round {seal.round} was not made by this run's coordinator: what came {since} may be "
+                "forged. Somebody else has the coordinator's connection key, or this is another's seal",
+            )
+        if seal.head != replica.head:
+            return self._fail(
+                Exit.FORGED,
+                f"the coordinator signed {seal.head.hex()} as the head of round {seal.round}, this node is at "
+                f"{replica.head.hex()}: there are two ledgers of this run, which part {since}. To go on from the "
+                "coordinator's, join with --start-over",
+            )
+        self._sealed = seal.round
+        return []
+
+    @property
+    def _lacks_seal(self) -> bool:
+        """Whether a seal is due: one comes with every digest, and at each start for what a node has."""
+        if self.manifest is None or not self.manifest.run.signer or self.replica is None:
+            return False
+        every = self.manifest.parity.digest_every
+        return self.replica.round // every > self._sealed // every
+
     def _history(self, frames: tuple[bytes, ...]) -> list[Effect]:
         try:
             entries = [self._decode(frame) for frame in frames]
@@ -463,6 +510,8 @@ class Session:
         replica, manifest = self.replica, self.manifest
         assert replica is not None
         assert manifest is not None
+        if self._lacks_seal:
+            return self._greet()  # nothing is built on what nobody has signed
         effects: list[Effect] = []
         for commit in commits:
             if commit.round < replica.round:
@@ -506,7 +555,7 @@ class Session:
         replica, manifest = self.replica, self.manifest
         assert replica is not None
         assert manifest is not None
-        if replica.round != round:
+        if replica.round != round or (manifest.run.signer and self._sealed != round):
             return self._greet()
         progress = Transmit(self._progress(replica, manifest))
         if replica.digest() != digest:

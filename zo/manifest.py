@@ -59,6 +59,14 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Hex16,
         Meta(description="Drawn at init, so that two runs of equal settings have different directions."),
     ]
+    signer: Annotated[
+        str,
+        Meta(
+            pattern=r"^([0-9a-f]{64})?$",
+            description="Ed25519 public key of the coordinator's seals: nodes refuse a history that it has not signed. "
+            "Empty: nothing is signed, as in a simulation.",
+        ),
+    ] = ""
 
 
 class BaseModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,6 +1,7 @@
 """A coordinator without sockets, files or clock: the real conductor over a ledger in memory."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,12 +11,16 @@ from coordinator.config import ServiceConfig
 from coordinator.effects import Effect, Enrol, Note, Persist, PersistCheckpoint, Quarantine, Send, SendPiece
 from coordinator.membership import Member
 from coordinator.roster import Enrolment, Roster
-from transport.messages import Commit, History, Offer, Welcome, decode_from_coordinator
+from transport.messages import Commit, History, Offer, Sealed, Welcome, decode_from_coordinator
+from transport.seals import Signer
 from zo.commit import chain_digest, decode_entry
 from zo.manifest import Manifest
 from zo.replica import Replica
 from zo.steps import replay_scale, step_rule
 from zo.weights import zeros
+
+SIGNER = Signer(bytes(range(32)))
+"""Of a run whose manifest names it."""
 
 
 class VirtualCoordinator:
@@ -28,6 +33,7 @@ class VirtualCoordinator:
         self.manifest = manifest
         self.config = config or ServiceConfig()
         self.frames: list[bytes] = []
+        self.seals: list[bytes] = []
         self.checkpoints = {}
         self.enrolled = {}
         self.quarantined: set[int] = set()
@@ -60,6 +66,7 @@ class VirtualCoordinator:
             self.offer_for,
             self.digests_between,
             self.now,
+            partial(SIGNER.seal, self.manifest.run_id) if self.manifest.run.signer else None,
         )
         self.settle()
 
@@ -111,7 +118,8 @@ class VirtualCoordinator:
                 assert kind == type(message).__name__
                 self.check_durable(message)
                 self.outbox.append((session, message))
-            case Persist(commit, frame):
+            case Persist(commit, frame, seal):
+                self.seals.append(seal)
                 assert commit.round == len(self.frames)
                 assert frame == commit.encode()
                 self.frames.append(frame)
@@ -133,6 +141,8 @@ class VirtualCoordinator:
         match message:
             case Commit():
                 assert self.frames[message.round] == message.encode()
+            case Sealed(round, head):
+                assert chain_digest(self.frames[round - 1]) == head
             case History(frames):
                 first = decode_entry(frames[0]).round
                 assert tuple(self.frames[first : first + len(frames)]) == frames

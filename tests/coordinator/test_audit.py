@@ -44,7 +44,7 @@ def check(manifest, played, tmp_path):
             for number, frame in enumerate(played.frames if frames is None else frames):
                 if number not in without:
                     ledger._write(
-                        "INSERT INTO commits VALUES (0, ?, ?, 0, 0, 0)", number, frame
+                        "INSERT INTO commits VALUES (0, ?, ?, 0, 0, 0, x'')", number, frame
                     )  # whatever it is
             recorded = played.checkpoints if checkpoints is None else checkpoints
             for number, (digest, scale) in recorded.items():

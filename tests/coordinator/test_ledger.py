@@ -211,7 +211,7 @@ def test_another_format_is_named(path):
     with sqlite3.connect(path) as db:
         db.execute("UPDATE meta SET value = ? WHERE key = 'format'", (b"zo-ledger-9",))
     db.close()
-    expected = "has format 'zo-ledger-9', this version reads 'zo-ledger-2'; use the version that made it"
+    expected = "has format 'zo-ledger-9', this version reads 'zo-ledger-3'; use the version that made it"
     with pytest.raises(LedgerError, match=expected):
         Ledger(path, RUN)
 

@@ -23,6 +23,7 @@ from transport.messages import (
     Report,
     Resync,
     Rotate,
+    Sealed,
     Trace,
     Welcome,
     WireError,
@@ -67,6 +68,7 @@ FROM_COORDINATOR = [
     (Resync(9, ID), f"93 14 09 {ID_HEX}"),
     (Identify(), "91 15"),
     (Finished(9, ID), f"93 16 09 {ID_HEX}"),
+    (Sealed(300, ID, bytes(64)), f"94 1a cd012c {ID_HEX} c4 40 {bytes(64).hex()}"),
     (Admitted(KEY), f"92 19 c4 20 {KEY.hex()}"),
 ]
 
