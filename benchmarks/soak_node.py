@@ -91,7 +91,7 @@ class LogisticTrainer:
         def measured(at: NDArray[np.int32], names: Sequence[Direction]) -> NDArray[np.int8]:
             gradients, loss = projected_gradients(self.loss, at, key, names, probing.epsilon)
             losses.append(loss)
-            return encode(gradients, exponent, rng)
+            return encode(gradients, exponent, rng, self._manifest.codes.bits)
 
         names = [Direction(node, sample, agent) for sample in samples(round, probing.directions)]
         codes = walk(measured, weights, key, names, probing.local_steps, walk_step)

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple
 
-import numpy as np
-
 from coordinator.conductor import history_slice
 from coordinator.ledger import Ledger, LedgerError
 from coordinator.membership import FLOW_WINDOW
@@ -18,6 +16,7 @@ from coordinator.snapshots import MAX_REPLAY_WORK, is_due, offer
 from transport.messages import Offer, Piece
 from zo.commit import Commit, decode_entry
 from zo.manifest import Manifest
+from zo.packing import codes_of
 from zo.replica import Replica
 from zo.snapshot import encode_snapshot
 from zo.steps import Scale, step_rule
@@ -63,7 +62,7 @@ def restore(
     start, scale = (checkpoint.round, checkpoint.scale) if checkpoint else (0, rule.start())
     for entry in ledger.entries(start, total):
         if isinstance(entry, Commit):
-            _, scale = rule.advance(scale, entry.round, np.frombuffer(entry.codes, np.int8))
+            _, scale = rule.advance(scale, entry.round, codes_of(entry, manifest))
     return Restored(replica, scale, origin)
 
 

@@ -4,11 +4,11 @@ import contextlib
 from collections.abc import Callable
 
 import msgspec
-import numpy as np
 
 from coordinator.ledger import Ledger, LedgerError
 from zo.commit import Commit, decode_entry
 from zo.manifest import Manifest
+from zo.packing import codes_of
 from zo.replica import Replica
 from zo.steps import step_rule
 
@@ -69,7 +69,7 @@ def audit(
             except (ValueError, ArithmeticError, LedgerError) as error:
                 raise AuditError(f"round {number}: {error}") from error
             if isinstance(entry, Commit):
-                step, scale = rule.advance(scale, number, np.frombuffer(entry.codes, np.int8))
+                step, scale = rule.advance(scale, number, codes_of(entry, manifest))
                 if entry.steps != (step,) or entry.exponents != (scale.exponent,):
                     raise AuditError(
                         f"round {number}: step {entry.steps[0]} and exponent {entry.exponents[0]} are not those of the "

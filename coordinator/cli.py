@@ -48,6 +48,7 @@ from zo.manifest import (
     Adapter,
     Agents,
     BaseModel,
+    Coding,
     Decay,
     Manifest,
     ManifestError,
@@ -115,8 +116,15 @@ def init(
     ] = False,
     rounds: Annotated[int, typer.Option(metavar="N", help="Rounds until the run is finished.")] = 300,
     directions: Annotated[
-        int, typer.Option(metavar="N", help="Directions a node measures in a round, one byte each.")
+        int, typer.Option(metavar="N", help="Directions a node measures in a round, a code each.")
     ] = 4,
+    code_bits: Annotated[
+        int,
+        typer.Option(
+            metavar="8|4|1",
+            help="Bits of a code: 8; 4, two in a byte; or 1, its sign alone, eight in a byte.",
+        ),
+    ] = 8,
     sides: Annotated[
         int | None,
         typer.Option(
@@ -413,6 +421,7 @@ def init(
                         else sides,
                         local_steps=local_steps,
                     ),
+                    codes=Coding(bits=code_bits),  # type: ignore[arg-type]  # validate() checks
                     schedule=Schedule(
                         step=_STEPS[train] if step is None else step,
                         decay=decay,

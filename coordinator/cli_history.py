@@ -62,7 +62,7 @@ def log(
             start = max(0, total - last) if first is None else first
             if not 0 <= start <= total:
                 raise HistoryError(f"the ledger has {total} rounds, got --from {start}")
-            for record in records(ledger, start, total):
+            for record in records(ledger, manifest, start, total):
                 if json:
                     sys.stdout.write(msgspec.json.encode(record).decode() + "\n")
                 else:

@@ -50,6 +50,7 @@ from transport.messages import (
 )
 from zo.commit import Commit, chain_digest
 from zo.manifest import Manifest
+from zo.packing import pack, unpack
 from zo.replica import Replica
 from zo.steps import Scale, step_rule
 
@@ -409,11 +410,11 @@ class Conductor:
         if number is None:
             return []  # from weights that are being replaced, long acknowledged, or never asked for
         member.acknowledge(number)
-        self._round, verdict, reason = receive(
-            self._round, member.node, number, report.codes, self.manifest.probe.directions
-        )
-        if verdict is Verdict.MISFIT:
-            return [Note("misfit", member.node, reason)]
+        try:
+            codes = unpack(report.codes, self.manifest.probe.directions, self.manifest.codes.bits)
+        except ValueError as error:
+            return [Note("misfit", member.node, f"round {number}: report of node {member.node}: {error}")]
+        self._round, verdict, _ = receive(self._round, member.node, number, codes.tobytes())
         if verdict in (Verdict.COUNTED, Verdict.COUNTED_LATE, Verdict.LATE):
             self._learn_latency(member, number, now)
             self._note(member, Event.REPORTED)
@@ -524,14 +525,14 @@ class Conductor:
         late = {} if self._exponent_before != self.exponent else closed.late_by_node
         codes_by_node = {**late, **closed.codes_by_node}
         participants = tuple(sorted(codes_by_node))
-        codes = b"".join(codes_by_node[node] for node in participants)
-        step, scale = self._rule.advance(self._scale, closed.number, np.frombuffer(codes, np.int8))
+        codes = np.frombuffer(b"".join(codes_by_node[node] for node in participants), np.int8)
+        step, scale = self._rule.advance(self._scale, closed.number, codes)
         commit = Commit(
             closed.number,
             (step,),
             (scale.exponent,),
             participants,
-            codes,
+            pack(codes, self.manifest.codes.bits),
             self.replica.head,
             tuple(sorted(late)),
         )

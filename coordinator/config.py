@@ -8,6 +8,7 @@ from msgspec import Meta
 from transport.messages import MAX_COORDINATOR_FRAME_BYTES
 from transport.ticket import DEFAULT_PORT
 from zo.manifest import Manifest
+from zo.packing import most_bytes
 from zo.toml import explain
 
 _BYTES_PER_NODE: Final = 10
@@ -98,7 +99,7 @@ def check_capacity(config: ServiceConfig, manifest: Manifest) -> None:
     Raises:
         ConfigError: it is; the message says how many nodes would do.
     """
-    per_node = manifest.probe.directions + _BYTES_PER_NODE
+    per_node = most_bytes(manifest.probe.directions, manifest.codes.bits) + _BYTES_PER_NODE
     most = (MAX_COORDINATOR_FRAME_BYTES - _BYTES_BESIDE) // per_node
     if config.capacity > most:
         raise ConfigError(

@@ -20,6 +20,7 @@ from transport.durable import agent_folder, write_atomically
 from zo.codes import NO_VOTE
 from zo.commit import Commit, Entry, Revert, genesis
 from zo.manifest import Manifest
+from zo.packing import codes_of
 from zo.replica import Replica
 from zo.snapshot import encode_snapshot
 from zo.steps import step_rule
@@ -50,7 +51,7 @@ class LogRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     node: int | None = None
 
 
-def records(ledger: Ledger, first: int, last: int) -> Iterator[LogRecord]:
+def records(ledger: Ledger, manifest: Manifest, first: int, last: int) -> Iterator[LogRecord]:
     """Entries first..last-1 of an agent's ledger with the events that happened before each, in order.
 
     Raises:
@@ -64,17 +65,17 @@ def records(ledger: Ledger, first: int, last: int) -> Iterator[LogRecord]:
             event = events[position]
             yield LogRecord(round=event.round, kind=event.kind, text=event.text, at=event.at, node=event.node)
             position += 1
-        yield _entry_record(entry, digests.get(entry.round + 1))
+        yield _entry_record(entry, digests.get(entry.round + 1), manifest)
     for event in events[position:]:
         yield LogRecord(round=event.round, kind=event.kind, text=event.text, at=event.at, node=event.node)
 
 
-def _entry_record(entry: Entry, digest: str | None) -> LogRecord:
+def _entry_record(entry: Entry, digest: str | None, manifest: Manifest) -> LogRecord:
     if isinstance(entry, Revert):
         whose = f"of node {', '.join(map(str, entry.nodes))}" if entry.nodes else "of everyone"
         text = f"takes back rounds {entry.first} to {entry.last - 1} {whose}"
         return LogRecord(round=entry.round, kind="revert", text=text, digest=entry.digest.hex())
-    codes = np.frombuffer(entry.codes, np.int8)
+    codes = codes_of(entry, manifest)
     votes = codes[codes != NO_VOTE].astype(np.float64)
     rms = float(np.sqrt(np.mean(votes**2))) if votes.size else None
     who = " ".join(f"{node}{'*' if node in entry.late else ''}" for node in entry.participants)
@@ -190,7 +191,7 @@ def take_back(
     rule = step_rule(manifest)
     for each in ledger.entries(start, total):
         if isinstance(each, Commit):
-            _, scale = rule.advance(scale, each.round, np.frombuffer(each.codes, np.int8))
+            _, scale = rule.advance(scale, each.round, codes_of(each, manifest))
     ledger.checkpoint(Checkpoint(replica.round, replica.digest(), scale))
     directory.snapshots(ledger.agent).save(replica.round, encode_snapshot(replica, manifest))
     return entry, replica

@@ -16,12 +16,12 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from zo.codes import LIMIT, NO_VOTE
+from zo.codes import CUT_OFF_BY_BITS, NO_VOTE
 
 FALSE_ALARM: Final = 1e-6
 """For one node and one kind of finding, over the whole life of a coordinator's process."""
-SATURATED: Final = 0.25
-"""Largest share of codes at ±127 that is in line: a node whose slopes are 3.4 times as large as usual has that."""
+SATURATED_BY_BITS: Final = {8: 0.25, 4: 0.45, 1: 1.0}
+"""Largest share of codes at the limit that is in line: a node whose slopes are 3.4 times as large as usual has that."""
 NO_VOTES: Final = 0.1
 """Largest share of directions without a finite loss that is in line."""
 _UNUSUAL_ROUND: Final = 0.05
@@ -73,13 +73,15 @@ class _Count:
 class Influence:
     """The tallies of one track, since its coordinator started."""
 
-    def __init__(self, sides: int) -> None:
+    def __init__(self, sides: int, bits: int = 8) -> None:
         """Nothing counted yet.
 
         Args:
             sides: of the manifest's probes. One-sided slopes have no symmetry to test.
+            bits: of its codes; signs have no limit to be at.
         """
         self._is_symmetric = sides == 2
+        self._limit, self._share_at_limit = CUT_OFF_BY_BITS[bits], SATURATED_BY_BITS[bits]
         self._positive, self._saturated, self._no_votes = _Count(), _Count(), _Count()
         self._found: set[tuple[int, str]] = set()
 
@@ -98,7 +100,7 @@ class Influence:
         num_votes = votes.sum(1)
         self._no_votes.add(nodes, rows.shape[1] - num_votes, np.full(len(nodes), rows.shape[1]))
         self._positive.add(nodes, (rows > 0).sum(1), ((rows != 0) & votes).sum(1))
-        saturated = (np.abs(rows, dtype=np.int16) == LIMIT).sum(1)
+        saturated = (np.abs(rows, dtype=np.int16) == self._limit).sum(1)
         if np.median(saturated / np.maximum(num_votes, 1)) <= _UNUSUAL_ROUND:
             self._saturated.add(nodes, saturated, num_votes)
         return [*self._lopsided(nodes), *self._at_the_limit(nodes), *self._without_votes(nodes)]
@@ -111,8 +113,10 @@ class Influence:
 
     def _at_the_limit(self, nodes: NDArray[np.int64]) -> list[Finding]:
         known = nodes[nodes < self._saturated.num.size]
-        excess = self._saturated.excess(known, SATURATED)
-        return self._new("limit", self._saturated, known[excess >= 1], f"at ±{LIMIT}, and others' are not")
+        excess = self._saturated.excess(known, self._share_at_limit)
+        return self._new(
+            "limit", self._saturated, known[excess >= 1], f"at ±{self._limit}, and others' are not"
+        )
 
     def _without_votes(self, nodes: NDArray[np.int64]) -> list[Finding]:
         excess = self._no_votes.excess(nodes, NO_VOTES)

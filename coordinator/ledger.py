@@ -90,12 +90,15 @@ class Ledger:
         agent: whose rows are read and written.
     """
 
-    def __init__(self, path: Path, run_id: bytes, *, create: bool = False, read_only: bool = False) -> None:
+    def __init__(
+        self, path: Path, run_id: bytes, *, bits: int = 8, create: bool = False, read_only: bool = False
+    ) -> None:
         """Open.
 
         Args:
             path: of the SQLite file.
             run_id: what the ledger must belong to.
+            bits: of a code, to tell what a replay costs.
             create: make a new one; there must be none.
             read_only: refuse to write, and leave the writer undisturbed.
 
@@ -145,6 +148,7 @@ class Ledger:
         self.path = path
         self.agent = 0
         self._run_id = run_id
+        self._bits = bits
         self._totals = self._count_totals()
 
     def track(self, agent: int) -> "Ledger":
@@ -182,7 +186,7 @@ class Ledger:
         is_revert = isinstance(entry, Revert)
         row = (self.agent, entry.round, frame, num_bytes, codes, is_revert, seal)
         self._write("INSERT INTO commits VALUES (?, ?, ?, ?, ?, ?, ?)", *row)
-        self._totals = num_bytes + len(frame), codes + num_codes(entry)
+        self._totals = num_bytes + len(frame), codes + self._num_codes(entry)
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         """Record the digest at a round. Raises StorageError."""
@@ -408,9 +412,13 @@ class Ledger:
             return 0, 0
         frame, num_bytes, codes = last
         try:
-            return num_bytes + len(frame), codes + num_codes(decode_entry(frame))
+            return num_bytes + len(frame), codes + self._num_codes(decode_entry(frame))
         except ValueError:  # whoever replays it will say which round is damaged
             return num_bytes + len(frame), codes
+
+    def _num_codes(self, entry: Entry) -> int:
+        """How many codes an entry has room for."""
+        return len(entry.codes) * 8 // self._bits if isinstance(entry, Commit) else 0
 
     # ---- SQLite ---------------------------------------------------------------------------------------------------
 
@@ -443,11 +451,6 @@ class Ledger:
 
     def _one(self, statement: str, *values: Any) -> Any:
         return next(self._read(statement, *values))
-
-
-def num_codes(entry: Entry) -> int:
-    """How many codes an entry holds."""
-    return len(entry.codes) if isinstance(entry, Commit) else 0
 
 
 def _is_storage(error: sqlite3.DatabaseError) -> bool:

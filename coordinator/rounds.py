@@ -13,7 +13,6 @@ class Verdict(enum.Enum):
     DUPLICATE = "counted before"
     COUNTED_LATE = "counted in the round after its own"
     LATE = "its round is closed"
-    MISFIT = "wrong number of codes"
 
 
 class Outcome(enum.Enum):
@@ -29,27 +28,22 @@ class Round(msgspec.Struct, frozen=True):
     number: int
     opened_at_s: float
     codes_by_node: Mapping[int, bytes] = {}
+    """int8 each, unpacked."""
     late_by_node: Mapping[int, bytes] = {}
     """Codes for the round before, of nodes that have not reported for this one."""
     may_be_late: frozenset[int] = frozenset()
     """Nodes whose report for the round before would still count: the manifest allows it, and it did not count there."""
 
 
-def receive(
-    collection: Round, node: int, number: int, codes: bytes, directions: int
-) -> tuple[Round, Verdict, str]:
+def receive(collection: Round, node: int, number: int, codes: bytes) -> tuple[Round, Verdict, str]:
     """The round after a report; the report's own round `number` may be another. The first report stands.
 
     Args:
         collection: the round in progress.
         node: who reports.
         number: the round the report is for; never past the one in progress, since nobody can know that one.
-        codes: its codes.
-        directions: how many codes the manifest asks for.
+        codes: its codes, int8 each: as many as the manifest asks for.
     """
-    if len(codes) != directions:
-        reason = f"round {number}: node {node} sent {len(codes)} codes, the manifest asks for {directions}"
-        return collection, Verdict.MISFIT, reason
     if number != collection.number:
         reason = f"round {number}: report of node {node} came in round {collection.number}"
         is_taken = node in collection.codes_by_node or node in collection.late_by_node

@@ -160,7 +160,7 @@ class RunDirectory:
 
     def ledger(self, manifest: Manifest, *, read_only: bool = False) -> Ledger:
         """The ledger. Raises LedgerError, StorageError."""
-        return Ledger(self.ledger_path, manifest.run_id, read_only=read_only)
+        return Ledger(self.ledger_path, manifest.run_id, bits=manifest.codes.bits, read_only=read_only)
 
     def keyring(self) -> Keyring:
         """Which keys may join. Raises KeyringError, StorageError."""

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Final
 
 import msgspec
-import numpy as np
 
 from coordinator.archive import Archive, Restored
 from coordinator.conductor import Conductor
@@ -42,6 +41,7 @@ from transport.seals import Signer
 from transport.sockets import CoordinatorSocket, Sent
 from zo.commit import genesis
 from zo.manifest import Manifest
+from zo.packing import codes_of
 
 _LAST_WORD_S: Final = 1.0
 STATUS_EVERY_S: Final = 1.0
@@ -171,7 +171,7 @@ class Service:
                 now,
                 None if signer is None else partial(signer.seal, genesis(manifest.run_id, agent)),
             )
-            influence = Influence(manifest.probe.sides)
+            influence = Influence(manifest.probe.sides, manifest.codes.bits)
             last_loss = before.loss_of(agent) if before else None
             self._tracks.append(_Track(conductor, archive, Speed(replica.round, now), influence, last_loss))
         self.conductors = Conductors([track.conductor for track in self._tracks])
@@ -355,7 +355,9 @@ class Service:
                 self._send(agent, session, "Piece", encode(piece))
             case Persist(commit, frame, seal):
                 ledger.append(commit, frame, seal)
-                findings = track.influence.observe(commit.participants, np.frombuffer(commit.codes, np.int8))
+                findings = track.influence.observe(
+                    commit.participants, codes_of(commit, track.conductor.manifest)
+                )
                 self._findings += [(agent, finding) for finding in findings]
             case Quarantine(node):
                 ledger.set_quarantined(node, True)

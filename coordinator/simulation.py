@@ -29,7 +29,6 @@ from coordinator.effects import (
     SendPiece,
     send,
 )
-from coordinator.ledger import num_codes
 from coordinator.membership import FAREWELL_S
 from coordinator.roster import Enrolment, Roster
 from coordinator.virtual_track import VirtualTrack
@@ -47,6 +46,7 @@ from transport.sessions import AgentEffect as SessionEffect
 from transport.sessions import Sessions
 from zo.commit import COMMIT_TAG, Commit, Entry, decode_entry
 from zo.manifest import Manifest, validate
+from zo.packing import expressible
 from zo.replica import Replica
 
 _RECONNECT_S: Final = 0.5
@@ -150,6 +150,7 @@ class _World:
         self.tracks = [
             VirtualTrack(self.manifest, agent, self.fail) for agent in range(self.manifest.agents.count)
         ]
+        self._expressible = expressible(self.manifest.codes.bits)
         self.is_calm = False
         self.is_served = True
         self.at_the_end: list[_Node] = []
@@ -268,7 +269,7 @@ class _World:
 
     def _persist(self, track: VirtualTrack, commit: Commit, frame: bytes) -> None:
         track.persist(commit, frame, self.now)
-        self.counted += num_codes(commit) // self.manifest.probe.directions
+        self.counted += len(commit.participants)
         self.late += len(commit.late)
         scenario = self.scenario
         done = min(len(each.frames) for each in self.tracks)
@@ -483,7 +484,8 @@ class _World:
             node.is_probing = False
             if not node.is_up or node.sessions is not sessions:
                 return
-            codes = np.frombuffer(self.rng.randbytes(self.manifest.probe.directions), np.int8)
+            drawn = np.frombuffer(self.rng.randbytes(self.manifest.probe.directions), np.uint8)
+            codes = self._expressible[drawn.astype(np.int64) % self._expressible.size]
             self._node_does(node, sessions.on_probed(agent, round, codes, 4.0, self.now))
 
         self.at(node.probe_s * (0.8 + 0.4 * self.rng.random()), probed)

@@ -5,17 +5,15 @@ replicas that look this truth up instead of computing it.
 from collections.abc import Callable
 from typing import Final
 
-import numpy as np
-
 from coordinator.conductor import Conductor, history_slice
 from coordinator.config import ServiceConfig
-from coordinator.ledger import num_codes
 from coordinator.membership import FLOW_WINDOW, Member
 from coordinator.roster import Enrolment, Roster
 from coordinator.snapshots import KEPT_NEWEST, Stored, offer
 from transport.messages import PIECE_BYTES, Piece
 from zo.commit import Commit, chain_digest, decode_entry
 from zo.manifest import Manifest
+from zo.packing import codes_of
 from zo.replica import Replica
 from zo.snapshot import content_address, encode_snapshot
 from zo.steps import Scale, step_rule
@@ -97,7 +95,7 @@ class VirtualTrack:
         for number in range(known, len(self.frames)):
             entry = decode_entry(self.frames[number])
             assert isinstance(entry, Commit)
-            _, scale = rule.advance(scale, number, np.frombuffer(entry.codes, np.int8))
+            _, scale = rule.advance(scale, number, codes_of(entry, self._manifest))
         truth = self.truth
         return Conductor(
             self._manifest,
@@ -126,7 +124,7 @@ class VirtualTrack:
         if truth.round % self._manifest.parity.digest_every == 0 or truth.round == run.rounds:
             self._digests[truth.round] = truth.digest()
         self._bytes_before.append(self._bytes_before[-1] + len(frame))
-        self._codes_before.append(self._codes_before[-1] + num_codes(commit))
+        self._codes_before.append(self._codes_before[-1] + codes_of(commit, self._manifest).size)
         if truth.round % _SNAPSHOT_ROUNDS == 0:
             self._save_snapshot()
         self.round_times.append(now - self.opened_at)

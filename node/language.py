@@ -86,6 +86,7 @@ class LanguageTrainer:
             seed=private_seed,
             sides=manifest.probe.sides,
             local_steps=manifest.probe.local_steps,
+            bits=manifest.codes.bits,
             objective=self._objective,
         )
 

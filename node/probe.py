@@ -68,6 +68,7 @@ class Probe:
         seed: int,
         sides: int = 2,
         local_steps: int = 1,
+        bits: int = 8,
         objective: Objective = row_losses,
         at_once: int = 0,
         mechanism: Mechanism | None = None,
@@ -86,6 +87,7 @@ class Probe:
             sides: 2: two losses and a batch for each direction; 1: one loss for each, all on one batch.
             local_steps: in which a round's directions are measured, each where the codes of those before lead
                 (`zo.walk`); divides `directions`.
+            bits: of a code.
             objective: what the loss is; `node.objectives.objective` gives that of a task.
             at_once: see the attribute.
             mechanism: makes slopes differentially private; None: they are as measured. With it batches and noise are
@@ -100,6 +102,7 @@ class Probe:
         self.seed = seed
         self.sides = sides
         self.local_steps = local_steps
+        self.bits = bits
         self.objective = objective
         self.at_once = at_once
         self.mechanism = mechanism
@@ -134,7 +137,7 @@ class Probe:
         def measured(at: NDArray[np.int32], names: Sequence[Direction]) -> NDArray[np.int8]:
             gradients, found = self._slopes(at, names)
             losses.append(found)
-            return encode(gradients, exponent, rng)
+            return encode(gradients, exponent, rng, self.bits)
 
         names = self._names(round, node, agent)
         codes = walk(measured, weights, self.key, names, self.local_steps, walk_step)

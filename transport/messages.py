@@ -66,7 +66,7 @@ class Report(Message, frozen=True, tag=2):
     round: Annotated[int, Meta(ge=0, lt=REPORT_ROUND_MODULUS)]
     """The round modulo 256. Unambiguous: a node is never more than the flow window ahead of what it acknowledged."""
     codes: Annotated[bytes, Meta(min_length=1, max_length=4096)]
-    """One int8 per direction, in the order of the round's samples."""
+    """A code per direction, in the order of the round's samples, packed as the manifest says (`zo.packing`)."""
 
 
 class Progress(Message, frozen=True, tag=3):

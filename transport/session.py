@@ -46,6 +46,7 @@ from transport.messages import (
 from transport.seals import is_sealed
 from zo.commit import Commit, Entry, decode_entry, genesis
 from zo.manifest import Manifest, ManifestError, decode_manifest, run_id
+from zo.packing import codes_of, pack
 from zo.replica import ChainError, HistoryNeeded, Replica
 from zo.snapshot import SnapshotError, decode_snapshot
 from zo.steps import step_rule
@@ -281,9 +282,9 @@ class Session:
         """
         if np.isfinite(loss):
             self.loss = loss if self.loss is None else _LOSS_MEMORY * self.loss + (1 - _LOSS_MEMORY) * loss
-        if self.replica is None or self.replica.round != round:
+        if self.replica is None or self.replica.round != round or self.manifest is None:
             return []
-        self._report = round, codes.tobytes()
+        self._report = round, pack(codes, self.manifest.codes.bits)
         self._resend_s = RESEND_S
         return self._send_report(now) if self.stage is Stage.FOLLOWING else []
 
@@ -540,7 +541,7 @@ class Session:
         self._exponent = commit.round + 1, exponent
         self._walk_step = None
         if manifest.probe.local_steps > 1 and before is not None and before[0] == commit.round:
-            codes = np.frombuffer(commit.codes, np.int8)
+            codes = codes_of(commit, manifest)
             step = next_step(step_rule(manifest), commit, codes, exponent - before[1])
             self._walk_step = commit.round + 1, step
 

@@ -32,7 +32,8 @@ class Commit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     participants: tuple[int, ...]
     """Node numbers, ascending."""
     codes: bytes
-    """int8, the same number for every participant, in the order of participants and of their samples."""
+    """Packed (`packing.codes_of`): the same number for every participant, in the order of participants and of their
+    samples."""
     previous: bytes
     """Digest of the commit before, (16,) bytes."""
     late: tuple[int, ...] = ()
@@ -62,12 +63,8 @@ class Commit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
             raise ValueError(f"late must be ascending participants, got {self.late}")
         if self.late and self.round == 0:
             raise ValueError("round 0 has no round before it to be late for")
-        if bool(self.participants) != bool(self.codes) or (
-            self.participants and len(self.codes) % len(self.participants)
-        ):
-            raise ValueError(
-                f"{len(self.codes)} codes do not divide among {len(self.participants)} participants"
-            )
+        if bool(self.participants) != bool(self.codes):
+            raise ValueError(f"{len(self.participants)} participants with {len(self.codes)} bytes of codes")
         if len(self.previous) != DIGEST_BYTES:
             raise ValueError(f"the previous digest must have {DIGEST_BYTES} bytes, got {len(self.previous)}")
 

@@ -316,7 +316,7 @@ class Probing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         ),
     ]
     directions: Annotated[
-        int, Meta(ge=1, le=4096, description="Directions each node measures in a round; one byte each.")
+        int, Meta(ge=1, le=4096, description="Directions each node measures in a round; a code each.")
     ]
     batch_size: Annotated[int, Meta(ge=1, le=65536, description="Sequences in one private batch.")]
     sequence_length: Annotated[int, Meta(ge=2, le=1_048_576, description="Tokens in a sequence.")]
@@ -338,6 +338,18 @@ class Probing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             "directions and follows their codes. The commit replays everyone's from the common weights.",
         ),
     ] = 1
+
+
+class Coding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How slopes become codes."""
+
+    bits: Annotated[
+        Literal[8, 4, 1],
+        Meta(
+            description="Of a code on the wire and in the ledger: 8, 4 (two in a byte) or 1 (its sign alone, eight in "
+            "a byte)."
+        ),
+    ] = 8
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -461,6 +473,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     adapter: Adapter
     agents: Agents = Agents()
     probe: Probing
+    codes: Coding = Coding()
     schedule: Schedule
     parity: Parity
 

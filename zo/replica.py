@@ -15,6 +15,7 @@ from zo.commit import Commit, Entry, Revert, chain_digest, genesis
 from zo.directions import run_key
 from zo.inverse import History, Part, inverse
 from zo.manifest import Manifest
+from zo.packing import codes_of
 from zo.weights import Bound, WeightsOverflow, digest
 
 _BATCH: Final = 4096
@@ -80,6 +81,7 @@ class Replica:
         self.round = round
         self.head = genesis(manifest.run_id, agent) if head is None else head
         self.agent = agent
+        self._manifest = manifest
         self._key = run_key(manifest.run_id)
         self._rounds = manifest.run.rounds
         self._directions = manifest.probe.directions
@@ -113,8 +115,8 @@ class Replica:
         """The commit's coefficients, (participants × directions,) int32, if it can be applied next.
 
         Raises:
-            ChainError: another round is due, the run has no more rounds, the chain does not match, or the number of
-                codes is not the manifest's.
+            ChainError: another round is due, the run has no more rounds, the chain does not match, or the codes are not
+                as the manifest says.
             WeightsOverflow: it would move a weight out of range. Nothing has changed then.
         """
         self._check_follows(commit)
@@ -122,12 +124,11 @@ class Replica:
             raise ChainError(f"commit of round {commit.round}, but the run ends after {self._rounds} rounds")
         if commit.late and not self._staleness:
             raise ChainError(f"commit of round {commit.round} has late codes, which the manifest forbids")
-        expected = len(commit.participants) * self._directions
-        if len(commit.codes) != expected:
-            raise ChainError(
-                f"commit of round {commit.round} has {len(commit.codes)} codes, expected {expected}"
-            )
-        coefficients = code_rules.coefficients(np.frombuffer(commit.codes, np.int8), commit.steps[0])
+        try:
+            codes = codes_of(commit, self._manifest)
+        except ValueError as error:
+            raise ChainError(str(error)) from error
+        coefficients = code_rules.coefficients(codes, commit.steps[0])
         self._bound.check(self._moved, coefficients)
         return coefficients
 
@@ -246,7 +247,7 @@ class Replica:
     def _move(self, commit: Commit, part: Part) -> Move:
         """A commit's directions and their coefficients times the factor of each node, where that is not 0."""
         names = self._names(commit)
-        coefficients = code_rules.coefficients(np.frombuffer(commit.codes, np.int8), commit.steps[0])
+        coefficients = code_rules.coefficients(codes_of(commit, self._manifest), commit.steps[0])
         moves = coefficients.astype(np.int64) * part.factors_of(names[:, 0])
         if moves.size and np.abs(moves).max() > _INT32_MAX:
             raise WeightsOverflow(

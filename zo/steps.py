@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from zo.codes import LIMIT, NO_VOTE
+from zo.codes import CUT_OFF_BY_BITS, LIMIT, NO_VOTE
 from zo.commit import STEP_MAX
 from zo.manifest import Decay, Manifest
 from zo.schedules import scheduled
@@ -29,7 +29,7 @@ _RMS_FLOOR: Final = 1 << 8
 EXPONENT_MIN: Final = -64
 EXPONENT_MAX: Final = 63
 _MAX_MOVE: Final = 8
-# With more than a quarter of the codes at ±127 the RMS is a guess: look for it upwards, and remember nothing of it.
+# With more than a quarter of the codes cut off the RMS is a guess: look for it upwards, and remember nothing of it.
 _CUT_OFF_SHARE: Final = 4
 _CUT_OFF_MOVE: Final = 2
 # A learning rate may be far smaller than the weights' resolution, since slopes may be large.
@@ -62,6 +62,8 @@ class StepRule(msgspec.Struct, frozen=True, kw_only=True):
     half_life: int = 0
     normalised: bool = True
     """Whether the step is divided by the RMS of the codes; else it is raw: it multiplies slopes as they are."""
+    limit: int = LIMIT
+    """Of a code that was cut off."""
 
     def start(self) -> Scale:
         """The scale before round 0."""
@@ -97,7 +99,7 @@ class StepRule(msgspec.Struct, frozen=True, kw_only=True):
             smoothed = scale.mean_square + ((mean_square - scale.mean_square) >> self.smoothing)
         else:
             smoothed = mean_square
-        is_cut_off = int(np.count_nonzero(np.abs(votes) == LIMIT)) * _CUT_OFF_SHARE > votes.size
+        is_cut_off = int(np.count_nonzero(np.abs(votes) == self.limit)) * _CUT_OFF_SHARE > votes.size
         if is_cut_off:
             # The true RMS is out of sight. What is remembered would say that these codes are larger than usual,
             # and normalising by it would make the step too large as long as the search goes on.
@@ -145,6 +147,7 @@ def step_rule(manifest: Manifest) -> StepRule:
         warm_up=schedule.warm_up,
         half_life=schedule.half_life,
         normalised=schedule.normalised,
+        limit=CUT_OFF_BY_BITS[manifest.codes.bits],
     )
 
 

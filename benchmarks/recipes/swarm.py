@@ -32,6 +32,7 @@ from zo.commit import Commit
 from zo.directions import run_key
 from zo.initial import initial_weights
 from zo.layout import lora_layout
+from zo.packing import pack
 from zo.replica import Replica, samples
 from zo.steps import StepRule, step_rule
 from zo.walk import first_step, next_step
@@ -201,6 +202,7 @@ class Exact:
 
     def __init__(self, manifest: manifests.Manifest, weights: NDArray[np.int32], agent: int) -> None:
         self._agent = agent
+        self._bits = manifest.codes.bits
         self._rule = step_rule(manifest)
         self._scale = self._rule.start()
         self._walk_step = first_step(self._rule, 0, self._scale.exponent)
@@ -226,7 +228,7 @@ class Exact:
             steps=(step,),
             exponents=(self._scale.exponent,),
             participants=tuple(range(len(probes))),
-            codes=codes.tobytes(),
+            codes=pack(codes, self._bits),
             previous=self._replica.head,
         )
         self._replica.apply(commit)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import pytest
 
 from coordinator.conductor import Conductor, history_slice
@@ -15,6 +14,7 @@ from transport.messages import Commit, History, Offer, Sealed, Welcome, decode_f
 from transport.seals import Signer
 from zo.commit import chain_digest, decode_entry
 from zo.manifest import Manifest
+from zo.packing import codes_of
 from zo.replica import Replica
 from zo.steps import replay_scale, step_rule
 from zo.weights import zeros
@@ -46,7 +46,7 @@ class VirtualCoordinator:
     def start(self) -> None:
         """Start, or start again, from what is durable."""
         replica = self.replay()
-        codes = ((n, np.frombuffer(decode_entry(f).codes, np.int8)) for n, f in enumerate(self.frames))
+        codes = ((n, codes_of(decode_entry(f), self.manifest)) for n, f in enumerate(self.frames))
         self.conductor = Conductor(
             self.manifest,
             self.config,

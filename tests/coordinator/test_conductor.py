@@ -29,6 +29,7 @@ from transport.messages import (
     Welcome,
 )
 from zo.commit import decode_entry
+from zo.packing import codes_of, unpack
 from zo.weights import WeightsOverflow
 
 
@@ -300,10 +301,34 @@ def test_a_late_report_counts_for_nothing(start):
 def test_a_report_of_the_wrong_length_is_noted_and_counts_for_nothing(start):
     run = start(1)
     assert run.report(0, 0, codes=b"\x01") == []
-    assert run.noted("misfit") == ["round 0: node 0 sent 1 codes, the manifest asks for 2"]
+    assert run.noted("misfit") == ["round 0: report of node 0: 2 codes of 8 bits take 2 bytes, got 1"]
     assert not run.frames
     run.report(0, 0)
     assert len(run.frames) == 1
+
+
+@pytest.mark.parametrize(
+    ("bits", "reports", "packed"),
+    [(4, (b"\xf1\x08", b"\x77\x09"), b"\xf1\x78\x97"), (1, (b"\x05", b"\x02\x01"), b"\x15\x08")],
+)
+def test_narrow_codes_share_the_bytes_of_a_commit(start, bits, reports, packed):
+    run = start(2, quorum=2, directions=3, bits=bits)
+    for node, codes in enumerate(reports):
+        run.report(node, 0, codes=codes)
+    (commit,) = run.commits
+    assert commit.codes == packed
+    first, second = (unpack(codes, 3, bits).tolist() for codes in reports)
+    assert codes_of(commit, run.manifest).tolist() == first + second
+    assert run.conductor.replica.digest() == run.replay().digest()
+
+
+def test_codes_that_are_not_in_their_packed_form_count_for_nothing(start):
+    run = start(1, directions=3, bits=1)
+    assert run.report(0, 0, codes=b"\x0f") == []
+    assert run.noted("misfit") == [
+        "round 0: report of node 0: 3 codes of 1 bits are not in their packed form"
+    ]
+    assert not run.frames
 
 
 def test_reports_go_on_past_round_256(start):

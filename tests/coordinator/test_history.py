@@ -197,7 +197,7 @@ def test_records_are_entries_and_events_in_order(directory, manifest, ledger):
     ledger.note(3, "missed", 1, "node 1 missed")
     ledger.note(10, "left", 1, "node 1 left")
     take_back(directory, manifest, ledger, 6, [1])
-    found = list(records(ledger, 0, 11))
+    found = list(records(ledger, manifest, 0, 11))
     assert [(each.round, each.kind) for each in found] == [
         (0, "joined"),
         *((number, "commit") for number in range(3)),
@@ -216,23 +216,23 @@ def test_records_are_entries_and_events_in_order(directory, manifest, ledger):
     assert found[-1].digest == ledger.digest_at(11).hex()
 
 
-def test_records_of_a_part(ledger):
+def test_records_of_a_part(manifest, ledger):
     ledger.note(0, "joined", 0, "node 0 joined")
     ledger.note(5, "missed", 1, "node 1 missed")
     ledger.note(9, "left", 1, "node 1 left")
-    assert [(each.round, each.kind) for each in records(ledger, 4, 6)] == [
+    assert [(each.round, each.kind) for each in records(ledger, manifest, 4, 6)] == [
         (4, "commit"),
         (5, "missed"),
         (5, "commit"),
     ]
-    assert list(records(ledger, 3, 3)) == []
+    assert list(records(ledger, manifest, 3, 3)) == []
 
 
-def test_a_record_of_a_round_of_no_votes_and_of_late_ones(tmp_path):
+def test_a_record_of_a_round_of_no_votes_and_of_late_ones(manifest, tmp_path):
     with Ledger(tmp_path / "l", bytes(16), create=True) as ledger:
         ledger.append(Commit(0, (0,), (-4,), (3,), b"\x80\x80", bytes(16)))
         ledger.append(Commit(1, (9,), (-4,), (3, 4), b"\x10\x80\x10\xf0", bytes(16), (4,)))
-        silent, late = records(ledger, 0, 2)
+        silent, late = records(ledger, manifest, 0, 2)
     assert (silent.rms, silent.no_votes, silent.text) == (None, 2, "nodes 3: 2 codes, step 0")
     assert late.text == "nodes 3 4*: 4 codes, RMS 16.0, step 9"
     assert (late.late, late.no_votes) == ((4,), 1)

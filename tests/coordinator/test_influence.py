@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from coordinator.influence import Influence, boundary
-from zo.codes import NO_VOTE
+from zo.codes import NO_VOTE, encode
 
 NODES = tuple(range(16))
 
@@ -58,6 +58,19 @@ def test_who_sends_the_largest_codes_of_either_sign_is_found():
     found = play(change)
     assert set(found) == {7}
     assert found[7][0][1].endswith("codes are at ±127, and others' are not")
+
+
+@pytest.mark.parametrize("bits", [4, 1])
+def test_narrow_codes_of_honest_nodes_are_in_line_and_those_of_others_are_found(bits):
+    rng, influence, found = np.random.default_rng(0), Influence(2, bits), set()
+    scales = np.where(np.arange(16) == 3, 96.0, 32.0)  # one has slopes three times as large as the others
+    for _ in range(400):
+        codes = encode(scales[:, None] * rng.standard_normal((16, 16)), 0, rng, bits)
+        codes[5] = np.abs(codes[5])
+        if bits == 4:
+            codes[7] = np.where(codes[7] < 0, -84, 84)
+        found |= {finding.node for finding in influence.observe(NODES, codes.ravel())}
+    assert found == ({5, 7} if bits == 4 else {5})
 
 
 @pytest.mark.attack

@@ -52,6 +52,14 @@ def test_a_swarm_with_several_agents_in_a_storm(make_manifest, seed, assignment)
     assert result.nodes_at_the_end > 10
 
 
+@pytest.mark.parametrize("bits", [4, 1])
+def test_a_swarm_with_narrow_codes_in_a_storm(make_manifest, bits):
+    manifest = virtual(make_manifest(directions=5, bits=bits, staleness=1), SMALL)
+    result = simulate(manifest, SMALL, lambda done, total: None)
+    assert result.rounds == 80
+    assert result.reports_counted > 80 * 10
+
+
 def test_an_agent_that_differs_is_noticed(make_manifest, monkeypatch):
     start = VirtualTrack.start_conductor
 

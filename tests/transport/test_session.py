@@ -39,6 +39,7 @@ from transport.session import (
     StartOver,
     Transmit,
 )
+from zo.codes import NO_VOTE
 from zo.replica import Replica
 from zo.snapshot import content_address, encode_snapshot
 from zo.weights import zeros
@@ -333,6 +334,16 @@ def test_a_walk_follows_the_last_commit_and_the_schedule_where_there_is_none(mak
     late.session.on_link_up()
     late.get(late.welcome())
     assert late.session.walk_step(0, -4) == by_schedule
+
+
+@pytest.mark.parametrize(("bits", "packed"), [(4, b"\x81"), (1, b"\x01\x02")])
+def test_a_report_is_packed_as_the_manifest_says(make_manifest, bits, packed):
+    rig = Rig(make_manifest(bits=bits))
+    rig.session.on_link_up()
+    rig.get(rig.welcome())
+    rig.session.opened(rig.fresh(), 0.0)
+    codes = np.array([32 if bits == 1 else 12, NO_VOTE], np.int8)
+    assert rig.session.on_probed(0, codes, 1.0, 0.0) == [Transmit(Report(0, packed))]
 
 
 def test_a_report_is_sent_again_on_a_new_connection(reported):

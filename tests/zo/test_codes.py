@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from zo import kernels
 from zo.codes import LIMIT, NO_VOTE, coefficients, decode, encode
 from zo.directions import Direction, stack
+from zo.packing import expressible
 
 int32 = st.integers(-(2**31), 2**31 - 1)
 code = st.integers(-128, 127)
@@ -90,3 +91,40 @@ def test_no_vote_moves_nothing(step):
     directions = stack(Direction(i, 0) for i in range(3))
     kernels.apply(weights, (1, 2), directions, coefficients(np.full(3, NO_VOTE, np.int8), step))
     assert np.array_equal(weights, np.arange(1000))
+
+
+# ---- narrower codes -----------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(), max_size=20), st.sampled_from([8, 4, 1]), st.integers(-64, 63))
+def test_every_width_has_its_codes_and_nothing_else(gradients, bits, exponent):
+    codes = encode(np.array(gradients, float), exponent, rng(), bits)
+    assert np.isin(codes, expressible(bits)).all()
+    assert ((codes == NO_VOTE) == ~np.isfinite(gradients)).all()
+
+
+@pytest.mark.parametrize("scaled", [0.0, 5.0, -31.0, 83.9, -84.0])
+def test_four_bits_are_right_in_expectation(scaled):
+    codes = encode(np.full(40_000, scaled * 2.0**-9), -9, rng(1), 4)
+    assert abs(codes.mean() - scaled) < 0.2
+    assert len(set(codes.tolist())) <= 2
+
+
+def test_four_bits_are_cut_off_at_84():
+    assert encode(np.array([1e9, -1e9, 85.0, -97.0]), 0, rng(), 4).tolist() == [84, -84, 84, -84]
+
+
+def test_one_bit_is_the_sign_however_small():
+    tiny = np.array([1e-300, -1e-300, 1e300, -5.0, np.nan])
+    assert encode(tiny, 63, rng(), 1).tolist() == [32, -32, 32, -32, NO_VOTE]
+    coin = encode(np.zeros(10_000), 0, rng(), 1)
+    assert abs(int(np.sign(coin).sum())) < 400
+
+
+@pytest.mark.parametrize(("bits", "more"), [(8, 1.001), (4, 1.05), (1, np.pi / 2 + 0.01)])
+@pytest.mark.parametrize("rms", [32 / 2**0.5, 32, 32 * 2**0.5])
+def test_what_a_width_costs_in_steps(bits, more, rms):
+    """By how many more steps its noise is made up for: 1 / cos² of the angle between slopes and codes."""
+    slopes = rms * rng(2).standard_normal(100_000)
+    codes = encode(slopes, 0, rng(3), bits).astype(float)
+    assert (codes @ codes) * (slopes @ slopes) / (codes @ slopes) ** 2 < more

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zo.codes import NO_VOTE, coefficients, encode
+from zo.codes import CUT_OFF_BY_BITS, NO_VOTE, coefficients, encode
 from zo.commit import STEP_MAX
 from zo.steps import Scale, StepRule, replay_scale, step_rule
 
@@ -160,14 +160,18 @@ def test_the_step_never_leaves_int32():
 @pytest.mark.parametrize("smoothing", [0, 3, 6])
 @pytest.mark.parametrize("start", [-64, -20, -4, 0, 13, 63])
 @pytest.mark.parametrize("slope", [1e-4, 1.0, 300.0])
-def test_the_exponent_brings_the_rms_near_32_from_any_start(start, slope, smoothing):
-    rule = StepRule(rounds=1000, step=RULE.step, decay="constant", smoothing=smoothing, first_exponent=start)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_exponent_brings_the_rms_near_32_from_any_start(start, slope, smoothing, bits):
+    limit = CUT_OFF_BY_BITS[bits]
+    rule = StepRule(
+        rounds=1000, step=RULE.step, decay="constant", smoothing=smoothing, first_exponent=start, limit=limit
+    )
     rng = np.random.default_rng(7)
     scale = rule.start()
     rms = []
     # where it starts among codes of mere rounding noise, the memory of 2^smoothing rounds has to fade first
     for number in range(160 + 8 * 2**smoothing):
-        round_codes = encode(slope * rng.standard_normal(64), scale.exponent, rng)
+        round_codes = encode(slope * rng.standard_normal(64), scale.exponent, rng, bits)
         rms.append(float(np.sqrt(np.mean(round_codes.astype(np.float64) ** 2))))
         _, scale = rule.advance(scale, number, round_codes)
     assert 32 / 2 < np.median(rms[-40:]) < 32 * 2
@@ -188,6 +192,15 @@ def test_codes_that_are_cut_off_raise_the_exponent_and_never_the_step(smoothing)
         assert scale.exponent == before + 2
         moved = np.abs(coefficients(round_codes, step).astype(np.int64)).sum()
         assert moved == pytest.approx(rule.step, rel=1e-3)
+
+
+def test_signs_are_never_cut_off_and_leave_the_exponent_alone(make_manifest):
+    rule = step_rule(make_manifest(bits=1))
+    scale = rule.start()
+    for number in range(5):
+        step, scale = rule.advance(scale, number, codes(32, -32, 32, NO_VOTE))
+        assert scale == Scale(mean_square=1024 << 16, exponent=rule.first_exponent)
+        assert 3 * (32 * step >> 8) == pytest.approx(rule.scheduled(number), rel=1e-3)
 
 
 def test_the_exponent_stays_within_its_bounds():
