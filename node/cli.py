@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,10 @@ from node.cli_app import (
     AdapterOption,
     ColumnOption,
     DeviceOption,
+    DpClipOption,
+    DpDeltaOption,
+    DpEpsilonOption,
+    DpNoiseOption,
     DtypeOption,
     LabelOption,
     MaxNewTokensOption,
@@ -38,6 +43,7 @@ from node.cli_app import (
     ThreadsOption,
     app,
     columns_by_field,
+    demanded,
     epilog,
     err,
     fail,
@@ -48,6 +54,7 @@ from node.device import AUTO
 from node.display import summary, view_line
 from node.doctor import memory
 from node.memory import EVALUATING, memory_explained
+from node.privacy import Budget
 from node.quantization import Form, agreed
 from node.records import DataError
 from node.scores import load_score
@@ -58,6 +65,7 @@ from node.tasks import adapters_in, asked, check_mix, judged_by, keep_manifest
 from node.wire import shown
 from transport import hub
 from transport.exits import Exit
+from transport.sessions import assigned
 from transport.ticket import parse_ticket
 from zo import kernels
 from zo.manifest import MAX_AGENTS, Manifest
@@ -143,6 +151,10 @@ def join(
             show_default="the fastest",
         ),
     ] = None,
+    dp_epsilon: DpEpsilonOption = None,
+    dp_delta: DpDeltaOption = None,
+    dp_clip: DpClipOption = None,
+    dp_noise: DpNoiseOption = None,
     connect_timeout: Annotated[
         float,
         typer.Option(metavar="S", min=0.1, help="Seconds to try to reach the coordinator at first."),
@@ -159,9 +171,12 @@ def join(
     """Join a run and train until it ends or Ctrl-C; joining again goes on where this node left.
 
     Nothing of the data leaves this machine but one byte per direction and, if the run's manifest says so, a mean loss.
+    With --dp-epsilon these bytes are differentially private, no loss is sent, and the node leaves when its budget is
+    spent.
     """
     with failures_explained():
         parsed = parse_ticket(ticket)
+        budget = demanded(dp_epsilon, dp_delta, dp_clip, dp_noise)
         columns = columns_by_field(column)
         own_score = load_score(score) if score else None
         named = _agent_numbers(agents)
@@ -175,6 +190,8 @@ def join(
             before = directory.manifest()
             if before is not None and before.run_id == parsed.run_id:
                 check_unchanged(path, base_digest, tokenizer_digest, before)
+            is_known = before is not None and before.run_id == parsed.run_id
+            _check_promise(directory, budget, is_known)
             _compile_kernels()
             if start_over and (aside := directory.set_aside()) is not None:
                 err.print(
@@ -199,6 +216,14 @@ def join(
                 windows = read_data(data, base, task, length, columns)
                 err.print(f"training data: {windows}", style="dim", highlight=False, soft_wrap=True)
                 held_out = read_data(eval_data, base, task, length, columns) if eval_data else None
+                guard = None
+                if budget is not None:
+                    from node.budget import Account, Guard, plan
+
+                    num_agents = len(assigned(manifest, named))
+                    wanted = plan(budget, manifest, windows.num_windows, num_agents, form.quantize)
+                    guard = Guard(budget, wanted, Account(directory.privacy_path))
+                    err.print(str(guard), style="dim", highlight=False, soft_wrap=True)
                 trainer = LanguageTrainer(
                     manifest,
                     base,
@@ -209,13 +234,22 @@ def join(
                     score=own_score,
                     warn=_warn,
                     start=adapter,
+                    mechanism=None if guard is None else guard.mechanism,
                 )
                 rehearsal = trainer.rehearse(at_once)
                 log({"rehearsal": asdict(rehearsal)})
                 err.print(f"probing: {rehearsal}", style="dim", highlight=False, soft_wrap=True)
                 if rehearsal.warning:
                     _warn(rehearsal.warning)
-                return trainer
+                if guard is None:
+                    return trainer
+                from node.budget import PrivateTrainer, Spending
+
+                def told(spending: Spending) -> None:
+                    service.view.privacy = f"epsilon {spending.epsilon:.3g} of {guard.budget.epsilon:g}"
+                    log(spending._asdict())
+
+                return PrivateTrainer(trainer, guard, told)
 
             service = NodeService(
                 parsed,
@@ -227,6 +261,7 @@ def join(
                 connect_timeout_s=connect_timeout,
                 evaluate_every=eval_every if eval_data else 0,
                 agents=named,
+                shares_loss=budget is None,
                 show=show,
                 log=log,
                 on_sent=_print_sent if show_wire else lambda _: None,
@@ -466,6 +501,24 @@ def _agent_numbers(text: str | None) -> list[int] | None:
             f"--agents takes numbers from 0 to {MAX_AGENTS - 1} with commas between, as 1,3; got {text!r}",
         )
     return [int(part) for part in parts]
+
+
+def _check_promise(directory: StateDirectory, budget: Budget | None, is_known: bool) -> None:
+    """Refuse to break what was promised of this data, and say what was never promised."""
+    has_promised = directory.privacy_path.exists()
+    if budget is None:
+        if has_promised:
+            raise DataError(
+                f"what this node reported was differentially private, says {directory.privacy_path}: join with "
+                "--dp-epsilon, or as another node with --name, which has a budget of its own"
+            )
+        return
+    if find_spec("dp_accounting") is None:
+        raise DataError("--dp-epsilon needs dp-accounting: pip install -c constraints.txt '.[privacy]'")
+    if is_known and not has_promised:
+        _warn(
+            "this node has been in the run before without --dp-epsilon: what it reported then is not in the budget"
+        )
 
 
 def _check_file(file: Path) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from node.base import BaseError
 from node.device import DeviceError
 from node.memory import OutOfMemoryError
+from node.privacy import Budget
 from node.quantization import QuantizationError
 from node.records import EXAMPLES, DataError
 from node.scores import ScoreError
@@ -193,6 +194,37 @@ ThreadsOption = Annotated[
     int | None,
     typer.Option(metavar="N", min=1, help="Threads to compute with.", show_default="all cores"),
 ]
+DpEpsilonOption = Annotated[
+    float | None,
+    typer.Option(
+        "--dp-epsilon",
+        metavar="E",
+        help="Be differentially private, and leave once this much is spent; needs the extra [privacy].",
+        show_default="not private",
+    ),
+]
+DpDeltaOption = Annotated[
+    float | None,
+    typer.Option("--dp-delta", metavar="D", help="Delta at which epsilon is stated.", show_default="1e-5"),
+]
+DpClipOption = Annotated[
+    float | None,
+    typer.Option(
+        "--dp-clip",
+        metavar="C",
+        help="Most that one row may say: of its loss, how much it differs between two views.",
+        show_default=False,
+    ),
+]
+DpNoiseOption = Annotated[
+    float | None,
+    typer.Option(
+        "--dp-noise",
+        metavar="S",
+        help="Noise in units of --dp-clip.",
+        show_default="so that the budget lasts for the whole run",
+    ),
+]
 
 
 def columns_by_field(given: list[str] | None) -> dict[str, str]:
@@ -210,6 +242,26 @@ def columns_by_field(given: list[str] | None) -> dict[str, str]:
             )
         columns[field] = name
     return columns
+
+
+def demanded(
+    epsilon: float | None, delta: float | None, clip: float | None, noise: float | None
+) -> Budget | None:
+    """What `--dp-epsilon` and its companions say; None if nothing.
+
+    Raises:
+        DataError: they do not go together, or cannot be.
+    """
+    if epsilon is None:
+        if delta is not None or clip is not None or noise is not None:
+            raise DataError("--dp-delta, --dp-clip and --dp-noise need --dp-epsilon, the budget")
+        return None
+    if clip is None:
+        raise DataError(
+            "--dp-epsilon needs --dp-clip, most that one row may say: try the differences of losses that "
+            "`zo-node calibrate` shows on public data"
+        )
+    return Budget(epsilon=epsilon, delta=1e-5 if delta is None else delta, clip=clip, noise=noise)
 
 
 def epilog(example: str) -> str:

@@ -29,6 +29,8 @@ def view_line(view: View) -> Text:
         parts.append(f"held out {view.held_out:.3f}")
     if view.num_no_votes:  # early in the line: a narrow terminal must not cut it off
         parts.append(f"{view.num_no_votes} without a finite loss")
+    if view.privacy:
+        parts.append(view.privacy)
     if view.members:
         parts.append(f"{view.members} member{'s' * (view.members != 1)}")
     up, down = view.meter.total_up.payload_bytes, view.meter.total_down.payload_bytes
@@ -60,4 +62,6 @@ def summary(view: View) -> str:
         wire_up, wire_down = si_bytes(count.wire_bytes_sent), si_bytes(count.wire_bytes_received)
         lines.append(f"{'socket':10}{sent:>10}{received:>10}   as the kernel counted them")
         lines.append(f"{'wire':10}{wire_up:>10}{wire_down:>10}   estimated, with all headers")
+    if view.privacy:
+        lines.append(f"{'privacy':10}{view.privacy} spent")
     return "\n".join(lines)

@@ -19,6 +19,7 @@ from node.losses import evaluate
 from node.memory import PROBING, memory_explained
 from node.mixture import Mixture
 from node.objectives import objective
+from node.privacy import Mechanism
 from node.probe import Probe, Probed
 from node.quantization import Form
 from node.records import DataError
@@ -49,6 +50,7 @@ class LanguageTrainer:
         start: Path | None = None,
         score: Score | None = None,
         warn: Callable[[str], None] = lambda _: None,
+        mechanism: Mechanism | None = None,
     ) -> None:
         """Put the adapter into the base, and check that both are the run's.
 
@@ -62,6 +64,7 @@ class LanguageTrainer:
             start: directory of the PEFT adapter that the run starts from, if it does.
             score: the node's callable, if that is the run's objective.
             warn: called if a score is not finite.
+            mechanism: makes what is measured differentially private; None: it is as measured.
 
         Raises:
             ScoreError: there is a callable and the run wants none, or the other way round.
@@ -88,6 +91,7 @@ class LanguageTrainer:
             local_steps=manifest.probe.local_steps,
             bits=manifest.codes.bits,
             objective=self._objective,
+            mechanism=mechanism,
         )
 
     def initial_weights(self) -> NDArray[np.int32]:

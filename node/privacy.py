@@ -3,7 +3,7 @@
 Decides how one release comes about: Poisson sampling of rows, a bound on what one of them may say, and Gaussian noise
 added once to the sum. What a release costs, `node.accountant` says; how many there may be, `node.budget`.
 
-For two-sided slopes this is DP-ZO (Tang et al. 2024, arXiv 2401.04343, algorithm 1): each row's difference of losses is
+For two-sided slopes this is DP-ZO (Tang et al. 2024, arXiv 2401.04343): each row's difference of losses is
 clipped, their sum gets Gaussian noise. Several directions on one batch are one release of a vector, clipped in L2 as
 the gradients of Abadi et al. 2016 (arXiv 1607.00133, algorithm 1) are.
 
@@ -15,6 +15,7 @@ post-processing of the Gaussian mechanism. Thus the low bits of a float cannot t
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from node.records import DataError
 
 GRID: Final = 2**24
 """Parts that the largest share of a row is divided into. Far finer than the noise, and sums of 2^38 rows fit."""
@@ -47,13 +50,41 @@ class Release:
             raise ValueError(f"rate must be above 0 and at most 1, got {self.rate}")
         if not 0 < self.noise <= MAX_NOISE:
             raise ValueError(f"noise must be above 0 and at most {MAX_NOISE:.0f}, got {self.noise}")
-        if not 0 < self.clip < float("inf"):
+        if not 0 < self.clip < math.inf:
             raise ValueError(f"clip must be a positive number, got {self.clip}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a node's owner demands, as `zo-node join` takes it."""
+
+    epsilon: float
+    """Most that may be spent, over all rounds and agents."""
+    delta: float
+    """At which epsilon is stated."""
+    clip: float
+    """Most that one row may say in a release, in units of the loss."""
+    noise: float | None = None
+    """In units of `clip`; None: as little as makes the budget last for the whole run."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges. Raises DataError."""
+        for name in ("epsilon", "clip"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise DataError(f"--dp-{name} takes a number above 0, got {value:g}")
+        if not 0 < self.delta < 1:
+            raise DataError(f"--dp-delta takes a number between 0 and 1, got {self.delta:g}")
+        if self.noise is not None and not 0 < self.noise <= MAX_NOISE:
+            raise DataError(
+                f"--dp-noise takes a number above 0 and up to {MAX_NOISE:.0f}, got {self.noise:g}"
+            )
 
 
 class Mechanism:
     """Draws batches and sums up what their rows say, as a `Release` demands."""
 
+    num_releases: int
+    """Sums that were given out."""
     num_rows: int
     """Rows that were summed up so far."""
     num_clipped: int
@@ -68,7 +99,7 @@ class Mechanism:
         """
         self.release = release
         self._entropy = entropy
-        self.num_rows = self.num_clipped = 0
+        self.num_releases = self.num_rows = self.num_clipped = 0
 
     def rows(self, num_rows: int) -> NDArray[np.int64]:
         """The rows of a batch, ascending: each of 0 … num_rows − 1 with probability `rate`, independently."""
@@ -84,6 +115,7 @@ class Mechanism:
         """
         clip = self.release.clip
         parts = in_parts(said, clip)
+        self.num_releases += 1
         self.num_rows += len(said)
         with np.errstate(over="ignore"):
             self.num_clipped += int(np.count_nonzero(~(np.linalg.norm(said, axis=1) <= clip)))

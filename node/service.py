@@ -65,7 +65,11 @@ class Trainer(Protocol):
         agent: int = 0,
         walk_step: int = 0,
     ) -> ProbeResult:
-        """The codes of an agent's round; `weights` are left as they are. `walk_step` is for local steps (`zo.walk`)."""
+        """The codes of an agent's round; `weights` are left as they are. `walk_step` is for local steps (`zo.walk`).
+
+        Raises:
+            BudgetSpentError: it may say no more.
+        """
 
     def evaluate(self, weights: NDArray[np.int32]) -> float | None:
         """Held-out loss in nats; None if there is nothing held out."""
@@ -77,6 +81,13 @@ class NodeError(RuntimeError):
     def __init__(self, code: Exit, reason: str) -> None:
         super().__init__(reason)
         self.code = code
+
+
+class BudgetSpentError(NodeError):
+    """A trainer may say no more of its data: the node leaves in good order."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(Exit.BUDGET, reason)
 
 
 class Leaving(BaseException):
@@ -110,6 +121,8 @@ class View:
     num_late: int = 0
     meter: Meter = field(default_factory=Meter)
     socket: SocketCount | None = None
+    privacy: str = ""
+    """What of the privacy budget is spent; empty if there is none."""
     notice: str = ""
 
 
@@ -138,6 +151,7 @@ class NodeService:
         connect_timeout_s: float,
         evaluate_every: int,
         agents: Sequence[int] | None = None,
+        shares_loss: bool = True,
         show: Callable[[View], None],
         log: Callable[[dict[str, object]], None],
         on_sent: Callable[[bytes], None] = lambda _: None,
@@ -154,6 +168,7 @@ class NodeService:
             connect_timeout_s: how long to try for a first contact.
             evaluate_every: measure the held-out loss every so many rounds; 0 for never.
             agents: those to train, where the run has each node name its own; None where it does not.
+            shares_loss: whether the mean loss is sent if the run asks for it.
             show: called when there is something new to see.
             log: called with one record for every round.
             on_sent: called with every frame that leaves.
@@ -166,6 +181,7 @@ class NodeService:
         self._show = show
         self._log = log
         self._name = name
+        self._shares_loss = shares_loss
         self._base, self._tokenizer = bytes.fromhex(base_digest), bytes.fromhex(tokenizer_digest)
         self._saved_heads: dict[int, bytes] = {}
         """What is saved of each agent, by its head."""
@@ -200,8 +216,14 @@ class NodeService:
             number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
         }
         try:
-            with contextlib.suppress(Leaving):
+            try:
                 self._loop()
+            except Leaving:
+                pass
+            except BudgetSpentError:
+                self._carry_out(self._sessions.leave())
+                self._save()
+                raise
             if self._end is None:
                 self._carry_out(self._sessions.leave())
                 self._save()
@@ -341,6 +363,7 @@ class NodeService:
             saved,
             kept.load_download(),
             agent=agent,
+            shares_loss=self._shares_loss,
         )
 
     def _open(self, agent: int, manifest: Manifest) -> None:

@@ -37,6 +37,7 @@ class StateDirectory:
         self.path = path
         self.manifest_path = path / "manifest.toml"
         self.log_path = path / "log.jsonl"
+        self.privacy_path = path / "privacy.json"
         self._next_key_path = path / "node.key.new"
 
     @contextlib.contextmanager

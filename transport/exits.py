@@ -31,6 +31,8 @@ class Exit(IntEnum):
     """Memory does not suffice; what to lower is shown."""
     FORGED = 14
     """A history that the run's coordinator has not signed, or has signed otherwise: a forgery, or a fork."""
+    BUDGET = 15
+    """The node's privacy budget is spent; it left in good order and says no more of its data."""
 
 
 HELP = "Exit codes: " + "; ".join(
@@ -49,5 +51,6 @@ HELP = "Exit codes: " + "; ".join(
         Exit.MISMATCH: "a check failed",
         Exit.MEMORY: "not enough memory",
         Exit.FORGED: "history forged or forked",
+        Exit.BUDGET: "privacy budget spent",
     }.items()
 )

@@ -149,6 +149,7 @@ class Session:
         download: Download | None = None,
         decode: Callable[[bytes], Entry] = decode_entry,
         agent: int = 0,
+        shares_loss: bool = True,
     ) -> None:
         """Start, or go on from what was saved.
 
@@ -161,8 +162,10 @@ class Session:
             download: a snapshot that was not fetched to its end, if any.
             decode: reads an entry of the ledger; a simulation of many nodes reads each only once.
             agent: whose track it is.
+            shares_loss: whether the node's loss is sent if the run asks for it.
         """
         self.agent = agent
+        self._shares_loss = shares_loss
         self.stage = Stage.CONNECTING
         self.replica = saved[1] if saved else None
         self.download = download
@@ -569,7 +572,7 @@ class Session:
 
     def _progress(self, replica: Replica, manifest: Manifest) -> Progress:
         shared = None
-        if manifest.parity.share_loss and self.loss is not None:
+        if manifest.parity.share_loss and self._shares_loss and self.loss is not None:
             shared = min(round(max(self.loss, 0.0) * 1000), 2**32)
         return Progress(replica.round, replica.digest(), shared)
 

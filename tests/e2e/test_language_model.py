@@ -68,6 +68,23 @@ def test_two_nodes_train_and_the_adapter_measures_the_same_in_plain_peft(languag
     assert load_result(swarm.state("ben"))[1].digest().hex() == proof.digest
 
 
+def test_a_private_node_leaves_when_its_budget_is_spent_and_stays_away(swarm, says, tmp_path):
+    swarm.base = embedded.path()
+    swarm.init(*PROBE, "--quorum", 1, "--batch-size", 64)
+    swarm.serve()
+    (tmp_path / "data.txt").write_text("Return the absolute value of the number. " * 20)
+    private = ("--dp-epsilon", 8, "--dp-clip", 0.01, "--dp-noise", 1.2)
+    join(swarm, "ada", tmp_path / "data.txt", "--show-wire", *private)
+    says(swarm.nodes["ada"], 15, "the privacy budget is spent: epsilon is 7.* at delta = 1e-05, and round 3")
+    assert swarm.nodes["ada"].out.count("Report") == 3
+    spent = [record["epsilon"] for record in swarm.log("ada") if "epsilon" in record]
+    assert len(spent) == 3
+    assert 0 < spent[0] < spent[1] < spent[2] <= 8
+    join(swarm, "ada", tmp_path / "data.txt", *private)
+    says(swarm.nodes["ada"], 15, "the privacy budget is spent")
+    says(join(swarm, "ada", tmp_path / "data.txt"), 3, "what this node reported was differentially private")
+
+
 def test_prompts_and_completions_on_a_base_in_four_bits(swarm, says, tmp_path):
     swarm.base = embedded.path()
     swarm.init(*PROBE, "--quantize", "nf4", "--task", "completion")

@@ -55,6 +55,36 @@ def test_a_wrong_ticket_is_said_at_once(ticket, words, text, tmp_path):
     assert not (tmp_path / "state").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--dp-clip", 1), "--dp-delta, --dp-clip and --dp-noise need --dp-epsilon, the budget"),
+        (("--dp-epsilon", 8), "--dp-epsilon needs --dp-clip, most that one row may say"),
+        (("--dp-epsilon", -1, "--dp-clip", 1), "--dp-epsilon takes a number above 0, got -1"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_said_at_once(options, words, text, tmp_path):
+    fails(run("join", TICKET, "--data", text, "--state", tmp_path / "state", *options), Exit.INPUT, words)
+
+
+def test_a_node_that_was_private_does_not_join_without_being_so(text, tmp_path):
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / "privacy.json").write_text("{}")
+    fails(
+        run("join", TICKET, "--data", text, "--state", state),
+        Exit.INPUT,
+        "join with --dp-epsilon, or as another",
+    )
+
+
+def test_without_its_library_privacy_is_refused(text, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    options = ("--dp-epsilon", 8, "--dp-clip", 1)
+    result = run("join", TICKET, "--data", text, "--state", tmp_path / "state", *options)
+    fails(result, Exit.INPUT, "pip install -c constraints.txt '.[privacy]'")
+
+
 def test_data_that_is_missing_or_empty_is_said_before_anything_is_loaded(tmp_path):
     state = tmp_path / "state"
     fails(run("join", TICKET, "--data", tmp_path / "no.txt", "--state", state), 3, "no.txt: no such file")

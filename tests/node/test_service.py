@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from node.service import NodeError, NodeService
+from node.service import BudgetSpentError, NodeError, NodeService
 from node.state import StateDirectory
 from transport.exits import Exit
 from transport.keys import new_key_pair
@@ -121,6 +121,25 @@ def test_after_starting_over_the_weights_are_those_of_round_0(service, state, ma
     assert service.view.notice == "starting over: they differ"
     service._save()
     assert state.agent(0).load(manifest.run_id)[1].round == 0
+
+
+def test_a_node_that_may_say_no_more_leaves_in_good_order(service, state, manifest, monkeypatch):
+    service._carry_out([(0, Open(manifest))])
+    service._sessions.by_agent[0].replica = wrong(manifest)
+    carried_out = []
+    monkeypatch.setattr(service._socket, "close", lambda: None)
+
+    def probe():
+        raise BudgetSpentError("the privacy budget is spent")
+
+    monkeypatch.setattr(service, "_loop", probe)
+    monkeypatch.setattr(service._sessions, "leave", lambda: ["leave"])
+    monkeypatch.setattr(service, "_carry_out", carried_out.extend)
+    with pytest.raises(NodeError, match="the privacy budget is spent") as ended:
+        service.run()
+    assert ended.value.code is Exit.BUDGET
+    assert carried_out == ["leave"]
+    assert state.agent(0).load(manifest.run_id)[1].round == 9, "what it has is saved"
 
 
 def test_pieces_are_kept_until_the_snapshot_is_taken(service, state, manifest):

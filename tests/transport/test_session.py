@@ -52,11 +52,10 @@ CODES = np.array([3, -4], np.int8)
 class Rig:
     """A session, a manifest, and the replica of a node that never fails."""
 
-    def __init__(self, manifest, replica=None):
+    def __init__(self, manifest, replica=None, **options):
         self.manifest = manifest
-        self.session = Session(
-            manifest.run_id, BASE, TOKENIZER, "n", (manifest, replica) if replica else None
-        )
+        saved = (manifest, replica) if replica else None
+        self.session = Session(manifest.run_id, BASE, TOKENIZER, "n", saved, **options)
         self.truth = Replica(manifest, zeros(500))
         self.commits = []
 
@@ -412,6 +411,13 @@ def test_the_loss_is_shared_only_if_the_manifest_says_so(make_manifest, share, l
     rig.session.on_probed(0, CODES, loss, 0.0)
     effects = rig.get(rig.commit())
     assert effects[-1] == Transmit(Progress(1, rig.truth.digest(), sent))
+
+
+def test_a_node_may_keep_its_loss_to_itself(make_manifest):
+    rig = Rig(make_manifest(digest_every=1), shares_loss=False).in_stage(Stage.FOLLOWING)
+    rig.session.on_probed(0, CODES, 1.0, 0.0)
+    assert rig.get(rig.commit())[-1].message.loss_milli is None
+    assert rig.session.loss == 1.0, "it may look at it"
 
 
 def test_without_a_loss_none_is_shared(make_manifest):
