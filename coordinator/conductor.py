@@ -5,11 +5,12 @@ service that cannot persist must stop, and then nobody has seen anything.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coordinator import pace
 from coordinator.admission import refusal
@@ -28,6 +29,7 @@ from coordinator.effects import (
 from coordinator.membership import Event, Member, Presence
 from coordinator.roster import Roster
 from coordinator.rounds import Outcome, Round, Verdict, decide, receive, withdraw
+from coordinator.share import capped
 from transport.messages import (
     HISTORY_BYTES,
     PROTOCOL_VERSION,
@@ -48,6 +50,7 @@ from transport.messages import (
     Trace,
     Welcome,
 )
+from zo.codes import UNIT_BY_BITS
 from zo.commit import Commit, chain_digest
 from zo.manifest import Manifest
 from zo.packing import pack, unpack
@@ -525,7 +528,8 @@ class Conductor:
         late = {} if self._exponent_before != self.exponent else closed.late_by_node
         codes_by_node = {**late, **closed.codes_by_node}
         participants = tuple(sorted(codes_by_node))
-        codes = np.frombuffer(b"".join(codes_by_node[node] for node in participants), np.int8)
+        reported = b"".join(codes_by_node[node] for node in participants)
+        codes, notes = self._capped(participants, reported)
         step, scale = self._rule.advance(self._scale, closed.number, codes)
         commit = Commit(
             closed.number,
@@ -542,7 +546,8 @@ class Conductor:
         frame = commit.encode()
         head = chain_digest(frame)
         seal = b"" if self._seal is None else self._seal(closed.number + 1, head)
-        effects.append(Persist(commit, frame, seal))
+        effects.append(Persist(commit, frame, seal, participants, reported))
+        effects.extend(notes)
         self._unsettled = commit, frame
         missing = awaited - closed.codes_by_node.keys()
         for node in sorted(missing):
@@ -558,6 +563,22 @@ class Conductor:
                 if seal and self._shows_digest(self.round):
                     effects.append(send(member.session, Sealed(self.round, head, seal)))
         return effects
+
+    def _capped(self, nodes: Sequence[int], reported: bytes) -> tuple[NDArray[np.int8], list[Note]]:
+        """The codes that a round counts, of these nodes in their order, and whose were cut to their share."""
+        codes = np.frombuffer(reported, np.int8)
+        bits = self.manifest.codes.bits
+        if not codes.size or bits == 1:
+            return codes, []  # signs are all of one length
+        share = self.config.max_share
+        rows, is_cut = capped(codes.reshape(len(nodes), -1), share, UNIT_BY_BITS[bits])
+        notes = []
+        for index in np.flatnonzero(is_cut):
+            member = self.members[nodes[int(index)]]
+            member.num_capped += 1
+            text = f"round {self.round}: the codes of node {member.node} ({member.name}) were scaled down to {share:g} "
+            notes.append(Note("capped", member.node, text + "times the median participant's"))
+        return rows.ravel(), notes
 
     def _sealed(self, session: bytes, round: int, head: bytes) -> list[Effect]:
         """The seal of a round that is durable, for a session whose chain has this head by then."""

@@ -54,6 +54,15 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             description="Longest wait for a missing report once a quorum has come, in seconds.",
         ),
     ] = 60.0
+    max_share: Annotated[
+        float,
+        Meta(
+            ge=1,
+            le=1000,
+            description="No node's codes in a round may be longer, in the Euclidean norm, than this many times those "
+            "of the median participant; longer ones are scaled down to it. 1000: as good as no cap.",
+        ),
+    ] = 2.0
     quarantine_out_of_line: Annotated[
         bool,
         Meta(

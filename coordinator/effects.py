@@ -23,6 +23,10 @@ class Persist(msgspec.Struct, frozen=True):
     frame: bytes
     seal: bytes
     """Signature under the chain's head with it; empty if the run is not signed."""
+    nodes: tuple[int, ...]
+    """Who reported, ascending."""
+    reported: bytes
+    """Their codes as they came, int8 in the order of nodes and of their samples."""
 
 
 class PersistCheckpoint(msgspec.Struct, frozen=True):

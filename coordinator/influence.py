@@ -1,4 +1,4 @@
-"""Whose codes are statistically out of line. Pure: commits in, findings with their reasons out.
+"""Whose codes are statistically out of line. Pure: reports in, findings with their reasons out.
 
 A two-sided slope changes its sign with its direction, and a direction is as likely as its opposite, so an honest node's
 codes are positive as often as negative, whatever its data. That they are at the limit, or no votes at all, may happen;
@@ -86,11 +86,11 @@ class Influence:
         self._found: set[tuple[int, str]] = set()
 
     def observe(self, participants: Sequence[int], codes: NDArray[np.int8]) -> list[Finding]:
-        """Take a commit in; what is out of line with it for the first time.
+        """Take a round in; what is out of line with it for the first time.
 
         Args:
             participants: node numbers, ascending.
-            codes: (participants × directions,) int8.
+            codes: (participants × directions,) int8, as they were reported.
         """
         if not participants:
             return []

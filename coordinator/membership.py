@@ -89,6 +89,8 @@ class Member:
     """The last digest it reported, and of which round."""
     loss: float | None = None
     num_divergences: int = 0
+    num_capped: int = 0
+    """Rounds since the coordinator started in which its codes were longer than its share."""
     up: Count = field(default_factory=Count)
     down: Count = field(default_factory=Count)
     is_choosing: bool = False

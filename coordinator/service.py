@@ -8,6 +8,7 @@ from functools import partial
 from typing import Final
 
 import msgspec
+import numpy as np
 
 from coordinator.archive import Archive, Restored
 from coordinator.conductor import Conductor
@@ -41,7 +42,6 @@ from transport.seals import Signer
 from transport.sockets import CoordinatorSocket, Sent
 from zo.commit import genesis
 from zo.manifest import Manifest
-from zo.packing import codes_of
 
 _LAST_WORD_S: Final = 1.0
 STATUS_EVERY_S: Final = 1.0
@@ -51,7 +51,14 @@ SPEED_MEMORY_ROUNDS: Final = 8
 _NOTED_ONE_BY_ONE: Final = {"malformed": 16, "misfit": 16, "refused": 16, "flooded": 16}
 """How many events of a kind are noted in the ledger after a start, for each agent: a peer must not be able to fill the
 disk. Kinds that are not named here are bounded by the number of rounds, or as below."""
-_NOTED_OF_A_NODE: Final = {"joined": 1024, "left": 1024, "lost": 1024, "replaced": 1024, "started-over": 1024}
+_NOTED_OF_A_NODE: Final = {
+    "joined": 1024,
+    "left": 1024,
+    "lost": 1024,
+    "replaced": 1024,
+    "started-over": 1024,
+    "capped": 8,
+}
 """The same for each node: what a node may do often, but not without bound."""
 
 
@@ -353,11 +360,9 @@ class Service:
             case SendPiece(session, content, offset):
                 piece = track.archive.piece(content, offset, track.conductor.replica)
                 self._send(agent, session, "Piece", encode(piece))
-            case Persist(commit, frame, seal):
+            case Persist(commit, frame, seal, nodes, reported):
                 ledger.append(commit, frame, seal)
-                findings = track.influence.observe(
-                    commit.participants, codes_of(commit, track.conductor.manifest)
-                )
+                findings = track.influence.observe(nodes, np.frombuffer(reported, np.int8))
                 self._findings += [(agent, finding) for finding in findings]
             case Quarantine(node):
                 ledger.set_quarantined(node, True)
@@ -476,6 +481,7 @@ def _member_status(member: Member, is_quarantined: bool) -> MemberStatus:
         latency_s=None if member.latency is None else member.latency.mean_s,
         quarantined=is_quarantined,
         divergences=member.num_divergences,
+        capped_rounds=member.num_capped,
         messages_up=member.up.messages,
         payload_bytes_up=member.up.payload_bytes,
         zmtp_bytes_up=member.up.zmtp_bytes,

@@ -251,7 +251,7 @@ class _World:
                 node = self.node_by_session.get(session)
                 if node is not None:
                     self._deliver(node, address(frame, agent))
-            case Persist(commit, frame, _):
+            case Persist(commit=commit, frame=frame):
                 self._persist(self.tracks[agent], commit, frame)
             case PersistCheckpoint(round, digest, scale):
                 self.tracks[agent].checkpoint(round, digest, scale)

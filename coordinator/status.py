@@ -34,6 +34,8 @@ class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Whether it is refused until `zo-coordinator release`."""
     divergences: int
     """How often its digest differed from the ledger's."""
+    capped_rounds: int = 0
+    """Rounds since the coordinator started in which its codes were longer than its share, and scaled down."""
     messages_up: int
     payload_bytes_up: int
     zmtp_bytes_up: int
@@ -163,6 +165,7 @@ def _merged_member(parts: list[MemberStatus]) -> MemberStatus:
         latency_s=max((part.latency_s for part in parts if part.latency_s is not None), default=None),
         quarantined=any(part.quarantined for part in parts),
         divergences=sum(part.divergences for part in parts),
+        capped_rounds=sum(part.capped_rounds for part in parts),
         **sums,
     )
 

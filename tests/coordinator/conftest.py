@@ -118,7 +118,7 @@ class VirtualCoordinator:
                 assert kind == type(message).__name__
                 self.check_durable(message)
                 self.outbox.append((session, message))
-            case Persist(commit, frame, seal):
+            case Persist(commit, frame, seal, _, _):
                 self.seals.append(seal)
                 assert commit.round == len(self.frames)
                 assert frame == commit.encode()

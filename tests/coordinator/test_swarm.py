@@ -12,6 +12,7 @@ from collections import deque
 import numpy as np
 import pytest
 
+from coordinator.config import ServiceConfig
 from transport.exits import Exit
 from transport.messages import Report, decode_from_coordinator, decode_from_node, encode
 from transport.seals import Signer
@@ -22,6 +23,9 @@ from zo.weights import zeros
 
 SIGNER = Signer(bytes(range(32))).public
 """Whose seals the virtual coordinator makes."""
+
+UNCAPPED = ServiceConfig(max_share=1000)
+"""What is committed is what was said, to the last bit."""
 
 
 class ProcessDied(BaseException):
@@ -222,7 +226,7 @@ class Swarm:
 @pytest.mark.parametrize("seed", range(12))
 def test_all_replicas_equal_a_fault_free_replay_of_the_ledger(make_manifest, virtual_coordinator, seed):
     manifest = make_manifest(size=40, rounds=60, digest_every=3 if seed % 2 else 64, signer=SIGNER)
-    swarm = Swarm(seed, manifest, virtual_coordinator(manifest), num_nodes=5)
+    swarm = Swarm(seed, manifest, virtual_coordinator(manifest, UNCAPPED), num_nodes=5)
     steps = 0
     while len(swarm.coordinator.frames) < 60:
         swarm.step()
@@ -251,7 +255,7 @@ def test_the_schedules_contain_what_they_are_meant_to(make_manifest, virtual_coo
     manifest = make_manifest(size=40, rounds=60, digest_every=3, signer=SIGNER)
     seen = {"restarts": 0, "diverged": 0, "replaced": 0, "lost": 0, "left": 0, "missed": 0}
     for seed in range(6):
-        swarm = Swarm(seed, manifest, virtual_coordinator(manifest), num_nodes=5)
+        swarm = Swarm(seed, manifest, virtual_coordinator(manifest, UNCAPPED), num_nodes=5)
         for _ in range(6000):
             swarm.step()
         seen["restarts"] += swarm.num_restarts
