@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import typer
 
+import benchmarks.bandwidth.cli
 import coordinator.cli
 import node.cli
 from coordinator.membership import TRANSITIONS, Presence
@@ -27,7 +28,11 @@ DOCUMENTS = sorted(
 )
 GUIDE = ROOT / "docs" / "guide.md"
 PROTOCOL = ROOT / "docs" / "protocol.md"
-PROGRAMS = {"zo-coordinator": coordinator.cli.app, "zo-node": node.cli.app}
+PROGRAMS = {
+    "zo-coordinator": coordinator.cli.app,
+    "zo-node": node.cli.app,
+    "zo-bench": benchmarks.bandwidth.cli.app,
+}
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -58,7 +63,7 @@ def command_lines(text):
     lines = [line for block in blocks(text, "sh") for line in block.replace("\\\n", " ").splitlines()]
     for line in [*lines, *spans(text)]:
         # The quoted arguments of other programs are no calls: kill -9 $(pgrep -f 'zo-node join').
-        found = re.match(r"(?:\S*/)?(zo-coordinator|zo-node)\s+([a-z].*)$", line.strip())
+        found = re.match(r"(?:\S*/)?(zo-coordinator|zo-node|zo-bench)\s+([a-z].*)$", line.strip())
         if found:
             yield found.group(1), re.split(r"\s[|&;#]", found.group(2))[0]
 
@@ -101,7 +106,8 @@ def test_every_option_named_alone_belongs_to_some_command(document):
 
 
 def test_the_guide_shows_every_command():
-    shown = {(program, rest.split()[0]) for program, rest in command_lines(GUIDE.read_text("utf-8"))}
+    text = GUIDE.read_text("utf-8") + (ROOT / "docs" / "bandwidth.md").read_text("utf-8")
+    shown = {(program, rest.split()[0]) for program, rest in command_lines(text)}
     for program in PROGRAMS:
         for command in options_by_command(program):
             if (program, command) != ("zo-node", "demo"):  # shown as `make demo`

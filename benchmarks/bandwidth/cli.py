@@ -1,0 +1,211 @@
+"""`zo-bench`: bytes, rounds and targets of this system and of others, measured side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_format
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from benchmarks.bandwidth import runs, wire
+from benchmarks.bandwidth.network import Network, NetworkError, network
+from benchmarks.bandwidth.results import DIRECTORY, Results, ResultsError, Row, bare
+from benchmarks.recipes.assets import AssetMissing
+from transport.exits import HELP, Exit
+
+app = typer.Typer(
+    name="zo-bench",
+    help="What a byte really buys: this system and others, every byte counted at three layers.",
+    epilog=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+out = Console() if sys.stdout.isatty() else Console(width=160)
+err = Console(stderr=True)
+
+_INTERRUPTED: Final = 130
+QuickOption = Annotated[
+    bool, typer.Option("--quick", help="A small part, in a minute or two.", show_default=False)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.", show_default=False)]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        help="Keep rows here as they are measured, and measure none again that is there; the repository's are in "
+        f"{DIRECTORY}.",
+        show_default=False,
+    ),
+]
+LoopbackOption = Annotated[
+    bool,
+    typer.Option(
+        "--loopback", help="Not in network namespaces, also where they are allowed.", show_default=False
+    ),
+]
+
+
+def main() -> None:
+    """The command."""
+    app()
+
+
+@contextlib.contextmanager
+def failures_explained() -> Iterator[None]:
+    """One line and an exit code for what may go wrong; everything is cleaned up by then."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print("interrupted; with --out the same command goes on from here", style="yellow")
+        raise typer.Exit(_INTERRUPTED) from None
+    except (ResultsError, AssetMissing) as error:
+        err.print(f"zo-bench: error: {error}", style="red", highlight=False, soft_wrap=True)
+        raise typer.Exit(Exit.INPUT) from None
+    except (NetworkError, runs.ServiceError, OSError) as error:
+        err.print(f"zo-bench: error: {error}", style="red", highlight=False, soft_wrap=True)
+        raise typer.Exit(Exit.BUSY) from None
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not sys.stderr.isatty()) as bar:
+        yield bar
+
+
+def _collect(found: Iterable[Row | str], bar: Progress, task: object) -> tuple[list[Row], list[str]]:
+    """Rows, and what could not be measured, which is said at once."""
+    rows: list[Row] = []
+    failed: list[str] = []
+    for each in found:
+        bar.advance(task)  # type: ignore[arg-type]
+        if isinstance(each, str):
+            failed.append(each)
+            err.print(f"not measured: {each}", style="yellow", highlight=False, soft_wrap=True)
+        else:
+            rows.append(each)
+    return rows, failed
+
+
+def _tell(net: Network) -> None:
+    err.print(f"on {net.label}", style="dim" if net.interface else "yellow", highlight=False, soft_wrap=True)
+
+
+def _finish(rows: Sequence[Row], failed: Sequence[str], table: Table, json: bool) -> None:
+    if json:
+        sys.stdout.write(json_format.dumps([bare(row) for row in rows]) + "\n")
+    else:
+        out.print(table)
+    if failed:
+        raise typer.Exit(Exit.MISMATCH)
+
+
+@app.command("wire", epilog="Example: zo-bench wire --quick --json")
+def wire_command(
+    quick: QuickOption = False,
+    json: JsonOption = False,
+    out_directory: OutOption = None,
+    loopback: LoopbackOption = False,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds to take the median of.")] = 9,
+    think_ms: Annotated[
+        int,
+        typer.Option(
+            metavar="MS",
+            min=0,
+            help="What nodes take between a commit and their next report. Below 40 ms acknowledgements ride on it.",
+        ),
+    ] = round(wire.THINK_S * 1000),
+) -> None:
+    """Bytes of a round per node, up and down: payload, ZMTP, Ethernet; by nodes, directions, codes, CURVE, policy."""
+    with failures_explained(), network(loopback=loopback) as net, tempfile.TemporaryDirectory() as place:
+        _tell(net)
+        results = Results("wire", out_directory)
+        manifest = runs.template(Path(place) / "template").manifest()
+        wanted, missing = wire.known(wire.cells(quick), manifest)
+        for each in missing:
+            err.print(
+                f"{each}: this version of the product does not have it", style="yellow", highlight=False
+            )
+        with _progress() as bar:
+            task = bar.add_task("wire", total=len(wanted))
+
+            def say(what: str) -> None:
+                bar.update(task, description=what)
+
+            rows, failed = _collect(
+                wire.measure(net, wanted, manifest, results, rounds, think_ms / 1000, say), bar, task
+            )
+        table = Table(
+            "nodes",
+            "directions",
+            "codes",
+            "CURVE",
+            "policy",
+            *(f"{x} up" for x in wire.LAYERS),
+            "per direction",
+            *(f"{x} down" for x in wire.LAYERS),
+        )
+        for row in rows:
+            up, down = ([f"{row[f'{layer}_{way}']:,.0f}" for layer in wire.LAYERS] for way in ("up", "down"))
+            table.add_row(
+                str(row["nodes"]),
+                str(row["directions"]),
+                row["codes"],
+                "on" if row["curve"] else "off",
+                row["policy"],
+                *up,
+                f"{row['wire_up'] / row['directions']:.2f}",
+                *down,
+            )
+        for row in rows:
+            row.pop("frames", None)
+        _finish(rows, failed, table, json)
+
+
+@app.command("session", epilog="Example: zo-bench session --quick")
+def session_command(
+    quick: QuickOption = False,
+    json: JsonOption = False,
+    out_directory: OutOption = None,
+    loopback: LoopbackOption = False,
+) -> None:
+    """Bytes of what is not a round: joining, catching up, heartbeats of an idle node, leaving."""
+    with failures_explained(), network(loopback=loopback) as net, _progress() as bar:
+        _tell(net)
+        task = bar.add_task("session", total=4)
+        results = Results("session", out_directory)
+        found = wire.measure_session(
+            net, results, 30.0 if quick else 120.0, lambda what: bar.update(task, description=what)
+        )
+        rows, failed = _collect(found, bar, task)
+        bar.stop()
+        table = Table(
+            "what",
+            *(f"{layer} up" for layer in wire.LAYERS),
+            *(f"{layer} down" for layer in wire.LAYERS),
+            "B/s",
+        )
+        for row in rows:
+            counts = [f"{row[f'{layer}_{way}']:,.0f}" for way in ("up", "down") for layer in wire.LAYERS]
+            idle = (
+                f"{(row['wire_up'] + row['wire_down']) / row['seconds']:.1f}"
+                if "idle for" in row["what"]
+                else ""
+            )
+            table.add_row(row["what"], *counts, idle)
+        _finish(rows, failed, table, json)
+
+
+if __name__ == "__main__":
+    main()
