@@ -46,6 +46,11 @@ class Onlooker:
             linear_shapes(tensor_shapes(base)), adapter.targets, adapter.rank, adapter.train
         )
 
+    @property
+    def estimator(self) -> str:
+        """As the run says: it measures nothing."""
+        return ""
+
     def initial_weights(self) -> NDArray[np.int32]:
         """The weights of round 0."""
         return initial_weights(self._layout, run_key(self._manifest.run_id), self._manifest.adapter.train)

@@ -64,6 +64,11 @@ class LogisticTrainer:
         self._labels = np.sign(self._rows @ hidden)
         self._manifest, self._seed, self._before_probe = manifest, seed, before_probe
 
+    @property
+    def estimator(self) -> str:
+        """As the run says."""
+        return ""
+
     def initial_weights(self) -> NDArray[np.int32]:
         """Zeros."""
         return np.zeros(self._manifest.adapter.size, np.int32)

@@ -57,6 +57,12 @@ def refusal(
             "tokenizer",
             f"this node's tokenizer has digest {hello.tokenizer.hex()}, the run's has {base.tokenizer_digest}",
         )
+    if hello.estimator and hello.estimator not in manifest.probe.estimators:
+        return Refuse(
+            "estimator",
+            f"this node measures slopes by {hello.estimator!r}; this run allows "
+            f"{', '.join(manifest.probe.estimators)}: choose one of them with --estimator",
+        )
     if hello.round > round or head_after(hello.round) != hello.head:
         return Refuse(
             "fork",

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal, cast, get_args
 
 import msgspec
 import typer
@@ -45,11 +45,13 @@ from zo.initial import initial_weights
 from zo.layout import lora_layout
 from zo.manifest import (
     DEFAULT_TEMPLATE,
+    ESTIMATORS,
     Adapter,
     Agents,
     BaseModel,
     Coding,
     Decay,
+    Estimator,
     Manifest,
     ManifestError,
     Objective,
@@ -134,6 +136,13 @@ def init(
             show_default="1 from 4 directions on",
         ),
     ] = None,
+    estimators: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,NAME",
+            help="How nodes may measure slopes, each for itself: two-sided, one-sided, forward or backward.",
+        ),
+    ] = ",".join(ESTIMATORS),
     local_steps: Annotated[
         int,
         typer.Option(
@@ -344,6 +353,7 @@ def init(
 
     Reads the base's files without loading it. Nodes whose base differs from it are refused.
     """
+    one_sided = "one-sided" in estimators.split(",")
     with failures_explained():
         directory = RunDirectory(run)
         signing_key = secrets.token_bytes(32)
@@ -416,10 +426,11 @@ def init(
                         directions=directions,
                         batch_size=batch_size,
                         sequence_length=sequence_length,
-                        sides=(1 if directions // local_steps >= _ONE_SIDED_FROM else 2)
+                        sides=(1 if one_sided and directions // local_steps >= _ONE_SIDED_FROM else 2)
                         if sides is None
                         else sides,
                         local_steps=local_steps,
+                        estimators=cast(tuple[Estimator, ...], tuple(estimators.split(","))),
                     ),
                     codes=Coding(bits=code_bits),  # type: ignore[arg-type]  # validate() checks
                     schedule=Schedule(

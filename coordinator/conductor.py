@@ -333,7 +333,7 @@ class Conductor:
             yield Enrol(node, key, hello.name)
         member = self.members[node]
         yield from self._replace(member, session)
-        member.name = hello.name
+        member.name, member.estimator = hello.name, hello.estimator
         member.session = session
         member.acknowledged = member.cursor = hello.round
         member.is_finished = False

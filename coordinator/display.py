@@ -49,7 +49,7 @@ def status_line(status: Status, reason: str) -> Text:
 def status_view(status: Status) -> RenderableType:
     """What `status` shows: the run, its agents if there are several, then one row for each node."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("node", "name", "presence", "round", "digest", "loss", "up", "down"):
+    for title in ("node", "name", "estimator", "presence", "round", "digest", "loss", "up", "down"):
         table.add_column(
             title, justify="right" if title in ("node", "round", "loss", "up", "down") else "left"
         )
@@ -101,7 +101,17 @@ def _row(member: MemberStatus) -> tuple[str | Text, ...]:
     loss = "" if member.loss is None else f"{member.loss:.3f}"
     up, down = si_bytes(member.payload_bytes_up), si_bytes(member.payload_bytes_down)
     presence = "quarantined" if member.quarantined else member.presence
-    return (str(member.node), plain(member.name), presence, str(member.round), digest, loss, up, down)
+    return (
+        str(member.node),
+        plain(member.name),
+        member.estimator,
+        presence,
+        str(member.round),
+        digest,
+        loss,
+        up,
+        down,
+    )
 
 
 def simulation_view(result: SimulationResult, seconds: float) -> RenderableType:

@@ -10,7 +10,7 @@ iterated logarithm", Ann. Math. Statist. 41 (1970); here as in Howard et al., ar
 What this cannot see: codes of the right size with the wrong sign. Nobody but the node knows its loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -85,12 +85,15 @@ class Influence:
         self._positive, self._saturated, self._no_votes = _Count(), _Count(), _Count()
         self._found: set[tuple[int, str]] = set()
 
-    def observe(self, participants: Sequence[int], codes: NDArray[np.int8]) -> list[Finding]:
+    def observe(
+        self, participants: Sequence[int], codes: NDArray[np.int8], one_sided: Container[int] = ()
+    ) -> list[Finding]:
         """Take a round in; what is out of line with it for the first time.
 
         Args:
             participants: node numbers, ascending.
             codes: (participants × directions,) int8, as they were reported.
+            one_sided: nodes that said that they measure so, whatever the manifest's sides.
         """
         if not participants:
             return []
@@ -99,7 +102,10 @@ class Influence:
         votes = rows != NO_VOTE
         num_votes = votes.sum(1)
         self._no_votes.add(nodes, rows.shape[1] - num_votes, np.full(len(nodes), rows.shape[1]))
-        self._positive.add(nodes, (rows > 0).sum(1), ((rows != 0) & votes).sum(1))
+        if self._is_symmetric:
+            fair = np.array([node not in one_sided for node in participants])
+            signs = (rows != 0) & votes & fair[:, None]
+            self._positive.add(nodes, ((rows > 0) & signs).sum(1), signs.sum(1))
         saturated = (np.abs(rows, dtype=np.int16) == self._limit).sum(1)
         if np.median(saturated / np.maximum(num_votes, 1)) <= _UNUSUAL_ROUND:
             self._saturated.add(nodes, saturated, num_votes)

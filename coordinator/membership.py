@@ -74,6 +74,8 @@ class Member:
     key: bytes
     """(32,) bytes: the CURVE public key that is this node."""
     name: str
+    estimator: str = ""
+    """What it said that it measures slopes by; empty: as the manifest says, or not heard of yet."""
     presence: Presence = Presence.GONE
     session: bytes | None = None
     """Routing id of its connection; None while it is gone."""

@@ -41,7 +41,7 @@ from transport.meter import Count
 from transport.seals import Signer
 from transport.sockets import CoordinatorSocket, Sent
 from zo.commit import genesis
-from zo.manifest import Manifest
+from zo.manifest import Manifest, usual_estimator
 
 _LAST_WORD_S: Final = 1.0
 STATUS_EVERY_S: Final = 1.0
@@ -362,7 +362,8 @@ class Service:
                 self._send(agent, session, "Piece", encode(piece))
             case Persist(commit, frame, seal, nodes, reported):
                 ledger.append(commit, frame, seal)
-                findings = track.influence.observe(nodes, np.frombuffer(reported, np.int8))
+                one_sided = {each.node for each in track.conductor.present if each.estimator == "one-sided"}
+                findings = track.influence.observe(nodes, np.frombuffer(reported, np.int8), one_sided)
                 self._findings += [(agent, finding) for finding in findings]
             case Quarantine(node):
                 ledger.set_quarantined(node, True)
@@ -416,7 +417,11 @@ class Service:
             digest_round=conductor.replica.round,
             live=sum(m.presence is Presence.LIVE for m in conductor.present),
             members=[
-                _member_status(member, self._roster.is_quarantined(member.node))
+                _member_status(
+                    member,
+                    self._roster.is_quarantined(member.node),
+                    usual_estimator(conductor.manifest),
+                )
                 for member in conductor.members.values()
             ],
             loss=track.mean_loss(),
@@ -468,11 +473,12 @@ def _known_members(ledger: Ledger, before: Status | None) -> list[Member]:
     return members
 
 
-def _member_status(member: Member, is_quarantined: bool) -> MemberStatus:
+def _member_status(member: Member, is_quarantined: bool, usual: str) -> MemberStatus:
     return MemberStatus(
         node=member.node,
         name=member.name,
         key=member.key.hex(),
+        estimator=member.estimator or usual,
         presence=member.presence.value,
         round=member.acknowledged,
         digest_round=member.digest_round,

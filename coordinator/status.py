@@ -21,6 +21,8 @@ class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     key: str
     """Its public key, hexadecimal."""
+    estimator: str
+    """How it measures slopes."""
     presence: str
     round: int
     """Commits it is known to have applied in this session."""

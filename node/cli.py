@@ -27,6 +27,7 @@ from node.cli_app import (
     DpEpsilonOption,
     DpNoiseOption,
     DtypeOption,
+    EstimatorOption,
     LabelOption,
     MaxNewTokensOption,
     MixOption,
@@ -141,6 +142,7 @@ def join(
     dtype: DtypeOption = None,
     device: DeviceOption = AUTO,
     threads: ThreadsOption = None,
+    estimator: EstimatorOption = None,
     at_once: Annotated[
         int | None,
         typer.Option(
@@ -239,6 +241,10 @@ def join(
                 rehearsal = trainer.rehearse(at_once)
                 log({"rehearsal": asdict(rehearsal)})
                 err.print(f"probing: {rehearsal}", style="dim", highlight=False, soft_wrap=True)
+                chosen = trainer.choose_estimator(estimator, rehearsal)
+                log({"estimator": chosen})
+                if estimator is not None:
+                    err.print(f"estimator: {chosen}", style="dim", highlight=False, soft_wrap=True)
                 if rehearsal.warning:
                     _warn(rehearsal.warning)
                 if guard is None:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from node.base import BaseError
 from node.device import DeviceError
+from node.estimators import EstimatorError, Wanted
 from node.memory import OutOfMemoryError
 from node.privacy import Budget
 from node.quantization import QuantizationError
@@ -43,6 +44,7 @@ _EXIT_BY_ERROR: dict[type[Exception], Exit] = {
     KeyFileError: Exit.INPUT,
     QuantizationError: Exit.INPUT,
     ScoreError: Exit.INPUT,
+    EstimatorError: Exit.INPUT,
     DeviceError: Exit.INPUT,
     BaseError: Exit.BASE,
     OutOfMemoryError: Exit.MEMORY,
@@ -188,6 +190,16 @@ ScoreOption = Annotated[
         metavar="MODULE:FUNCTION",
         help="Your own (prompts, completions) -> scores, where the run's objective is a callable.",
         show_default=False,
+    ),
+]
+EstimatorOption = Annotated[
+    Wanted | None,
+    typer.Option(
+        "--estimator",
+        metavar="|".join(get_args(Wanted)),
+        help="How to measure slopes: from losses on both sides or on one, exactly by forward mode, or exactly by "
+        "backpropagation, which takes its memory; auto: what is best here, as measured.",
+        show_default="as the run says",
     ),
 ]
 ThreadsOption = Annotated[

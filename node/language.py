@@ -13,7 +13,9 @@ from node.adapter import Adapter, with_adapter
 from node.base import Base, BaseError, load_base
 from node.calibration import Row, calibrate
 from node.completions import read_completions
+from node.curvature import Curvature
 from node.data import Sequences, read_windows
+from node.estimators import FIRST_ORDER, EstimatorError, Wanted, check, choose, is_right
 from node.labelled import read_labelled
 from node.losses import evaluate
 from node.memory import PROBING, memory_explained
@@ -23,7 +25,7 @@ from node.privacy import Mechanism
 from node.probe import Probe, Probed
 from node.quantization import Form
 from node.records import DataError
-from node.rehearsal import Rehearsal, rehearse
+from node.rehearsal import Rehearsal, rehearse, try_out
 from node.scores import Score
 from node.start import start_of
 from node.tasks import Mix
@@ -31,7 +33,7 @@ from transport.adapter_files import Start
 from zo import kernels
 from zo.directions import Direction, run_key
 from zo.initial import initial_weights
-from zo.manifest import Manifest, Task
+from zo.manifest import Manifest, Task, usual_estimator
 from zo.spsa import one_sided, two_sided
 
 
@@ -63,7 +65,7 @@ class LanguageTrainer:
             threads: for the integer kernels; torch's are set when the base is loaded.
             start: directory of the PEFT adapter that the run starts from, if it does.
             score: the node's callable, if that is the run's objective.
-            warn: called if a score is not finite.
+            warn: called if a score is not finite, or slopes are measured otherwise from now on.
             mechanism: makes what is measured differentially private; None: it is as measured.
 
         Raises:
@@ -73,6 +75,7 @@ class LanguageTrainer:
         """
         kernels.set_threads(threads)
         self._manifest = manifest
+        self._warn = warn
         self._held_out = held_out
         self._objective = objective(manifest.task, base, windows, score, warn)
         if held_out is not None:
@@ -105,6 +108,56 @@ class LanguageTrainer:
         """Try noise and speed at the weights of round 0, and probe as was found from then on; see `rehearse`."""
         return rehearse(self._probe, self.initial_weights(), at_once)
 
+    @property
+    def estimator(self) -> str:
+        """How slopes are measured, where that is not as the run's manifest says; else empty."""
+        estimator = self._probe.estimator
+        return "" if estimator == usual_estimator(self._manifest) else estimator
+
+    @memory_explained("to probe", PROBING)
+    def choose_estimator(self, wanted: Wanted | None, rehearsal: Rehearsal) -> str:
+        """Measure slopes from now on as is wanted, or as is best here; which that is and why, in words.
+
+        Args:
+            wanted: by whom this node belongs to; None for the run's usual.
+            rehearsal: of the run's usual.
+
+        Raises:
+            EstimatorError: the run does not allow it, or it cannot be had here.
+        """
+        manifest, probe = self._manifest, self._probe
+        wanted = usual_estimator(manifest) if wanted is None else wanted
+        if probe.mechanism is not None:
+            if wanted not in ("auto", usual_estimator(manifest)):
+                raise EstimatorError(
+                    f"--dp-epsilon protects rows where slopes are measured as the run says, "
+                    f"{usual_estimator(manifest)}; got --estimator {wanted}"
+                )
+            wanted = usual_estimator(manifest)
+        check(wanted, manifest)
+        weights, why = self.initial_weights(), ""
+        if wanted == "auto":
+            has_gradient = manifest.task.objective == "cross-entropy"
+            tried = [each for each in FIRST_ORDER if has_gradient and each in manifest.probe.estimators]
+            trials = {each: try_out(probe, weights, each) for each in tried}
+            directions = manifest.probe.directions
+            wanted, why = choose(
+                usual_estimator(manifest), manifest.probe.estimators, trials, rehearsal, directions
+            )
+        elif wanted in FIRST_ORDER:
+            trial = try_out(probe, weights, wanted)
+            if trial.why_not:
+                raise EstimatorError(trial.why_not)
+            if not is_right(trial, rehearsal):
+                self._warn(
+                    f"exact slopes are off by {trial.error:.2g} from differences, where L+ - L- is "
+                    f"{rehearsal.signal:.2g}: this machine computes one of them wrongly"
+                )
+            why = f"{trial.seconds:.2g} s a round"
+        probe.estimator = wanted
+        probe.curvature = Curvature() if wanted == "one-sided" and manifest.probe.directions > 1 else None
+        return f"{wanted} ({why})" if why else wanted
+
     @memory_explained("to probe", PROBING)
     def calibrate(self, num_directions: int, progress: Callable[[int, int], None] | None = None) -> list[Row]:
         """How wrong slopes are at many epsilons, at the weights of round 0; see `node.calibration.calibrate`."""
@@ -129,7 +182,16 @@ class LanguageTrainer:
         walk_step: int = 0,
     ) -> Probed:
         """The codes of an agent's round."""
-        return self._probe.probe(weights, round, node, exponent, agent, walk_step)
+        before = self._probe.curvature
+        probed = self._probe.probe(weights, round, node, exponent, agent, walk_step)
+        self._tell_of(before, self._probe.curvature)
+        return probed
+
+    def _tell_of(self, before: Curvature | None, after: Curvature | None) -> None:
+        if before is None or after is None or before.needs_both_sides == after.needs_both_sides:
+            return
+        sides = "both sides from now on" if after.needs_both_sides else "one side again"
+        self._warn(f"{after.share:.0%} of the variance of one-sided slopes is curvature: measuring {sides}")
 
     @memory_explained("for the held-out data", PROBING)
     def evaluate(self, weights: NDArray[np.int32]) -> float | None:

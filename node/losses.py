@@ -81,6 +81,16 @@ def row_misses(model: torch.nn.Module, batch: AnyBatch) -> RowLosses:
     return _by_row((logits.argmax(1) != targets).float(), counts)
 
 
+def loss_with_graph(model: torch.nn.Module, batch: AnyBatch) -> torch.Tensor:
+    """Mean cross-entropy of a batch, of its tokens or labels, as a tensor that can be differentiated: ()."""
+    if isinstance(batch, LabelledBatch):
+        device = next(model.parameters()).device
+        ids, labels = (torch.from_numpy(each).to(device) for each in (batch.tokens, batch.labels))
+        return cross_entropy(_label_logits(model, batch, ids).float(), labels)
+    logits, targets, _ = _predicted(model, batch)
+    return cross_entropy(logits, targets)
+
+
 def label_logits(model: torch.nn.Module, batch: LabelledBatch) -> torch.Tensor:
     """(num_rows, num_labels) float32: what the head says of each row, or how likely each word is after it.
 
@@ -122,6 +132,12 @@ def _logits_at(model: torch.nn.Module, ids: torch.Tensor, positions: NDArray[np.
 def _token_logits(
     model: torch.nn.Module, batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.int64]]:
+    """As `_predicted`, without a graph."""
+    with torch.inference_mode():
+        return _predicted(model, batch)
+
+
+def _predicted(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.int64]]:
     """What the model says of the predicted tokens of all rows, one after the other.
 
     Every token is predicted from those before it in its row. What is predicted are the tokens marked in `batch.scored`,
@@ -137,16 +153,15 @@ def _token_logits(
         ids[:, :-1],
         ids[:, 1:],
     )  # the last token predicts nothing: its logits would be for nothing
-    with torch.inference_mode():
-        if batch.scored is None:  # no choice, and so no copy of what may be the largest of all activations
-            every = np.arange(read.shape[1])
-            logits = asked_together(model, lambda each, _: _logits_at(each, read, every).flatten(0, 1))
-            return logits.float(), predicted.flatten(), np.full(len(read), len(every))
-        scored = batch.scored[:, 1:]
-        columns = np.flatnonzero(scored.any(0))
-        chosen = torch.from_numpy(scored[:, columns]).to(device)
-        logits = asked_together(model, lambda each, _: _logits_at(each, read, columns)[chosen])
-        return logits.float(), predicted[:, torch.from_numpy(columns).to(device)][chosen], scored.sum(1)
+    if batch.scored is None:  # no choice, and so no copy of what may be the largest of all activations
+        every = np.arange(read.shape[1])
+        logits = asked_together(model, lambda each, _: _logits_at(each, read, every).flatten(0, 1))
+        return logits.float(), predicted.flatten(), np.full(len(read), len(every))
+    scored = batch.scored[:, 1:]
+    columns = np.flatnonzero(scored.any(0))
+    chosen = torch.from_numpy(scored[:, columns]).to(device)
+    logits = asked_together(model, lambda each, _: _logits_at(each, read, columns)[chosen])
+    return logits.float(), predicted[:, torch.from_numpy(columns).to(device)][chosen], scored.sum(1)
 
 
 def _by_row(each: torch.Tensor, counts: NDArray[np.int64]) -> RowLosses:

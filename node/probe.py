@@ -16,17 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from node.adapter import Adapter
+from node.curvature import EVERY, Curvature, observed
 from node.data import AnyBatch, Sequences, batch, stacked
 from node.frozen import Answers, frozen_backbone, once_per_batch
+from node.gradients import Gradients
 from node.losses import Objective, RowLosses, row_losses
 from node.privacy import Mechanism
 from node.stacked import side_by_side
 from zo import kernels
 from zo.codes import NO_VOTE, encode
-from zo.directions import Direction, RunKey
+from zo.directions import Direction, RunKey, stack
+from zo.manifest import Estimator
 from zo.replica import samples
 from zo.spsa import finite_mean, one_sided, two_sided
 from zo.walk import walk
+from zo.weights import to_float
 
 ROUNDING_STREAM = 1  # keeps the generator that rounds codes apart from the one that draws batches
 
@@ -55,6 +59,10 @@ class Probe:
     at_once: int
     """Directions whose views share one forward pass; 0: every view has a pass of its own. It decides how fast a probe
     is, and nothing else but the last digits of its losses."""
+    estimator: Estimator
+    """How slopes are measured. `sides` tells it at first; a node may choose another (`node.estimators`)."""
+    curvature: Curvature | None
+    """What is known of it, where one-sided slopes are watched for it and may become two-sided; None: they are not."""
 
     def __init__(
         self,
@@ -100,14 +108,22 @@ class Probe:
         self.directions = directions
         self.batch_size = batch_size
         self.seed = seed
-        self.sides = sides
+        self.estimator: Estimator = "one-sided" if sides == 1 else "two-sided"
+        self.curvature: Curvature | None = None
         self.local_steps = local_steps
         self.bits = bits
         self.objective = objective
         self.at_once = at_once
         self.mechanism = mechanism
+        self._gradients: Gradients | None = None
+        self._num_steps = 0
         self._forward_seconds = 0.0
         self._answers: Answers = deque(maxlen=1)  # a node with no more rows than a batch has only ever one
+
+    @property
+    def sides(self) -> int:
+        """Views of a direction, where slopes come from differences of losses."""
+        return 1 if self.estimator == "one-sided" else 2
 
     def probe(
         self,
@@ -135,7 +151,7 @@ class Probe:
         losses = []
 
         def measured(at: NDArray[np.int32], names: Sequence[Direction]) -> NDArray[np.int8]:
-            gradients, found = self._slopes(at, names)
+            gradients, found = self.slopes_along(at, names)
             losses.append(found)
             return encode(gradients, exponent, rng, self.bits)
 
@@ -155,25 +171,51 @@ class Probe:
 
         All of them at the same weights. Args as those of `probe`.
         """
-        slopes, losses = self._slopes(weights, self._names(round, node, agent))
+        slopes, losses = self.slopes_along(weights, self._names(round, node, agent))
         return slopes, finite_mean(losses)
 
     def _names(self, round: int, node: int, agent: int) -> list[Direction]:
         return [Direction(node, sample, agent) for sample in samples(round, self.directions)]
 
-    def _slopes(
+    def slopes_along(
         self, weights: NDArray[np.int32], names: Sequence[Direction]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The projected gradients along some directions, (n,), and the losses that they come from.
 
         Two-sided, g = (L(w + εz) − L(w − εz)) / 2ε on one batch per direction (Spall 1992, eq. 2.1, for a Rademacher
-        z); one-sided, `zo.spsa.one_sided` on the batch of the first.
+        z); one-sided, `zo.spsa.one_sided` on the batch of the first; forward, gᵀz on one batch per direction; backward,
+        gᵀz for the gradient g on the batch of the first.
         """
         if self.mechanism is not None:
             return self._private_slopes(self.mechanism, weights, names)
+        if self.estimator in ("forward", "backward"):
+            begin = perf_counter()
+            slopes, losses = self._exact_slopes(to_float(weights), names)
+            self._forward_seconds += perf_counter() - begin
+            return slopes, losses
+        if self.estimator == "one-sided" and self.curvature is not None:
+            self._num_steps += 1
+            if self.curvature.needs_both_sides or self._num_steps % EVERY == 1:
+                losses = self.losses(weights, names, 2, is_shared=True)
+                self.curvature = observed(self.curvature, losses)
+                return two_sided(losses, self.epsilon), losses.ravel()
         losses = self.losses(weights, names, self.sides)
         slopes = one_sided(losses[:, 0], self.epsilon) if self.sides == 1 else two_sided(losses, self.epsilon)
         return slopes, losses.ravel()
+
+    def _exact_slopes(
+        self, values: NDArray[np.float32], names: Sequence[Direction]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        if self._gradients is None:
+            self._gradients = Gradients(self.adapter)
+        if self.estimator == "backward":
+            loss, gradient = self._gradients.gradient(values, self.draw(names[0]))
+            return kernels.projections(gradient, self.key, stack(names)), np.array([loss])
+        found = [
+            self._gradients.slope(values, kernels.perturbation(self.key, name, values.size), self.draw(name))
+            for name in names
+        ]
+        return np.array([slope for _, slope in found]), np.array([loss for loss, _ in found])
 
     def losses(
         self,
@@ -181,6 +223,8 @@ class Probe:
         directions: Sequence[Direction],
         sides: int,
         epsilon: float | None = None,
+        *,
+        is_shared: bool | None = None,
     ) -> NDArray[np.float64]:
         """The losses at weights + εz and, if there are two sides, weights − εz of every direction: (n, sides).
 
@@ -189,18 +233,20 @@ class Probe:
             directions: the names of n directions z.
             sides: 2: each direction has a batch of its own; 1: all have the first one's.
             epsilon: another than the probe's.
+            is_shared: whether all have the first one's batch, whatever the sides.
         """
+        is_shared = sides == 1 if is_shared is None else is_shared
         found = []
         with once_per_batch(frozen_backbone(self.adapter), self._answers):
             for chunk in self._in_view(weights, directions, sides, epsilon):
-                batches = [self.draw(name if sides == 2 else directions[0]) for name in chunk]
+                batches = [self.draw(directions[0] if is_shared else name) for name in chunk]
                 found.append(self._measured(batches, sides).means(sides * len(chunk)).reshape(-1, sides))
         return np.concatenate(found)
 
     def _private_slopes(
         self, mechanism: Mechanism, weights: NDArray[np.int32], names: Sequence[Direction]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """As `_slopes`, with sums over rows that the mechanism draws, bounds and makes noisy.
+        """As `slopes_along`, with sums over rows that the mechanism draws, bounds and makes noisy.
 
         Each row has one loss, the mean over what is predicted in it. A sum is divided by how many rows are expected in
         a batch, not by how many there were. One-sided, a row's own mean over the directions is taken out of its losses

@@ -15,9 +15,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from node.estimators import FIRST_ORDER, EstimatorError, Trial
 from node.probe import Probe
 from node.stacked import frozen_layers
 from zo.directions import Direction
+from zo.manifest import Estimator
 
 MAX_DIRECTIONS: Final = 4
 """Tried for signal and noise."""
@@ -166,6 +168,41 @@ def rehearse(
         ratio=plain_s / best_s if best else 1.0,
         why_not=why_not,
     )
+
+
+def try_out(
+    probe: Probe,
+    weights: NDArray[np.int32],
+    estimator: Estimator,
+    clock: Callable[[], float] = perf_counter,
+) -> Trial:
+    """Measure a few slopes exactly and by differences, on the same batches.
+
+    Args:
+        probe: of the node; it is as before afterwards. Nothing of this is sent.
+        weights: int32 (size,): where.
+        estimator: forward or backward.
+        clock: in seconds.
+    """
+    assert estimator in FIRST_ORDER
+    steps = probe.local_steps
+    names = [Direction(0, sample) for sample in range(min(MAX_DIRECTIONS, probe.directions // steps))]
+    before, probe.estimator = probe.estimator, estimator
+    try:
+        probe.slopes_along(
+            weights, names[:1]
+        )  # the first time, memory is found and the base made differentiable
+        started = clock()
+        exact, _ = probe.slopes_along(weights, names)
+        took = clock() - started
+    except (EstimatorError, MemoryError) as error:
+        return Trial(seconds=float("inf"), error=float("inf"), why_not=str(error))
+    finally:
+        probe.estimator = before
+    losses = probe.losses(weights, names, 2, is_shared=estimator == "backward")
+    off = 2 * probe.epsilon * exact - (losses[:, 0] - losses[:, 1])
+    passes = probe.directions / len(names) if estimator == "forward" else steps
+    return Trial(seconds=took * passes, error=float(np.sqrt(np.mean(off**2))))
 
 
 def _difference(probe: Probe, weights: NDArray[np.int32]) -> float:

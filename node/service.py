@@ -53,6 +53,10 @@ class ProbeResult(Protocol):
 class Trainer(Protocol):
     """What can measure a loss at given weights: a model with private data, or a stand-in for it."""
 
+    @property
+    def estimator(self) -> str:
+        """How it measures slopes, where that is not as the manifest's `probe.sides` says; else empty."""
+
     def initial_weights(self) -> NDArray[np.int32]:
         """The weights of round 0."""
 
@@ -364,6 +368,7 @@ class NodeService:
             kept.load_download(),
             agent=agent,
             shares_loss=self._shares_loss,
+            estimator="" if self._trainer is None else self._trainer.estimator,
         )
 
     def _open(self, agent: int, manifest: Manifest) -> None:
@@ -375,7 +380,9 @@ class NodeService:
         if session.replica is None:
             self._begin(agent)
         assert self._work_per_s is not None
+        assert self._trainer is not None
         session.work_per_s = self._work_per_s
+        self._carry_out([(agent, effect) for effect in session.declare(self._trainer.estimator)])
         if is_first:
             self._carry_out(self._sessions.on_manifest(manifest))
 

@@ -58,6 +58,8 @@ class Hello(Message, frozen=True, tag=1):
     """Digest of the last of them (the chain's genesis before the first)."""
     name: Annotated[str, Meta(max_length=64)]
     """For people; nothing depends on it."""
+    estimator: Annotated[str, Meta(max_length=16)] = ""
+    """How the node measures slopes, where it chose; empty: as the manifest's `probe.sides` says."""
 
 
 class Report(Message, frozen=True, tag=2):
@@ -163,8 +165,8 @@ class Refuse(Message, frozen=True, tag=17):
     """The answer to a `Hello` that does not fit. The node stops and shows the reason."""
 
     cause: Annotated[str, Meta(max_length=32)]
-    """One word for programs: protocol, run, base, tokenizer, agent, fork, full, replaced, quarantined, invitation,
-    revoked, key."""
+    """One word for programs: protocol, run, base, tokenizer, agent, estimator, fork, full, replaced, quarantined,
+    invitation, revoked, key."""
     reason: Annotated[str, Meta(max_length=1024)]
 
 

@@ -61,7 +61,12 @@ _GREET_MAX_S: Final = 480.0
 _LOSS_MEMORY: Final = 0.9
 _FETCH_PATIENCE_S: Final = 600.0
 """A piece of 32 kB takes 220 s at 1.2 kbit/s."""
-_EXIT_BY_CAUSE: Final = {"base": Exit.BASE, "tokenizer": Exit.BASE, "agent": Exit.INPUT}
+_EXIT_BY_CAUSE: Final = {
+    "base": Exit.BASE,
+    "tokenizer": Exit.BASE,
+    "agent": Exit.INPUT,
+    "estimator": Exit.INPUT,
+}
 _TRACE_ROUNDS: Final = 64
 _TRACE_SIZE: Final = 2**18
 """Up to this many weights, a digest every round costs little: 1 ms."""
@@ -150,6 +155,7 @@ class Session:
         decode: Callable[[bytes], Entry] = decode_entry,
         agent: int = 0,
         shares_loss: bool = True,
+        estimator: str = "",
     ) -> None:
         """Start, or go on from what was saved.
 
@@ -163,9 +169,11 @@ class Session:
             decode: reads an entry of the ledger; a simulation of many nodes reads each only once.
             agent: whose track it is.
             shares_loss: whether the node's loss is sent if the run asks for it.
+            estimator: what this node has chosen; empty if nothing yet, or the run's.
         """
         self.agent = agent
         self._shares_loss = shares_loss
+        self._estimator = estimator
         self.stage = Stage.CONNECTING
         self.replica = saved[1] if saved else None
         self.download = download
@@ -274,6 +282,17 @@ class Session:
             return []
         return self._greet()
 
+    def declare(self, estimator: str) -> list[Effect]:
+        """The node has chosen how it measures: the coordinator is told, if it has not been.
+
+        Args:
+            estimator: empty for the run's.
+        """
+        if estimator == self._estimator:
+            return []
+        self._estimator = estimator
+        return [] if self.stage in (Stage.CONNECTING, Stage.ENDED) else self._greet()
+
     def on_probed(self, round: int, codes: NDArray[np.int8], loss: float, now: float) -> list[Effect]:
         """A probe that `next_probe` asked for is done.
 
@@ -351,7 +370,16 @@ class Session:
         round, head = 0, genesis(self._run, self.agent)
         if self.replica is not None:
             round, head = self.replica.round, self.replica.head
-        return Hello(PROTOCOL_VERSION, self._run, self._base, self._tokenizer, round, head, self._name)
+        return Hello(
+            PROTOCOL_VERSION,
+            self._run,
+            self._base,
+            self._tokenizer,
+            round,
+            head,
+            self._name,
+            self._estimator,
+        )
 
     def _welcome(self, welcome: Welcome, now: float) -> list[Effect]:
         manifest = self.manifest or self._saved_manifest

@@ -185,6 +185,38 @@ def perturbation(key: RunKey, direction: Direction, size: int, start: int = 0) -
     return out
 
 
+def projections(
+    vector: NDArray[np.float32], key: RunKey, directions: NDArray[np.uint32], start: int = 0
+) -> NDArray[np.float64]:
+    """Σ_j vector[j] × z_i[start + j] for each direction i, (n,) float64; no float z is ever made.
+
+    What comes of it is a node's own codes, not state: it is the reference's up to the rounding of float32 sums.
+
+    Args:
+        vector: (size,) float32, contiguous: a gradient, or a move.
+        key: of the run.
+        directions: (n, 3) uint32 of node, sample, agent (`directions.stack`).
+        start: where in the flat vector `vector` begins.
+
+    Raises:
+        ValueError: a wrong shape, dtype or range.
+    """
+    _check_vector("vector", vector, np.float32)
+    check_range(start, vector.size)
+    check_uint32(*key)
+    if directions.ndim != 2 or directions.shape[1] != 3 or directions.dtype != np.uint32:
+        raise ValueError(f"directions must be uint32 of (n, 3), got {directions.dtype} of {directions.shape}")
+    out = np.empty(len(directions), np.float64)
+    names = np.ascontiguousarray(directions)
+    _in_ranges(
+        lambda low, high: loops.projections(vector, *key, names[low:high], start, out[low:high]),
+        len(directions),
+        work_each=vector.size,
+        each=1,
+    )
+    return out
+
+
 def _check_vector(name: str, vector: NDArray[Any], dtype: type[np.generic], writable: bool = False) -> None:
     flags = vector.flags
     if (
@@ -212,8 +244,10 @@ def _in_pairs(
     _in_ranges(lambda low, high: loop(weights[low:high], other[low:high], shift), weights.size, PAIR_WORK)
 
 
-def _in_ranges(run: Callable[[int, int], None], size: int, work_each: int) -> None:
+def _in_ranges(run: Callable[[int, int], None], size: int, work_each: int, each: int = loops.TILE) -> None:
     """run(low, high) over 0..size, in one piece, or in several on as many threads as the work is worth.
+
+    Pieces are multiples of `each`.
 
     Threads live for one call: no pool to outlive a fork, no threading layer to share with torch. The loops
     release the GIL.
@@ -222,9 +256,9 @@ def _in_ranges(run: Callable[[int, int], None], size: int, work_each: int) -> No
     if num_threads <= 1:
         run(0, size)
         return
-    num_tiles = -(-size // loops.TILE)
+    num_tiles = -(-size // each)
     num_pieces = min(num_threads * PIECES_PER_THREAD, num_tiles)
-    edges = [min(num_tiles * i // num_pieces * loops.TILE, size) for i in range(num_pieces + 1)]
+    edges = [min(num_tiles * i // num_pieces * each, size) for i in range(num_pieces + 1)]
     pieces = deque(pairwise(edges))
 
     def work() -> None:

@@ -224,4 +224,61 @@ def perturbation(key0, key1, node, sample, agent, start, out):  # type: ignore[n
         skip = 0
 
 
-ALL: Final[tuple[Kernel, ...]] = (apply, follow, decay, perturbed, perturbation)
+@inlined
+def _sum_of_set(sums: Any, values: Any, words: Any, num_blocks: Any) -> None:
+    """sums[bit] += values[j] where bit j & 31 of its word is set; words (4, 32), values (4096,), sums (32,) float32.
+
+    Sums over 32 lanes of at most 128 values each: short ones, in float32.
+    """
+    zero = np.float32(0)
+    for block in range(num_blocks):
+        for lane in range(4):
+            word = words[lane, block]
+            at = (block * 4 + lane) * 32
+            part = values[at : at + 32]
+            for bit in range(32):
+                sums[bit] = sums[bit] + (part[bit] if word & _MASKS[bit] else zero)
+
+
+@kernel(
+    _array(types.float32),
+    *(types.int64, types.int64),
+    _array(types.uint32, 2),
+    types.int64,
+    _array(types.float64, readonly=False),
+)
+def projections(vector, key0, key1, directions, start, out):  # type: ignore[no-untyped-def]
+    """out[i] = Σ vector[j] z_i[start + j] = 2 Σ_{bit set} vector[j] − Σ vector[j]."""
+    n, size = directions.shape[0], vector.shape[0]
+    k0, k1 = _u32(key0), _u32(key1)
+    values, sums = np.empty(TILE, np.float32), np.empty(32, np.float32)
+    words = np.empty((4, LANES), np.uint32)
+    skip, done = start & _BLOCK_MASK, 0
+    block = start >> _BLOCK_SHIFT
+    total = np.float64(0)
+    for i in range(n):
+        out[i] = 0
+    while done < size:
+        count = min(TILE - skip, size - done)
+        num_blocks = (skip + count + _BLOCK_MASK) >> _BLOCK_SHIFT
+        for j in range(num_blocks * BITS_PER_BLOCK):
+            values[j] = 0
+        for j in range(count):
+            values[skip + j] = vector[done + j]
+            total += np.float64(vector[done + j])
+        for i in range(n):
+            name = directions[i]
+            _blocks(words, _u32(block), name[1], name[0], name[2], k0, k1)
+            for bit in range(32):
+                sums[bit] = 0
+            _sum_of_set(sums, values, words, num_blocks)
+            for bit in range(32):
+                out[i] += np.float64(sums[bit])
+        done += count
+        block += LANES
+        skip = 0
+    for i in range(n):
+        out[i] = 2 * out[i] - total
+
+
+ALL: Final[tuple[Kernel, ...]] = (apply, follow, decay, perturbed, perturbation, projections)

@@ -6,7 +6,7 @@ A node cannot set any of this, so it cannot diverge by a setting.
 
 import hashlib
 from collections.abc import Sequence
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -21,6 +21,9 @@ TaskKind = Literal["text", "completion", "verbalizer", "head"]
 TEXT_PLACE: Final = "{text}"
 DEFAULT_TEMPLATE: Final = "{text}\nAnswer:"
 Decay = Literal["constant", "linear", "cosine", "halving"]
+Estimator = Literal["two-sided", "one-sided", "forward", "backward"]
+"""How a node measures slopes: from losses on both sides, or on one; exactly by forward mode, or by a backward pass."""
+ESTIMATORS: Final[tuple[Estimator, ...]] = get_args(Estimator)
 Objective = Literal["cross-entropy", "accuracy", "token-f1", "exact-match", "callable"]
 GENERATED: Final[frozenset[Objective]] = frozenset({"token-f1", "exact-match", "callable"})
 """Objectives that judge what the model says after a prompt."""
@@ -338,6 +341,15 @@ class Probing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             "directions and follows their codes. The commit replays everyone's from the common weights.",
         ),
     ] = 1
+    estimators: Annotated[
+        tuple[Estimator, ...],
+        Meta(
+            min_length=1,
+            description="How nodes may measure slopes, each for itself: two-sided, one-sided, forward (exactly, by "
+            "forward mode) or backward (exactly, by backpropagation). Unless told otherwise, a node does as sides "
+            "says.",
+        ),
+    ] = ESTIMATORS
 
 
 class Coding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -499,6 +511,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 f"probe.local_steps = {self.probe.local_steps} must divide probe.directions = {self.probe.directions}: "
                 "every local step measures as many"
             )
+        usual = usual_estimator(self)
+        if self.probe.estimators and usual not in self.probe.estimators:
+            raise ValueError(
+                f"probe.estimators = {list(self.probe.estimators)!r} must name {usual!r}: probe.sides = "
+                f"{self.probe.sides} is what nodes do that are not told otherwise"
+            )
         if self.probe.sides == 1 and self.probe.directions == self.probe.local_steps:
             raise ValueError(
                 f"probe.sides = 1 needs probe.directions to be at least {2 * self.probe.local_steps}, got "
@@ -524,6 +542,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def run_id(self) -> bytes:
         """(16,) bytes, BLAKE2b-128 of the canonical bytes."""
         return run_id(self.encode())
+
+
+def usual_estimator(manifest: Manifest) -> Estimator:
+    """How nodes of a run measure slopes that are not told otherwise."""
+    return "one-sided" if manifest.probe.sides == 1 else "two-sided"
 
 
 def run_id(manifest_bytes: bytes) -> bytes:

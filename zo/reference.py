@@ -171,3 +171,24 @@ def perturbed(
     value = weights.astype(np.float32) * UNIT
     step = np.float32(epsilon) * perturbation(key, direction, weights.size, start).astype(np.float32)
     return value + step, value - step
+
+
+def projections(
+    vector: NDArray[np.float32], key: RunKey, directions: NDArray[np.uint32], start: int = 0
+) -> NDArray[np.float64]:
+    """Σ_j vector[j] × z_i[start + j] for each direction i, (n,) float64.
+
+    Args:
+        vector: (size,) float32.
+        key: of the run.
+        directions: (n, 3) uint32 of node, sample, agent.
+        start: where in the flat vector `vector` begins.
+
+    Raises:
+        ValueError: as `perturbation`.
+    """
+    values = vector.astype(np.float64)
+    return np.array(
+        [values @ perturbation(key, Direction(*name), vector.size, start) for name in directions.tolist()],
+        np.float64,
+    )

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
-import bitsandbytes as bnb
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 from benchmarks.recipes.course import Course, Show
 from benchmarks.recipes.problem import HeldOut, Problem, start
 from node.adapter import Adapter
-from node.data import AnyBatch, LabelledBatch, batch
+from node.data import batch
 from node.frozen import frozen_backbone, once_per_batch
+from node.gradients import hold_as_floats
+from node.losses import loss_with_graph
 
 FLOAT_BYTES: Final = 4
 
@@ -57,7 +57,7 @@ def first_order(problem: Problem, settings: FirstOrder, seed: int, show: Show) -
     for step in range(settings.steps):
         optimizer.param_groups[0]["lr"] = settings.rate * (1 - step / settings.steps)
         optimizer.zero_grad()
-        loss = _loss(adapter.model, batch(problem.pooled, size, seed, step))
+        loss = loss_with_graph(adapter.model, batch(problem.pooled, size, seed, step))
         torch.autograd.backward(loss)
         optimizer.step()
         course.reached(step + 1, num_bytes * (step + 1))
@@ -93,42 +93,10 @@ def mezo(problem: Problem, settings: Mezo, seed: int, show: Show) -> Course:
 
 def _trained(adapter: Adapter) -> list[torch.nn.Parameter]:
     """The parameters of the model that the flat vector holds, wanting gradients."""
-    _make_differentiable(adapter.model)
+    hold_as_floats(adapter.model)
     parameters = [
         adapter.model.get_parameter(adapter.path_of(each.name)) for each in adapter.layout.parameters
     ]
     for parameter in parameters:
         parameter.requires_grad_(True)
     return parameters
-
-
-def _make_differentiable(model: torch.nn.Module) -> None:
-    """Hold layers of 4 bit as the floats that they stand for.
-
-    On a CPU bitsandbytes 0.50 has no gradient for the fused kernel that it then computes them with, and torch goes on
-    with a wrong one.
-    """
-    for path, layer in list(model.named_modules()):
-        if isinstance(layer, bnb.nn.Linear4bit):
-            plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-            plain.weight = torch.nn.Parameter(
-                bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float(),
-                requires_grad=False,
-            )
-            plain.bias = layer.bias
-            owner, _, name = path.rpartition(".")
-            setattr(model.get_submodule(owner), name, plain)
-
-
-def _loss(model: Any, drawn: AnyBatch) -> torch.Tensor:
-    """Mean cross-entropy, as `node.losses` measures it, with a graph for the gradient."""
-    ids = torch.from_numpy(drawn.tokens)
-    if isinstance(drawn, LabelledBatch):
-        mask = torch.arange(ids.shape[1]) < torch.from_numpy(drawn.lengths)[:, None]
-        logits = model(input_ids=ids, attention_mask=mask.long()).logits
-        return cross_entropy(logits.float(), torch.from_numpy(drawn.labels))
-    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-    if drawn.scored is None:
-        return cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
-    chosen = torch.from_numpy(drawn.scored[:, 1:])
-    return cross_entropy(logits[chosen].float(), ids[:, 1:][chosen])

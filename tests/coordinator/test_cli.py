@@ -76,6 +76,8 @@ def test_init_says_what_it_made_and_what_comes_next(base, tmp_path):
         ([], 1, 0.001),
         (["--directions", 4, "--train", "B"], 1, 0.002),
         (["--directions", 3], 2, 0.001),
+        (["--estimators", "two-sided,backward"], 2, 0.001),
+        (["--directions", 8, "--local-steps", 4], 2, 0.001),
         (["--directions", 2, "--sides", 1, "--step", 0.5], 1, 0.5),
     ],
 )
@@ -107,6 +109,11 @@ def test_a_schedule_is_written_into_the_manifest(base, tmp_path, options, expect
         (["--sides", "3"], ("probe.sides = 3",)),
         (["--sides", "0"], ("probe.sides = 0",)),
         (["--full-votes", "0"], ("schedule.full_votes = 0",)),
+        (["--estimators", "magic"], ("probe.estimators",)),
+        (
+            ["--sides", "2", "--estimators", "forward"],
+            ("probe.estimators = ['forward'] must name 'two-sided'",),
+        ),
         (["--local-steps", "3"], ("probe.local_steps = 3 must divide probe.directions = 4",)),
         (["--sides", "1", "--directions", "1"], ("probe.sides = 1 needs probe.directions to be at least 2",)),
         (["--epsilon", "0"], ("probe.epsilon = 0.0",)),

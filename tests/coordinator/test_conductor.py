@@ -200,6 +200,11 @@ def test_long_histories_come_in_several_messages(start):
             f"this node's tokenizer has digest {'00' * 16}, the run's has 7070",
         ),
         (
+            "estimator",
+            {"estimator": "magic"},
+            "this node measures slopes by 'magic'; this run allows two-sided, one-sided, forward, backward",
+        ),
+        (
             "fork",
             {"round": 3, "head": bytes(16)},
             "state at round 3 is not part of this ledger, which is at round 0",
@@ -217,6 +222,16 @@ def test_a_hello_that_does_not_fit_is_refused_with_the_reason(start, cause, chan
     assert run.noted("refused") == [f"n0: {refusal.reason}"]
     assert not run.enrolled
     assert not run.conductor.members
+
+
+def test_what_a_node_measures_by_is_known_and_what_the_run_forbids_is_refused(start):
+    run = start(estimators=("two-sided", "backward"))
+    run.hello(0, estimator="backward")
+    run.hello(1)
+    assert [run.conductor.members[node].estimator for node in (0, 1)] == ["backward", ""]
+    (refusal,) = run.hello(2, estimator="forward")
+    assert refusal.cause == "estimator"
+    assert "allows two-sided, backward: choose one of them with --estimator" in refusal.reason
 
 
 def test_a_full_run_refuses_new_nodes_and_welcomes_old_ones(start):

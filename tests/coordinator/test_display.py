@@ -17,6 +17,7 @@ MEMBER = msgspec.convert(
         **dict.fromkeys(MemberStatus.__struct_fields__, 0),
         "name": "ada",
         "key": "ab" * 32,
+        "estimator": "backward",
         "presence": "live",
         "round": 8,
         "digest_round": 8,
@@ -54,7 +55,7 @@ def test_status_says_whose_weights_differed_and_from_where():
     lines = seen(
         status_view(changed(members=[member], alerts=["round 8: node 0 (a\x1bb): first different after 5"]))
     )
-    assert any("ada" in line and "quarantined" in line for line in lines)
+    assert any("ada" in line and "backward" in line and "quarantined" in line for line in lines)
     assert lines[-1] == "round 8: node 0 (a\ufffdb): first different after 5"
 
 

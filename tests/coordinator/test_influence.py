@@ -114,6 +114,16 @@ def test_one_sided_slopes_have_no_symmetry_to_test():
     assert set(play(change, sides=2, rounds=200)) == {2}
 
 
+def test_of_a_node_that_measures_one_sided_in_a_two_sided_run_signs_say_nothing():
+    rng, influence = np.random.default_rng(0), Influence(2)
+    found = []
+    for _ in range(200):
+        codes = honest(rng, len(NODES), 16)
+        codes[[2, 5]] = np.abs(codes[[2, 5]])
+        found += influence.observe(NODES, codes.ravel(), one_sided={2})
+    assert {finding.node for finding in found} == {5}
+
+
 def test_nodes_come_and_go():
     influence, rng = Influence(2), np.random.default_rng(0)
     assert influence.observe((), np.zeros(0, np.int8)) == []

@@ -41,7 +41,7 @@ ID_HEX = "c4 10" + ID.hex()
 KEY = bytes(range(32))
 
 FROM_NODE = [
-    (Hello(1, ID, ID, ID, 3, ID, "ada"), f"98 01 01 {ID_HEX} {ID_HEX} {ID_HEX} 03 {ID_HEX} a3 616461"),
+    (Hello(1, ID, ID, ID, 3, ID, "ada"), f"99 01 01 {ID_HEX} {ID_HEX} {ID_HEX} 03 {ID_HEX} a3 616461 a0"),
     (Report(round=9, codes=b"\x01\xff"), "93 02 09 c4 02 01 ff"),
     (Progress(300, ID, None), f"94 03 cd012c {ID_HEX} c0"),
     (Progress(300, ID, 4770), f"94 03 cd012c {ID_HEX} cd12a2"),

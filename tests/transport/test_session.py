@@ -345,6 +345,20 @@ def test_a_report_is_packed_as_the_manifest_says(make_manifest, bits, packed):
     assert rig.session.on_probed(0, codes, 1.0, 0.0) == [Transmit(Report(0, packed))]
 
 
+def test_an_estimator_that_is_chosen_is_said_once_and_on_every_connection(rig):
+    rig.in_stage(Stage.FOLLOWING)
+    hello = msgspec.structs.replace(rig.hello().message, estimator="backward")
+    assert rig.session.declare("backward") == [Transmit(hello)]
+    assert rig.session.stage is Stage.GREETING
+    assert rig.session.declare("backward") == []
+    rig.get(rig.welcome())
+    rig.session.on_link_down()
+    assert rig.session.on_link_up() == [Transmit(hello)]
+    rig.session.on_link_down()
+    assert rig.session.declare("") == []  # said when there is a connection
+    assert rig.session.on_link_up() == [rig.hello()]
+
+
 def test_a_report_is_sent_again_on_a_new_connection(reported):
     session = reported.session
     session.on_link_down()

@@ -1,5 +1,6 @@
 """The fast kernels against the reference, bit for bit, and what must not change a bit."""
 
+import re
 import threading
 from itertools import pairwise
 
@@ -261,3 +262,34 @@ def test_moving_towards_what_does_not_fit_is_refused(move):
     ):
         with pytest.raises(ValueError, match=words):
             move(weights, other, shift)
+
+
+@pytest.mark.parametrize("start", [0, 1, 130, 4095, 2**32 * 128 - 12_345])
+@pytest.mark.parametrize("size", [0, 1, 33, 129, 4097, 12_345])
+def test_projections_equal_the_reference_but_for_the_rounding_of_sums(monkeypatch, size, start):
+    rng = np.random.default_rng(size)
+    vector = rng.standard_normal(size).astype(np.float32)
+    directions = rng.integers(0, 2**32, (5, 3), dtype=np.uint32)
+    expected = reference.projections(vector, KEY, directions, start)
+    found = kernels.projections(vector, KEY, directions, start)
+    assert np.allclose(found, expected, rtol=0, atol=1e-5 * max(np.sqrt(size), 1))
+    monkeypatch.setattr(kernels, "WORK_PER_THREAD", 1)
+    kernels.set_threads(3)
+    assert np.array_equal(kernels.projections(vector, KEY, directions, start), found)
+
+
+@pytest.mark.parametrize(
+    ("vector", "directions", "words"),
+    [
+        (
+            np.zeros(8, np.float64),
+            np.zeros((1, 3), np.uint32),
+            "vector must be a contiguous vector of float32",
+        ),
+        (np.zeros(8, np.float32), np.zeros((1, 2), np.uint32), "directions must be uint32 of (n, 3)"),
+        (np.zeros(8, np.float32), np.zeros((1, 3), np.int64), "directions must be uint32 of (n, 3)"),
+    ],
+)
+def test_projections_refuse_other_arrays(vector, directions, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        kernels.projections(vector, KEY, directions)
