@@ -23,6 +23,7 @@ from transport.ticket import parse_ticket
 from zo.codes import NO_VOTE, encode
 from zo.directions import Direction, run_key
 from zo.manifest import Manifest
+from zo.naming import naming
 from zo.replica import samples
 from zo.spsa import finite_mean, projected_gradients
 from zo.walk import walk
@@ -98,7 +99,7 @@ class LogisticTrainer:
             losses.append(loss)
             return encode(gradients, exponent, rng, self._manifest.codes.bits)
 
-        names = [Direction(node, sample, agent) for sample in samples(round, probing.directions)]
+        names = naming(self._manifest).of_round(node, samples(round, probing.directions), agent)
         codes = walk(measured, weights, key, names, probing.local_steps, walk_step)
         return Probed(codes, finite_mean(np.array(losses)))
 

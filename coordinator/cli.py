@@ -50,12 +50,15 @@ from zo.manifest import (
     Agents,
     BaseModel,
     Coding,
+    Combination,
     Decay,
+    Directions,
     Estimator,
     Manifest,
     ManifestError,
     Objective,
     Parity,
+    Policy,
     Probing,
     Run,
     Schedule,
@@ -72,6 +75,8 @@ _STEPS = {"B": 0.002, "AB": 0.001}
 _ONE_SIDED_FROM = 4
 """Directions; with fewer, too much is lost to the mean of them that each is compared with."""
 _RANK = 4
+_GROUPS = 4
+_TRIM = 25
 _ALPHA = 8.0
 
 _OTHER_FILES: Final = 128
@@ -158,6 +163,33 @@ def init(
             metavar="X",
             help="How far a direction moves the weights; with --raw, the learning rate.",
             show_default="0.001; 0.002 if only B is trained",
+        ),
+    ] = None,
+    policy: Annotated[
+        Policy,
+        typer.Option(
+            metavar="|".join(get_args(Policy)),
+            help="Nodes measure directions of their own, or all the same, or the same within a group; codes for the "
+            "same direction are combined.",
+        ),
+    ] = "private",
+    groups: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Of the policy groups: how many.", show_default=str(_GROUPS)),
+    ] = None,
+    combine: Annotated[
+        Combination,
+        typer.Option(
+            metavar="|".join(get_args(Combination)),
+            help="How codes for the same direction become one; majority is of their signs.",
+        ),
+    ] = "mean",
+    trim: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PERCENT",
+            help="Of the trimmed mean: what it leaves out at either end.",
+            show_default=str(_TRIM),
         ),
     ] = None,
     full_votes: Annotated[
@@ -421,6 +453,12 @@ def init(
                         layout_digest=layout.digest().hex(),
                     ),
                     agents=Agents(count=agents, assignment=assignment),
+                    directions=Directions(
+                        policy=policy,
+                        groups=(_GROUPS if policy == "groups" else 1) if groups is None else groups,
+                        combine=combine,
+                        trim=(_TRIM if combine == "trimmed" else 0) if trim is None else trim,
+                    ),
                     probe=Probing(
                         epsilon=_EPSILON if epsilon is None else epsilon,
                         directions=directions,

@@ -33,13 +33,15 @@ from coordinator.history import (
     records,
     take_back,
     took_part,
+    whose,
 )
 from coordinator.ledger import Ledger
 from coordinator.rundir import RunDirectory
 from coordinator.simulation import Scenario, virtual
 from coordinator.simulation import simulate as run_simulation
 from transport.exits import Exit
-from zo.manifest import Manifest
+from zo.directions import GROUP_0
+from zo.manifest import MAX_GROUPS, Manifest
 
 
 @app.command(
@@ -199,7 +201,20 @@ def rollback(
 @app.command(short_help="Take back what some nodes did.", epilog=epilog("zo-coordinator retract my-run 3"))
 def retract(
     run: RunArgument,
-    nodes: Annotated[list[int], typer.Argument(metavar="NODE...", help="Node numbers, from `status`.")],
+    nodes: Annotated[
+        list[int] | None,
+        typer.Argument(metavar="[NODE]...", help="Node numbers, from `status`.", show_default=False),
+    ] = None,
+    group: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="G",
+            help="A group whose nodes share directions; may be repeated.",
+            min=0,
+            max=MAX_GROUPS - 1,
+            show_default=False,
+        ),
+    ] = None,
     since: Annotated[int, typer.Option("--from", metavar="ROUND", help="Only from this round on.")] = 0,
     agent: AgentOption = None,
 ) -> None:
@@ -213,18 +228,21 @@ def retract(
         directory = RunDirectory(run)
         manifest = directory.manifest()
         with directory.lock(), directory.ledger(manifest) as ledger:
+            voices = [*(nodes or []), *(GROUP_0 + each for each in group or [])]
+            if not voices:
+                raise HistoryError("name at least one node, or --group; `rollback` takes back everything")
             tracks = [ledger.track(each) for each in agents_meant(manifest, agent)]
-            trained = [track for track in tracks if took_part(track, nodes, since)]
+            trained = [track for track in tracks if took_part(track, voices, since)]
             for track in trained or tracks[:1]:  # which says that there is nothing to take back
-                _take_back(directory, manifest, track, since, nodes)
+                _take_back(directory, manifest, track, since, voices)
 
 
 def _take_back(
-    directory: RunDirectory, manifest: Manifest, ledger: Ledger, first: int, nodes: list[int]
+    directory: RunDirectory, manifest: Manifest, ledger: Ledger, first: int, voices: list[int]
 ) -> None:
-    entry, replica = take_back(directory, manifest, ledger, first, nodes)
-    whose = f" of node {', '.join(map(str, entry.nodes))}" if entry.nodes else ""
-    text = f"took back rounds {entry.first} to {entry.last - 1}{whose}"
+    entry, replica = take_back(directory, manifest, ledger, first, voices)
+    part = f" of {whose(entry.nodes)}" if entry.nodes else ""
+    text = f"took back rounds {entry.first} to {entry.last - 1}{part}"
     ledger.note(entry.round, "retracted" if entry.nodes else "rolled-back", None, text)
     which = f"agent {ledger.agent}, " if manifest.agents.count > 1 else ""
     out.print(f"{which}round {entry.round}: {text}", highlight=False)

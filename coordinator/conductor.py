@@ -51,9 +51,10 @@ from transport.messages import (
     Welcome,
 )
 from zo.codes import UNIT_BY_BITS
+from zo.combine import combined
 from zo.commit import Commit, chain_digest
 from zo.manifest import Manifest
-from zo.packing import pack, unpack
+from zo.packing import bits_of_commits, pack, unpack
 from zo.replica import Replica
 from zo.steps import Scale, step_rule
 
@@ -527,16 +528,17 @@ class Conductor:
         closed = self._round
         late = {} if self._exponent_before != self.exponent else closed.late_by_node
         codes_by_node = {**late, **closed.codes_by_node}
-        participants = tuple(sorted(codes_by_node))
-        reported = b"".join(codes_by_node[node] for node in participants)
-        codes, notes = self._capped(participants, reported)
+        nodes = tuple(sorted(codes_by_node))
+        reported = b"".join(codes_by_node[node] for node in nodes)
+        counted, notes = self._capped(nodes, reported)
+        participants, codes = combined(nodes, counted, self.manifest)
         step, scale = self._rule.advance(self._scale, closed.number, codes)
         commit = Commit(
             closed.number,
             (step,),
             (scale.exponent,),
             participants,
-            pack(codes, self.manifest.codes.bits),
+            pack(codes, bits_of_commits(self.manifest)),
             self.replica.head,
             tuple(sorted(late)),
         )
@@ -546,7 +548,7 @@ class Conductor:
         frame = commit.encode()
         head = chain_digest(frame)
         seal = b"" if self._seal is None else self._seal(closed.number + 1, head)
-        effects.append(Persist(commit, frame, seal, participants, reported))
+        effects.append(Persist(commit, frame, seal, nodes, reported))
         effects.extend(notes)
         self._unsettled = commit, frame
         missing = awaited - closed.codes_by_node.keys()

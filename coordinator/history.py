@@ -19,7 +19,9 @@ from coordinator.rundir import RunDirectory, RunDirectoryError
 from transport.durable import agent_folder, write_atomically
 from zo.codes import NO_VOTE
 from zo.commit import Commit, Entry, Revert, genesis
+from zo.directions import GROUP_0, MAX_NODE
 from zo.manifest import Manifest
+from zo.naming import naming, spoken
 from zo.packing import codes_of
 from zo.replica import Replica
 from zo.snapshot import encode_snapshot
@@ -72,18 +74,17 @@ def records(ledger: Ledger, manifest: Manifest, first: int, last: int) -> Iterat
 
 def _entry_record(entry: Entry, digest: str | None, manifest: Manifest) -> LogRecord:
     if isinstance(entry, Revert):
-        whose = f"of node {', '.join(map(str, entry.nodes))}" if entry.nodes else "of everyone"
-        text = f"takes back rounds {entry.first} to {entry.last - 1} {whose}"
+        part = f"of {whose(entry.nodes)}" if entry.nodes else "of everyone"
+        text = f"takes back rounds {entry.first} to {entry.last - 1} {part}"
         return LogRecord(round=entry.round, kind="revert", text=text, digest=entry.digest.hex())
     codes = codes_of(entry, manifest)
     votes = codes[codes != NO_VOTE].astype(np.float64)
     rms = float(np.sqrt(np.mean(votes**2))) if votes.size else None
-    who = " ".join(f"{node}{'*' if node in entry.late else ''}" for node in entry.participants)
     shown = "" if rms is None else f", RMS {rms:.1f}"
     return LogRecord(
         round=entry.round,
         kind="commit",
-        text=f"nodes {who}: {codes.size} codes{shown}, step {entry.steps[0]}",
+        text=f"{_heard(entry)}: {codes.size} codes{shown}, step {entry.steps[0]}",
         participants=entry.participants,
         late=entry.late,
         step=entry.steps[0],
@@ -92,6 +93,20 @@ def _entry_record(entry: Entry, digest: str | None, manifest: Manifest) -> LogRe
         no_votes=int(codes.size - votes.size),
         digest=digest,
     )
+
+
+def whose(voices: Sequence[int]) -> str:
+    """Some participants of commits, in words."""
+    if all(voice <= MAX_NODE for voice in voices):
+        return f"node {', '.join(map(str, voices))}"
+    return ", ".join(map(spoken, voices))
+
+
+def _heard(commit: Commit) -> str:
+    if all(voice <= MAX_NODE for voice in commit.participants):
+        marks = ("*" if node in commit.late else "" for node in commit.participants)
+        return f"nodes {' '.join(f'{node}{mark}' for node, mark in zip(commit.participants, marks, strict=True))}"
+    return whose(commit.participants)
 
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,16 +156,16 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def take_back(
-    directory: RunDirectory, manifest: Manifest, ledger: Ledger, first: int, nodes: Sequence[int]
+    directory: RunDirectory, manifest: Manifest, ledger: Ledger, first: int, voices: Sequence[int]
 ) -> tuple[Revert, Replica]:
-    """Append the entry that takes back everything from round `first` on, of all or of some nodes, of one agent.
+    """Append the entry that takes back everything from round `first` on, of all or of some participants, of one agent.
 
     Args:
         directory: of the run, locked by the caller.
         manifest: of the run.
         ledger: the agent's.
         first: the first round to take back.
-        nodes: whose part; empty for everyone's.
+        voices: whose part, participants of commits; empty for everyone's.
 
     Returns:
         The entry, durable, and the replica after it.
@@ -171,14 +186,12 @@ def take_back(
         raise HistoryError(
             f"the ledger has {total} rounds: from round {first} on there is nothing to take back"
         )
-    unknown = set(nodes) - {each.node for each in ledger.nodes()}
-    if unknown:
-        raise HistoryError(f"no node {min(unknown)} has ever joined; `zo-coordinator status` lists them")
+    _check_known(manifest, ledger, voices)
     signer = directory.signer(manifest)
     replica = directory.state_at(total, manifest, ledger)
-    if nodes and not took_part(ledger, nodes, first):
-        raise HistoryError(f"node {', '.join(map(str, nodes))} took part in no round from {first} on")
-    entry = replica.revert(first, total, tuple(sorted(set(nodes))), ledger.entries)
+    if voices and not took_part(ledger, voices, first):
+        raise HistoryError(f"{whose(voices)} took part in no round from {first} on")
+    entry = replica.revert(first, total, tuple(sorted(set(voices))), ledger.entries)
     replica.apply(entry, history=ledger.entries)
     seal = (
         b""
@@ -197,10 +210,32 @@ def take_back(
     return entry, replica
 
 
-def took_part(ledger: Ledger, nodes: Sequence[int], first: int) -> bool:
-    """Whether any of these nodes has codes in an agent's rounds from `first` on. Raises LedgerError."""
+def _check_known(manifest: Manifest, ledger: Ledger, voices: Sequence[int]) -> None:
+    policy = manifest.directions
+    if not policy.are_combined:
+        if unknown := set(voices) - {each.node for each in ledger.nodes()}:
+            if min(unknown) > MAX_NODE:
+                raise HistoryError("this run has no groups: name nodes")
+            raise HistoryError(f"no node {min(unknown)} has ever joined; `zo-coordinator status` lists them")
+        return
+    for voice in voices:
+        if voice <= MAX_NODE:
+            group = naming(manifest).voice(voice)
+            which = f"--group {group - GROUP_0}" if policy.policy == "groups" else "`rollback`"
+            raise HistoryError(
+                f"the codes of node {voice} are combined with those of others, and its part cannot be taken back; take "
+                f"back that of all with {which}"
+            )
+        try:
+            naming(manifest).check([voice])
+        except ValueError as error:
+            raise HistoryError(str(error)) from error
+
+
+def took_part(ledger: Ledger, voices: Sequence[int], first: int) -> bool:
+    """Whether any of these participants has codes in an agent's rounds from `first` on. Raises LedgerError."""
     return any(
-        isinstance(entry, Commit) and not set(nodes).isdisjoint(entry.participants)
+        isinstance(entry, Commit) and not set(voices).isdisjoint(entry.participants)
         for entry in ledger.entries(min(first, ledger.num_commits()))
     )
 

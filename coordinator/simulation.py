@@ -251,8 +251,8 @@ class _World:
                 node = self.node_by_session.get(session)
                 if node is not None:
                     self._deliver(node, address(frame, agent))
-            case Persist(commit=commit, frame=frame):
-                self._persist(self.tracks[agent], commit, frame)
+            case Persist(commit=commit, frame=frame, nodes=nodes):
+                self._persist(self.tracks[agent], commit, frame, len(nodes))
             case PersistCheckpoint(round, digest, scale):
                 self.tracks[agent].checkpoint(round, digest, scale)
             case Enrol(node_number, key, name):
@@ -267,9 +267,9 @@ class _World:
                 if node_number is not None:
                     self.tracks[agent].note(kind, node_number)
 
-    def _persist(self, track: VirtualTrack, commit: Commit, frame: bytes) -> None:
+    def _persist(self, track: VirtualTrack, commit: Commit, frame: bytes, num_reports: int) -> None:
         track.persist(commit, frame, self.now)
-        self.counted += len(commit.participants)
+        self.counted += num_reports
         self.late += len(commit.late)
         scenario = self.scenario
         done = min(len(each.frames) for each in self.tracks)

@@ -34,6 +34,7 @@ from zo import kernels
 from zo.directions import Direction, run_key
 from zo.initial import initial_weights
 from zo.manifest import Manifest, Task, usual_estimator
+from zo.naming import naming
 from zo.spsa import one_sided, two_sided
 
 
@@ -93,6 +94,7 @@ class LanguageTrainer:
             sides=manifest.probe.sides,
             local_steps=manifest.probe.local_steps,
             bits=manifest.codes.bits,
+            naming=naming(manifest),
             objective=self._objective,
             mechanism=mechanism,
         )

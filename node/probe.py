@@ -27,6 +27,7 @@ from zo import kernels
 from zo.codes import NO_VOTE, encode
 from zo.directions import Direction, RunKey, stack
 from zo.manifest import Estimator
+from zo.naming import PRIVATE, Naming
 from zo.replica import samples
 from zo.spsa import finite_mean, one_sided, two_sided
 from zo.walk import walk
@@ -77,6 +78,7 @@ class Probe:
         sides: int = 2,
         local_steps: int = 1,
         bits: int = 8,
+        naming: Naming = PRIVATE,
         objective: Objective = row_losses,
         at_once: int = 0,
         mechanism: Mechanism | None = None,
@@ -96,6 +98,7 @@ class Probe:
             local_steps: in which a round's directions are measured, each where the codes of those before lead
                 (`zo.walk`); divides `directions`.
             bits: of a code.
+            naming: of the run's directions.
             objective: what the loss is; `node.objectives.objective` gives that of a task.
             at_once: see the attribute.
             mechanism: makes slopes differentially private; None: they are as measured. With it batches and noise are
@@ -112,6 +115,7 @@ class Probe:
         self.curvature: Curvature | None = None
         self.local_steps = local_steps
         self.bits = bits
+        self.naming = naming
         self.objective = objective
         self.at_once = at_once
         self.mechanism = mechanism
@@ -175,7 +179,7 @@ class Probe:
         return slopes, finite_mean(losses)
 
     def _names(self, round: int, node: int, agent: int) -> list[Direction]:
-        return [Direction(node, sample, agent) for sample in samples(round, self.directions)]
+        return self.naming.of_round(node, samples(round, self.directions), agent)
 
     def slopes_along(
         self, weights: NDArray[np.int32], names: Sequence[Direction]

@@ -430,13 +430,15 @@ class NodeService:
         if applied.own_codes and agent in self._reported_at:
             self.view.lag_s = time.monotonic() - self._reported_at[agent]
         self.view.num_late += applied.was_late
-        self.view.members = len(applied.commit.participants)
+        assert self._manifest is not None
+        tells = not self._manifest.directions.are_combined
+        self.view.members = len(applied.commit.participants) if tells else 0
         self._log(
             {
                 "agent": agent,
                 "round": applied.commit.round,
                 "loss": self._sessions.by_agent[agent].loss,
-                "members": self.view.members,
+                "members": self.view.members if tells else None,
                 "counted": applied.own_codes,
                 **self._bytes(),
             }

@@ -47,7 +47,18 @@ def make_manifest() -> MakeManifest:
             schedule=Schedule(step=0.02, decay="linear", smoothing=3, first_exponent=-4),
             parity=Parity(digest_every=4, share_loss=True),
         )
-        for section in ("run", "base", "task", "adapter", "agents", "probe", "codes", "schedule", "parity"):
+        for section in (
+            "run",
+            "base",
+            "task",
+            "adapter",
+            "agents",
+            "directions",
+            "probe",
+            "codes",
+            "schedule",
+            "parity",
+        ):
             struct = getattr(manifest, section)
             mine = {name: given.pop(name) for name in struct.__struct_fields__ if name in given}
             manifest = msgspec.structs.replace(manifest, **{section: msgspec.structs.replace(struct, **mine)})

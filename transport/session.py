@@ -46,6 +46,7 @@ from transport.messages import (
 from transport.seals import is_sealed
 from zo.commit import Commit, Entry, decode_entry, genesis
 from zo.manifest import Manifest, ManifestError, decode_manifest, run_id
+from zo.naming import naming
 from zo.packing import codes_of, pack
 from zo.replica import ChainError, HistoryNeeded, Replica
 from zo.snapshot import SnapshotError, decode_snapshot
@@ -120,7 +121,7 @@ class Applied(msgspec.Struct, frozen=True):
 
     commit: Commit
     own_codes: bool
-    """Whether this node's codes are in it."""
+    """Whether this node's codes are in it, as far as it can tell: where codes are combined, that it reported some."""
     was_late: bool
     """Whether this node had reported for it, in vain."""
 
@@ -578,10 +579,19 @@ class Session:
 
     def _applied(self, commit: Commit) -> Applied:
         reported = self._report is not None and self._report[0] <= commit.round
-        own = self.node in commit.participants and self.node not in commit.late
+        own = self._is_in(commit)
         if reported:
             self._forget_report()
         return Applied(commit, own, reported and not own)
+
+    def _is_in(self, commit: Commit) -> bool:
+        """Whether the commit has this node's codes."""
+        if self.node is None or self.manifest is None or self.node in commit.late:
+            return False
+        policy = self.manifest.directions
+        is_heard = naming(self.manifest).voice(self.node) in commit.participants
+        has_reported = self._report is not None and self._report[0] == commit.round
+        return is_heard and (has_reported or not policy.are_combined)
 
     def _finished(self, round: int, digest: bytes) -> list[Effect]:
         replica, manifest = self.replica, self.manifest

@@ -10,7 +10,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from zo.directions import MAX_NODE
+from zo.directions import INITIAL, MAX_NODE, SHARED
 
 DIGEST_BYTES: Final = 16
 COMMIT_TAG: Final = 18
@@ -30,7 +30,7 @@ class Commit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     exponents: tuple[int, ...]
     """Exponents for the codes of the *next* round, one per class."""
     participants: tuple[int, ...]
-    """Node numbers, ascending."""
+    """Ascending: node numbers, or the reserved ones of directions that nodes share (`naming.Naming.voice`)."""
     codes: bytes
     """Packed (`packing.codes_of`): the same number for every participant, in the order of participants and of their
     samples."""
@@ -55,10 +55,7 @@ class Commit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
             raise ValueError(f"step must be within 0 and {STEP_MAX}, got {self.steps[0]}")
         if not -64 <= self.exponents[0] <= 63:
             raise ValueError(f"exponent must be within -64 and 63, got {self.exponents[0]}")
-        if self.participants and not 0 <= min(self.participants) <= max(self.participants) <= MAX_NODE:
-            raise ValueError(f"participants must be within 0 and {MAX_NODE}, got {self.participants}")
-        if not _is_ascending(self.participants):
-            raise ValueError(f"participants must be ascending and distinct, got {self.participants}")
+        _check_voices("participants", self.participants)
         if self.late and not (_is_ascending(self.late) and set(self.late) <= set(self.participants)):
             raise ValueError(f"late must be ascending participants, got {self.late}")
         if self.late and self.round == 0:
@@ -92,7 +89,7 @@ class Revert(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     last: int
     """One past the last entry taken back; at most `round`."""
     nodes: tuple[int, ...]
-    """Whose part is taken back, ascending; empty for everyone's."""
+    """Whose part is taken back: participants of those entries, ascending; empty for everyone's."""
     digest: Digest
     """Digest of the weights after it."""
     previous: Digest
@@ -107,14 +104,18 @@ class Revert(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
             raise ValueError(
                 f"a revert in round {self.round} cannot take back the rounds from {self.first} to before {self.last}"
             )
-        if self.nodes and not 0 <= min(self.nodes) <= max(self.nodes) <= MAX_NODE:
-            raise ValueError(f"nodes must be within 0 and {MAX_NODE}, got {self.nodes}")
-        if not _is_ascending(self.nodes):
-            raise ValueError(f"nodes must be ascending and distinct, got {self.nodes}")
+        _check_voices("nodes", self.nodes)
 
     def encode(self) -> bytes:
         """The one canonical form, as of `Commit`."""
         return msgspec.msgpack.encode(self)
+
+
+def _check_voices(what: str, voices: tuple[int, ...]) -> None:
+    if not _is_ascending(voices):
+        raise ValueError(f"{what} must be ascending and distinct, got {voices}")
+    if voices and not (voices[0] >= 0 and (voices[-1] < INITIAL or voices[-1] == SHARED)):
+        raise ValueError(f"{what} must be within 0 and {MAX_NODE}, or groups, or everyone, got {voices}")
 
 
 def _is_ascending(numbers: tuple[int, ...]) -> bool:

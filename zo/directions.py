@@ -15,11 +15,11 @@ UINT32_MAX: Final = 0xFFFF_FFFF
 SEED_POOL: Final = 0xFFFF_FFFF
 """`node` of the seed pool; `sample` is the index in the pool."""
 SHARED: Final = 0xFFFF_FFFE
-"""`node` of the direction that all nodes share in a round; `sample` is the round."""
+"""`node` of directions that all nodes share; `sample` is that of the round."""
 INITIAL: Final = 0xFFFF_FFFD
 """`node` of the run's frozen initial values (LoRA A); `sample` is the index of the module."""
 GROUP_0: Final = 0xFFFF_FF00
-"""`node` of group 0; group g is `GROUP_0 + g`, up to `INITIAL`."""
+"""`node` of the directions of group 0; of group g `GROUP_0 + g`, up to `INITIAL`."""
 MAX_NODE: Final = 0xFFFF_FEFF
 """The largest number a real node can have."""
 

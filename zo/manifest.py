@@ -25,6 +25,10 @@ Estimator = Literal["two-sided", "one-sided", "forward", "backward"]
 """How a node measures slopes: from losses on both sides, or on one; exactly by forward mode, or by a backward pass."""
 ESTIMATORS: Final[tuple[Estimator, ...]] = get_args(Estimator)
 Objective = Literal["cross-entropy", "accuracy", "token-f1", "exact-match", "callable"]
+Policy = Literal["private", "shared", "groups"]
+Combination = Literal["mean", "median", "trimmed", "majority"]
+MAX_GROUPS: Final = 253
+"""As many names as are reserved for them (`directions.GROUP_0`)."""
 GENERATED: Final[frozenset[Objective]] = frozenset({"token-f1", "exact-match", "callable"})
 """Objectives that judge what the model says after a prompt."""
 Hex16 = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$")]
@@ -307,6 +311,67 @@ class Agents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = "all"
 
 
+class Directions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which directions nodes measure, and what becomes of codes for the same one."""
+
+    policy: Annotated[
+        Policy,
+        Meta(
+            description="private: every node measures directions of its own; shared: all measure the same, and a "
+            "commit holds one combined code for each; groups: the same within each group."
+        ),
+    ] = "private"
+    groups: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=MAX_GROUPS,
+            description="Of the policy groups: how many; a node is in the group of its number modulo this.",
+        ),
+    ] = 1
+    combine: Annotated[
+        Combination,
+        Meta(
+            description="How codes for the same direction become one: their mean, their median, their trimmed mean, or "
+            "the majority of their signs."
+        ),
+    ] = "mean"
+    trim: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=49,
+            description="Of the trimmed mean: percent of the codes to leave out at either end.",
+        ),
+    ] = 0
+
+    @property
+    def are_combined(self) -> bool:
+        """Whether nodes share directions, so that commits hold combined codes."""
+        return self.policy in ("shared", "groups")
+
+    def __post_init__(self) -> None:
+        """Check that nothing is set that means nothing.
+
+        Raises:
+            ValueError: something is; the message says what it would need.
+        """
+        if (self.policy == "groups") != (self.groups > 1):
+            raise ValueError(
+                f"policy = {self.policy!r} and groups = {self.groups} do not go together: groups are at least 2, and "
+                "only the policy groups has any"
+            )
+        if self.combine != "mean" and not self.are_combined:
+            raise ValueError(
+                f"combine = {self.combine!r} needs policy = 'shared' or 'groups', got {self.policy!r}"
+            )
+        if (self.combine == "trimmed") != (self.trim > 0):
+            raise ValueError(
+                f"combine = {self.combine!r} and trim = {self.trim} do not go together: a trimmed mean leaves out at "
+                "least 1 percent, and nothing else leaves out any"
+            )
+
+
 class Probing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a node measures its projected gradients (SPSA, Spall 1992)."""
 
@@ -484,6 +549,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     task: Task = Task()
     adapter: Adapter
     agents: Agents = Agents()
+    directions: Directions = Directions()
     probe: Probing
     codes: Coding = Coding()
     schedule: Schedule
@@ -526,6 +592,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.schedule.warm_up and self.schedule.warm_up >= self.run.rounds:
             raise ValueError(
                 f"schedule.warm_up = {self.schedule.warm_up} must be less than run.rounds = {self.run.rounds}"
+            )
+        if self.run.staleness and self.directions.are_combined:
+            raise ValueError(
+                f"run.staleness = 1 needs directions.policy = 'private', got {self.directions.policy!r}: a late code "
+                "is for another direction than those it would be combined with"
             )
         num_samples = self.run.rounds * self.probe.directions
         if num_samples > _MAX_SAMPLES:

@@ -94,6 +94,13 @@ def unpack(data: bytes, num: int, bits: int) -> NDArray[np.int8]:
     return codes
 
 
+def bits_of_commits(manifest: Manifest) -> int:
+    """The width of the codes in a run's commits: that of the reports, unless they are combined."""
+    if manifest.directions.are_combined:
+        return 1 if manifest.directions.combine == "majority" else 8
+    return manifest.codes.bits
+
+
 def codes_of(commit: Commit, manifest: Manifest) -> NDArray[np.int8]:
     """The codes of a commit, (participants × directions,) int8, in the order of participants and of their samples.
 
@@ -102,7 +109,7 @@ def codes_of(commit: Commit, manifest: Manifest) -> NDArray[np.int8]:
     """
     num = len(commit.participants) * manifest.probe.directions
     try:
-        return unpack(commit.codes, num, manifest.codes.bits)
+        return unpack(commit.codes, num, bits_of_commits(manifest))
     except ValueError as error:
         raise ValueError(f"commit of round {commit.round}: {error}") from error
 

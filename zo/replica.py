@@ -15,6 +15,7 @@ from zo.commit import Commit, Entry, Revert, chain_digest, genesis
 from zo.directions import run_key
 from zo.inverse import History, Part, inverse
 from zo.manifest import Manifest
+from zo.naming import naming
 from zo.packing import codes_of
 from zo.weights import Bound, WeightsOverflow, digest
 
@@ -83,6 +84,7 @@ class Replica:
         self.agent = agent
         self._manifest = manifest
         self._key = run_key(manifest.run_id)
+        self._naming = naming(manifest)
         self._rounds = manifest.run.rounds
         self._directions = manifest.probe.directions
         self._staleness = manifest.run.staleness
@@ -115,8 +117,8 @@ class Replica:
         """The commit's coefficients, (participants × directions,) int32, if it can be applied next.
 
         Raises:
-            ChainError: another round is due, the run has no more rounds, the chain does not match, or the codes are not
-                as the manifest says.
+            ChainError: another round is due, the run has no more rounds, the chain does not match, or participants or
+                codes are not as the manifest says.
             WeightsOverflow: it would move a weight out of range. Nothing has changed then.
         """
         self._check_follows(commit)
@@ -125,6 +127,7 @@ class Replica:
         if commit.late and not self._staleness:
             raise ChainError(f"commit of round {commit.round} has late codes, which the manifest forbids")
         try:
+            self._naming.check(commit.participants)
             codes = codes_of(commit, self._manifest)
         except ValueError as error:
             raise ChainError(str(error)) from error
@@ -193,15 +196,12 @@ class Replica:
 
     def _names(self, commit: Commit) -> NDArray[np.uint32]:
         """(participants × directions, 3) uint32: the names of a commit's directions, in the order of its codes."""
-        num_participants = len(commit.participants)
-        names = np.zeros((num_participants * self._directions, 3), np.uint32)
-        names[:, 0] = np.repeat(np.asarray(commit.participants, np.uint32), self._directions)
-        rounds = np.full(num_participants, commit.round, np.int64)
-        rounds[np.isin(commit.participants, commit.late)] -= 1
-        first_samples = rounds[:, None] * self._directions  # of `samples(round, directions)`
-        names[:, 1] = (first_samples + np.arange(self._directions)).astype(np.uint32).ravel()
-        names[:, 2] = self.agent
-        return names
+        voices = np.asarray(commit.participants, np.int64)
+        rounds = np.full(voices.size, commit.round, np.int64)
+        rounds[np.isin(voices, commit.late)] -= 1
+        first_samples = rounds[:, np.newaxis] * self._directions  # of `samples(round, directions)`
+        in_order = (first_samples + np.arange(self._directions)).ravel()
+        return self._naming.names(np.repeat(voices, self._directions), in_order, self.agent)
 
     def _reverted(self, revert: Revert, history: History | None) -> NDArray[np.int32]:
         if history is None:

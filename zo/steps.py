@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from zo.codes import CUT_OFF_BY_BITS, LIMIT, NO_VOTE
 from zo.commit import STEP_MAX
 from zo.manifest import Decay, Manifest
+from zo.packing import bits_of_commits
 from zo.schedules import scheduled
 from zo.weights import FRACTION_BITS
 
@@ -147,7 +148,7 @@ def step_rule(manifest: Manifest) -> StepRule:
         warm_up=schedule.warm_up,
         half_life=schedule.half_life,
         normalised=schedule.normalised,
-        limit=CUT_OFF_BY_BITS[manifest.codes.bits],
+        limit=CUT_OFF_BY_BITS[bits_of_commits(manifest)],
     )
 
 

@@ -12,7 +12,8 @@ from coordinator.ledger import Checkpoint, Enrolment
 from coordinator.rundir import RunDirectory
 from node.state import load_result
 from transport.exits import Exit
-from zo.commit import Commit
+from zo.combine import combined
+from zo.commit import Commit, genesis
 from zo.steps import step_rule
 
 ROUNDS = 12
@@ -57,9 +58,17 @@ def make(path, base, rounds=ROUNDS, seed=1):
     return directory
 
 
+def sealing(directory):
+    """Signs what a replica holds, as the run's coordinator does."""
+    manifest = directory.manifest()
+    signer = directory.signer(manifest)
+    return lambda replica: signer.seal(genesis(manifest.run_id, 0), replica.round, replica.head)
+
+
 def extend(directory, rounds, seed=1):
     manifest = directory.manifest()
     rule, rng = step_rule(manifest), np.random.default_rng(seed)
+    sealed = sealing(directory)
     with directory.ledger(manifest) as ledger:
         for node in range(3):
             ledger.enrol(Enrolment(node, bytes([node] * 32), f"n{node}"))
@@ -69,7 +78,7 @@ def extend(directory, rounds, seed=1):
             step, scale = rule.advance(scale, number, codes)
             commit = Commit(number, (step,), (scale.exponent,), (0, 1, 2), codes.tobytes(), replica.head)
             replica.apply(commit)
-            ledger.append(commit)
+            ledger.append(commit, seal=sealed(replica))
             if replica.round % 4 == 0:
                 ledger.checkpoint(Checkpoint(replica.round, replica.digest(), scale))
 
@@ -219,9 +228,43 @@ def test_retract_says_what_it_did_and_verify_agrees(path):
     assert "retracted: took back rounds 3 to 11 of node 0, 2" in succeeds("log", path)
 
 
+def test_a_group_is_taken_back_as_a_whole(tmp_path, base):
+    path = tmp_path / "grouped"
+    options = ("--policy", "groups", "--groups", 2, "--combine", "median", "--directions", 1, "--sides", 2)
+    succeeds("init", path, "--model", base, "--digest-every", 4, *options)
+    directory = RunDirectory(path)
+    manifest = directory.manifest()
+    assert (manifest.directions.policy, manifest.directions.groups) == ("groups", 2)
+    rule, sealed = step_rule(manifest), sealing(directory)
+    with directory.ledger(manifest) as ledger:
+        for node in range(3):
+            ledger.enrol(Enrolment(node, bytes([node] * 32), f"n{node}"))
+        replica, scale = directory.initial(manifest), rule.start()
+        alone = directory.initial(manifest)
+        for number in range(5):
+            codes = np.array([10 * node + number + 1 for node in range(3)], np.int8)
+            voices, row = combined(range(3), codes, manifest)
+            step, scale = rule.advance(scale, number, row)
+            commit = Commit(number, (step,), (scale.exponent,), voices, row.tobytes(), replica.head)
+            replica.apply(commit)
+            ledger.append(commit, seal=sealed(replica))
+            kept = Commit(number, (step,), (scale.exponent,), voices[:1], row.tobytes()[:1], alone.head)
+            alone.apply(kept)
+    assert "group 0, group 1: 2 codes, RMS" in succeeds("log", path)
+    fails(run("retract", path, 1), Exit.INPUT, "the codes of node 1 are combined", "--group 1")
+    fails(run("retract", path, "--group", 2), Exit.INPUT, "group 2 is no participant")
+    output = succeeds("retract", path, "--group", 1)
+    assert output.splitlines()[0] == "round 5: took back rounds 0 to 4 of group 1"
+    assert "6 commits in one chain" in succeeds("verify", path)
+    succeeds("export", path, "-o", tmp_path / "after")
+    assert np.array_equal(load_result(tmp_path / "after")[1].weights, alone.weights)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("retract",), "name at least one node, or --group"),
+        (("retract", "--group", 1), "this run has no groups: name nodes"),
         (("rollback", "--to", 12), "from round 12 on there is nothing to take back"),
         (("rollback", "--to", -1), "nothing to take back"),
         (("retract", 5), "no node 5 has ever joined"),

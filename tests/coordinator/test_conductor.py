@@ -29,6 +29,7 @@ from transport.messages import (
     Welcome,
 )
 from zo.commit import decode_entry
+from zo.directions import GROUP_0, SHARED
 from zo.packing import codes_of, unpack
 from zo.weights import WeightsOverflow
 
@@ -344,6 +345,88 @@ def test_codes_that_are_not_in_their_packed_form_count_for_nothing(start):
         "round 0: report of node 0: 3 codes of 1 bits are not in their packed form"
     ]
     assert not run.frames
+
+
+# ---- directions that nodes share ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("combine", "packed"),
+    [("mean", b"\x09\x0d"), ("median", b"\x1c\x0d"), ("trimmed", b"\x09\x0d"), ("majority", b"\x03")],
+)
+def test_reports_for_the_same_directions_become_one_row(start, combine, packed):
+    trim = 25 if combine == "trimmed" else 0
+    run = start(3, quorum=3, policy="shared", combine=combine, trim=trim)
+    for node, codes in ((1, b"\x10\x08"), (0, b"\x20\x80"), (2, b"\xe0\x0a")):
+        run.report(node, 0, codes=codes)
+    (commit,) = run.commits
+    assert (commit.participants, commit.codes) == ((SHARED,), packed)
+    assert run.conductor.replica.digest() == run.replay().digest()
+
+
+def test_a_group_is_heard_if_one_of_its_nodes_is(start):
+    run = start(3, quorum=2, policy="groups", groups=2)
+    run.report(0, 0)
+    run.report(2, 0)
+    for node in (0, 1, 2):
+        run.report(node, 1)
+    assert [commit.participants for commit in run.commits] == [(GROUP_0,), (GROUP_0, GROUP_0 + 1)]
+    assert codes_of(run.commits[0], run.manifest).tolist() == [23, -23]  # 16 √2
+    assert codes_of(run.commits[1], run.manifest).tolist() == [23, -23, 16, -16]
+    assert run.conductor.replica.digest() == run.replay().digest()
+
+
+def test_who_is_shut_out_in_the_midst_of_a_round_is_not_in_what_is_combined(start):
+    run = start(3, quorum=2, policy="shared")
+    run.play(range(3), 1)
+    run.report(0, 1, codes=b"\x7f\x7f")
+    run.carry_out(run.conductor.on_shut_out(key_of(0), Refuse("revoked", "no"), run.now))
+    run.report(1, 1, codes=b"\x10\xf0")
+    run.report(2, 1, codes=b"\x10\xf0")
+    assert codes_of(run.commits[1], run.manifest).tolist() == [23, -23]
+
+
+def test_a_late_report_for_shared_directions_is_dropped(start):
+    run = start(2, policy="shared")
+    run.play([0], 1)
+    assert run.report(1, 0) == []
+    run.report(0, 1)
+    run.report(1, 1)
+    assert run.commits[1].late == ()
+    assert codes_of(run.commits[1], run.manifest).tolist() == [23, -23]  # of two reports, not of three
+
+
+def test_what_was_combined_is_told_node_by_node(start, monkeypatch):
+    run, seen = start(3, quorum=3, policy="shared", combine="majority"), []
+    do = run.coordinator.do
+    monkeypatch.setattr(run.coordinator, "do", lambda effect: (seen.append(effect), do(effect)))
+    run.play(range(3), 1)
+    (persisted,) = [effect for effect in seen if isinstance(effect, Persist)]
+    assert (persisted.nodes, persisted.reported) == ((0, 1, 2), 3 * b"\x10\xf0")
+
+
+@pytest.mark.parametrize(("policy", "grows"), [("private", True), ("shared", False)])
+def test_a_commit_of_shared_directions_does_not_grow_with_the_nodes(start, policy, grows):
+    """The downlink of FeedSign: one row of codes, however many nodes there are."""
+    sizes = []
+    for nodes in (1, 4, 64):
+        run = start(nodes, quorum=nodes, policy=policy, directions=8)
+        for node in range(nodes):
+            run.report(node, 0, codes=bytes([16] * 8))
+        (frame,) = run.frames
+        sizes.append(len(frame))
+    assert (sizes[2] > sizes[1] > sizes[0]) == grows
+    assert (sizes[2] == sizes[1] == sizes[0]) != grows
+
+
+def test_one_bit_up_and_one_bit_down(start):
+    """FeedSign: shared directions, one-bit codes, the majority of their signs."""
+    run = start(5, quorum=5, directions=8, policy="shared", combine="majority", bits=1)
+    for node, codes in enumerate((b"\xff", b"\x0f", b"\x0f", b"\xf0", b"\x00")):
+        run.report(node, 0, codes=codes)
+    (commit,) = run.commits
+    assert commit.codes == b"\x0f"
+    assert len(run.frames[0]) < 45
 
 
 def test_reports_go_on_past_round_256(start):

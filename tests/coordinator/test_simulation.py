@@ -60,6 +60,20 @@ def test_a_swarm_with_narrow_codes_in_a_storm(make_manifest, bits):
     assert result.reports_counted > 80 * 10
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"policy": "shared", "combine": "majority", "bits": 1},
+        {"policy": "groups", "groups": 3, "combine": "median"},
+    ],
+)
+def test_a_swarm_that_shares_directions_in_a_storm(make_manifest, fields):
+    result = simulate(virtual(make_manifest(directions=4, **fields), SMALL), SMALL, lambda done, total: None)
+    assert result.rounds == 80
+    assert result.reports_counted > 80 * 10
+    assert result.nodes_at_the_end > 20
+
+
 def test_an_agent_that_differs_is_noticed(make_manifest, monkeypatch):
     start = VirtualTrack.start_conductor
 

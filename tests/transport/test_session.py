@@ -40,6 +40,7 @@ from transport.session import (
     Transmit,
 )
 from zo.codes import NO_VOTE
+from zo.directions import GROUP_0, SHARED
 from zo.replica import Replica
 from zo.snapshot import content_address, encode_snapshot
 from zo.weights import zeros
@@ -357,6 +358,37 @@ def test_an_estimator_that_is_chosen_is_said_once_and_on_every_connection(rig):
     rig.session.on_link_down()
     assert rig.session.declare("") == []  # said when there is a connection
     assert rig.session.on_link_up() == [rig.hello()]
+
+
+@pytest.mark.parametrize(("policy", "voice"), [("shared", SHARED), ("groups", GROUP_0 + 2)])
+def test_combined_codes_do_not_tell_whose_they_are(make_manifest, policy, voice):
+    """Whoever reported in time may take it that its codes count: nothing is sent again, nothing called late."""
+    rig = Rig(make_manifest(policy=policy, groups=3 if policy == "groups" else 1))
+    rig.session.on_link_up()
+    rig.get(rig.welcome(node=5))
+    rig.session.opened(rig.fresh(), 0.0)
+    rig.session.on_probed(0, CODES, 1.0, 0.0)
+    commit = rig.commit(participants=(voice,))
+    assert rig.get(commit) == [Applied(commit, own_codes=True, was_late=False)]
+    missed = rig.commit(participants=(voice,))
+    assert rig.get(missed) == [Applied(missed, own_codes=False, was_late=False)]
+
+
+def test_a_commit_of_other_groups_than_the_nodes_came_too_early_for_it(make_manifest):
+    rig = Rig(make_manifest(policy="groups", groups=3))
+    rig.session.on_link_up()
+    rig.get(rig.welcome(node=5))
+    rig.session.opened(rig.fresh(), 0.0)
+    rig.session.on_probed(0, CODES, 1.0, 0.0)
+    commit = rig.commit(participants=(GROUP_0, GROUP_0 + 1))
+    assert rig.get(commit) == [Applied(commit, own_codes=False, was_late=True)]
+
+
+def test_a_commit_with_participants_that_the_policy_does_not_have_ends_the_node(following):
+    commit = msgspec.structs.replace(following.commit(), participants=(0, SHARED))
+    (end,) = following.get(commit)
+    assert end.code is Exit.DAMAGED
+    assert "everyone is no participant of a run with policy = 'private'" in end.reason
 
 
 def test_a_report_is_sent_again_on_a_new_connection(reported):

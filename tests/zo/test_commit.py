@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zo.commit import STEP_MAX, Commit, chain_digest, decode_entry
-from zo.directions import MAX_NODE
+from zo.directions import GROUP_0, INITIAL, MAX_NODE, SEED_POOL, SHARED
 
 PREVIOUS = bytes(range(16))
 COMMIT = Commit(9, (1000,), (-4,), (0, 3), b"\x01\xff\x80\x7f", PREVIOUS)
@@ -24,6 +24,12 @@ def test_bytes_and_digest_are_pinned():  # changing this breaks every ledger and
 def test_a_commit_of_4_nodes_with_64_directions_fits_300_bytes():
     commit = Commit(10**6, (STEP_MAX,), (-12,), (0, 1, 2, 3), bytes(256), PREVIOUS)
     assert len(commit.encode()) <= 300
+
+
+@pytest.mark.parametrize("participants", [(SHARED,), (GROUP_0, GROUP_0 + 252)])
+def test_directions_that_nodes_share_take_part_under_their_reserved_numbers(participants):
+    commit = msgspec.structs.replace(COMMIT, participants=participants)
+    assert decode_entry(commit.encode()) == commit
 
 
 def test_a_round_without_votes_is_a_commit_too():
@@ -45,7 +51,11 @@ def test_a_round_without_votes_is_a_commit_too():
         ({"participants": (3, 0)}, "ascending and distinct"),
         ({"participants": (3, 3)}, "ascending and distinct"),
         ({"participants": (-1, 3)}, f"participants must be within 0 and {MAX_NODE}"),
-        ({"participants": (0, MAX_NODE + 1)}, f"participants must be within 0 and {MAX_NODE}"),
+        (
+            {"participants": (0, INITIAL)},
+            f"participants must be within 0 and {MAX_NODE}, or groups, or everyone",
+        ),
+        ({"participants": (0, SEED_POOL)}, f"participants must be within 0 and {MAX_NODE}"),
         ({"participants": ()}, "0 participants with 4 bytes of codes"),
         ({"codes": b""}, "2 participants with 0 bytes of codes"),
         ({"previous": b"short"}, "the previous digest must have 16 bytes, got 5"),

@@ -62,7 +62,7 @@ def test_any_manifest_survives_its_toml(make_manifest, name, epsilon, step, alph
 def test_every_field_of_the_toml_is_explained(make_manifest):
     lines = documented_toml(make_manifest(), "A run.").splitlines()
     fields = [index for index, line in enumerate(lines) if " = " in line and not line.startswith("#")]
-    assert len(fields) == 50
+    assert len(fields) == 54
     assert all(lines[index - 1].startswith("# ") for index in fields)
     tables = [index for index, line in enumerate(lines) if line.startswith("[")]
     assert all(lines[index - 1].startswith("# ") for index in tables)
@@ -125,6 +125,10 @@ OUT_OF_RANGE = [
     ("agents", "count", 0),
     ("agents", "count", 129),
     ("agents", "assignment", "some"),
+    ("directions", "policy", "open"),
+    ("directions", "groups", 254),
+    ("directions", "combine", "sum"),
+    ("directions", "trim", 50),
     ("probe", "epsilon", 0.0),
     ("probe", "epsilon", 1.5),
     ("probe", "epsilon", float("nan")),
@@ -159,6 +163,13 @@ OUT_OF_RANGE = [
     ("parity", "share_loss", 1),
 ]
 
+NEEDED = {
+    "groups": {"policy": "groups", "groups": 2},
+    "combine": {"policy": "shared"},
+    "trim": {"policy": "shared", "combine": "trimmed", "trim": 9},
+}
+"""What a field would mean nothing without."""
+
 
 @pytest.mark.parametrize(("section", "field", "value"), OUT_OF_RANGE)
 def test_a_value_out_of_range_is_named_with_its_field(make_manifest, section, field, value):
@@ -170,6 +181,8 @@ def test_a_value_out_of_range_is_named_with_its_field(make_manifest, section, fi
         manifest = make_manifest(quantize="nf4", kind="verbalizer", **words)
     if field == "score":
         manifest = make_manifest(quantize="nf4", kind="completion", objective="callable", score="m:f")
+    if field in NEEDED:
+        manifest = make_manifest(quantize="nf4", **NEEDED[field])
     wrong = msgspec.structs.replace(getattr(manifest, section), **{field: value})
     manifest = msgspec.structs.replace(manifest, **{section: wrong})
     shown = list(value) if isinstance(value, tuple) else value
@@ -313,6 +326,27 @@ def test_objectives_fit_the_task(make_manifest, changes, words):
         make_manifest(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"policy": "groups"}, "policy = 'groups' and groups = 1 do not go together"),
+        ({"policy": "shared", "groups": 2}, "policy = 'shared' and groups = 2 do not go together"),
+        ({"combine": "median"}, "combine = 'median' needs policy = 'shared' or 'groups', got 'private'"),
+        ({"policy": "shared", "combine": "trimmed"}, "combine = 'trimmed' and trim = 0 do not go together"),
+        ({"policy": "shared", "trim": 25}, "combine = 'mean' and trim = 25 do not go together"),
+        (
+            {"policy": "shared", "staleness": 1},
+            r"run\.staleness = 1 needs directions\.policy = 'private', got 'shared'",
+        ),
+    ],
+)
+def test_policies_that_cannot_be(make_manifest, changes, words):
+    assert make_manifest(policy="groups", groups=2, combine="trimmed", trim=10).directions.are_combined
+    assert not make_manifest(staleness=1).directions.are_combined
+    with pytest.raises(ValueError, match=words):
+        make_manifest(**changes)
+
+
 def test_a_task_from_a_command_line():
     assert task("text") == Task()
     assert task("head", ["0", "a=b"]) == Task(kind="head", labels=("0", "a=b"))
@@ -363,7 +397,7 @@ def test_manifests_differ_in_their_ids_by_any_field(make_manifest):
 
 
 GOLDEN_BYTES = (
-    "8aa870726f746f636f6c01a372756e85a46e616d65a474657374a6726f756e647314a97374616c656e65737300a56e6f6e63"
+    "8ba870726f746f636f6c01a372756e85a46e616d65a474657374a6726f756e647314a97374616c656e65737300a56e6f6e63"
     "65d9203031323334353637383961626364656630313233343536373839616263646566a67369676e6572a0a46261736588a4"
     "6e616d65a46e6f6e65a87265766973696f6ea0a6646967657374d92062306230623062306230623062306230623062306230"
     "62306230623062306230b0746f6b656e697a65725f646967657374d920373037303730373037303730373037303730373037"
@@ -373,12 +407,13 @@ GOLDEN_BYTES = (
     "65775f746f6b656e7320a76164617074657287a77461726765747392a6715f70726f6aa6765f70726f6aa472616e6b04a561"
     "6c706861cb4020000000000000a5747261696ea142a57374617274a0a473697a65cd01f4ad6c61796f75745f646967657374"
     "d9203161316131613161316131613161316131613161316131613161316131613161a66167656e747382a5636f756e7401aa"
-    "61737369676e6d656e74a3616c6ca570726f626587a7657073696c6f6ecb3f847ae147ae147baa646972656374696f6e7302"
-    "aa62617463685f73697a6508af73657175656e63655f6c656e677468cc80a5736964657302ab6c6f63616c5f737465707301"
-    "aa657374696d61746f727394a974776f2d7369646564a96f6e652d7369646564a7666f7277617264a86261636b77617264a5"
-    "636f64657381a46269747308a87363686564756c658aa473746570cb3f947ae147ae147ba56465636179a66c696e656172a7"
-    "7761726d5f757000a968616c665f6c69666500aa6e6f726d616c69736564c3a9736d6f6f7468696e6703ae66697273745f65"
-    "78706f6e656e74fcaa66756c6c5f766f74657301a86d6f6d656e74756d00ac7765696768745f646563617900a67061726974"
-    "7982ac6469676573745f657665727904aa73686172655f6c6f7373c3"
+    "61737369676e6d656e74a3616c6caa646972656374696f6e7384a6706f6c696379a770726976617465a667726f75707301a7"
+    "636f6d62696e65a46d65616ea47472696d00a570726f626587a7657073696c6f6ecb3f847ae147ae147baa64697265637469"
+    "6f6e7302aa62617463685f73697a6508af73657175656e63655f6c656e677468cc80a5736964657302ab6c6f63616c5f7374"
+    "65707301aa657374696d61746f727394a974776f2d7369646564a96f6e652d7369646564a7666f7277617264a86261636b77"
+    "617264a5636f64657381a46269747308a87363686564756c658aa473746570cb3f947ae147ae147ba56465636179a66c696e"
+    "656172a77761726d5f757000a968616c665f6c69666500aa6e6f726d616c69736564c3a9736d6f6f7468696e6703ae666972"
+    "73745f6578706f6e656e74fcaa66756c6c5f766f74657301a86d6f6d656e74756d00ac7765696768745f646563617900a670"
+    "617269747982ac6469676573745f657665727904aa73686172655f6c6f7373c3"
 )
-GOLDEN_RUN_ID = "740f960bc83bd8885b5aaf38b3625dd5"
+GOLDEN_RUN_ID = "d27a20e21605d9db30f7606f852a6d12"
