@@ -1,6 +1,6 @@
 """What a round costs on the wire, for docs/bandwidth.md: real CURVE sockets on loopback, counted by the kernel.
 
-    python -m benchmarks.wire_table [--json] [--rounds N] [--pause-ms MS] [--idle-s S]
+    python -m benchmarks.wire_table [--json] [--rounds N] [--pause-ms MS] [--at-once] [--idle-s S]
 
 Nodes and a coordinator exchange the messages of a session: handshake, `Hello` and `Welcome`; then, round by round, one
 `Report` up and one `Commit` down; at last one `Progress` and one `Leave`. Nothing is trained. Payload and ZMTP are
@@ -20,9 +20,12 @@ from statistics import mean
 from time import monotonic
 from typing import Any, Final
 
+import numpy as np
+
 from benchmarks import machine
 from coordinator.rundir import RunDirectory
 from node import embedded
+from transport.brevity import Abbreviator
 from transport.keys import KeyPair, new_key_pair
 from transport.messages import (
     PROTOCOL_VERSION,
@@ -38,6 +41,7 @@ from transport.messages import (
 )
 from transport.meter import SocketCount, zmtp_bytes
 from transport.sockets import Arrival, CoordinatorSocket, Link, NodeSocket, Sent
+from transport.squeezing import squeezed
 from transport.ticket import Ticket
 from zo.commit import Commit
 from zo.manifest import Manifest
@@ -62,6 +66,7 @@ class Swarm:
         """
         keys = new_key_pair()
         self._pause_s = pause_s
+        self._abbreviator = Abbreviator()
         self._coordinator = CoordinatorSocket("127.0.0.1", 0, keys)
         ticket = Ticket("127.0.0.1", self._coordinator.port, _ID, keys.public)
         node_keys: list[KeyPair] = [new_key_pair() for _ in range(num_nodes)]
@@ -83,7 +88,7 @@ class Swarm:
             node.close()
         self._coordinator.close()
 
-    def send_up(self, message: FromNode) -> int:
+    def send_up(self, message: FromNode, *, pauses: bool = True) -> int:
         """Every node sends the message, and the coordinator has it; its payload in bytes."""
         frame = encode(message)
         for node in self.nodes:
@@ -95,14 +100,18 @@ class Swarm:
             _check(deadline, "a node's frame")
             arrivals += self._coordinator.receive(0.01)
         self._session_by_key |= {arrival.key: arrival.session for arrival in arrivals}
-        self._pause()
+        if pauses:
+            self._pause()
         return len(frame)
 
     def send_down(self, message: FromCoordinator) -> int:
         """The coordinator sends the message to every node, and all have it; its payload in bytes."""
         frame = encode(message)
         for key in self._keys:
-            if self._coordinator.send(self._session_by_key[key], frame) is not Sent.OK:
+            session = self._session_by_key[key]
+            if isinstance(message, Commit):  # as the service does
+                frame = squeezed(self._abbreviator.shortened(session, message.encode()))
+            if self._coordinator.send(session, frame) is not Sent.OK:
                 raise RuntimeError("a coordinator's frame could not be queued")
         deadline = monotonic() + _TIMEOUT_S
         for node in self.nodes:
@@ -139,8 +148,17 @@ class Swarm:
         self.wait(self._pause_s)
 
 
-def measure_rounds(num_nodes: int, num_directions: int, num_rounds: int, pause_s: float) -> dict[str, Any]:
+def measure_rounds(
+    num_nodes: int, num_directions: int, num_rounds: int, pause_s: float, *, at_once: bool
+) -> dict[str, Any]:
     """What a round costs each node: one report up, one commit with everyone's codes down.
+
+    Args:
+        num_nodes: who all report and all receive.
+        num_directions: of each node.
+        num_rounds: to average over.
+        pause_s: how long to leave a connection idle after a message, in seconds.
+        at_once: the commit follows the last report without a pause.
 
     Raises:
         RuntimeError: the sockets' bytes are not those that the meter computes.
@@ -150,13 +168,15 @@ def measure_rounds(num_nodes: int, num_directions: int, num_rounds: int, pause_s
         payload_up: list[int] = []
         payload_down: list[int] = []
         warm_up = 3  # a young connection acknowledges at once
-        before = swarm.counts()
+        before, head = swarm.counts(), _ID
         for number in range(FIRST_ROUND, FIRST_ROUND + warm_up + num_rounds):
             if number == FIRST_ROUND + warm_up:
                 before, payload_up, payload_down = swarm.counts(), [], []
             report = Report(number % REPORT_ROUND_MODULUS, bytes(num_directions))
-            payload_up.append(swarm.send_up(report))
-            payload_down.append(swarm.send_down(_commit(number, num_nodes, num_directions)))
+            payload_up.append(swarm.send_up(report, pauses=not at_once))
+            commit = _commit(number, num_nodes, num_directions, head)
+            payload_down.append(swarm.send_down(commit))
+            head = commit.digest()
         after = swarm.counts()
     finally:
         swarm.close()
@@ -179,7 +199,7 @@ def measure_rounds(num_nodes: int, num_directions: int, num_rounds: int, pause_s
         mean(b.bytes_received - a.bytes_received for a, b in zip(before, after, strict=True)) / num_rounds
     )
     for what, counted, computed in (("sent", sent, row["zmtp_up"]), ("received", received, row["zmtp_down"])):
-        # A retransmission or a heartbeat (every 30 s) may fall into the measurement; more than that is an error.
+        # A retransmission or a heartbeat (every 80 s) may fall into the measurement; more than that is an error.
         if not computed <= counted <= 1.1 * computed + 10:
             raise RuntimeError(
                 f"the kernel counted {counted:.1f} bytes {what} a round, the meter {computed:.1f}"
@@ -211,7 +231,7 @@ def measure_session(manifest: Manifest, pause_s: float, idle_s: float) -> list[d
         if idle_s:
             rows.append(
                 _exchange(
-                    swarm, f"{idle_s:.0f} s of nothing else (a heartbeat every 30 s)", None, None, idle_s
+                    swarm, f"{idle_s:.0f} s of nothing else (a heartbeat every 80 s)", None, None, idle_s
                 )
             )
         rows.append(_exchange(swarm, "Leave", Leave(), None))
@@ -263,6 +283,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--idle-s", type=float, default=0, help="also measure an idle connection for so long (0)"
     )
+    parser.add_argument(
+        "--at-once",
+        action="store_true",
+        help="no pause before a commit: its segments acknowledge the reports",
+    )
     options = parser.parse_args(arguments)
     if options.rounds < 1 or min(options.pause_ms, options.idle_s) < 0:
         parser.error("--rounds must be at least 1, --pause-ms and --idle-s not negative")
@@ -271,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = (("the demo's", manifest.adapter.size), ("a larger one", 1_000_000))
     figures = {
         "rounds": [
-            measure_rounds(nodes, directions, options.rounds, pause_s)
+            measure_rounds(nodes, directions, options.rounds, pause_s, at_once=options.at_once)
             for nodes in NODES
             for directions in DIRECTIONS
         ],
@@ -281,6 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for what, size in sizes
         ],
         "pause_ms": options.pause_ms,
+        "at_once": options.at_once,
         "cpu": machine.cpu(),
         "commit": machine.commit(),
         "command": machine.command("benchmarks.wire_table"),
@@ -309,15 +335,16 @@ def _exchange(
     }
 
 
-def _commit(number: int, num_nodes: int, num_directions: int) -> Commit:
-    codes = bytes(num_nodes * num_directions)
+def _commit(number: int, num_nodes: int, num_directions: int, previous: bytes) -> Commit:
+    spread = np.random.default_rng(number).standard_normal(num_nodes * num_directions) * 32
+    codes = np.clip(np.rint(spread), -127, 127).astype(np.int8).tobytes()
     return Commit(
         round=number,
         steps=(2**31 - 1,),
         exponents=(-4,),
         participants=tuple(range(num_nodes)),
         codes=codes,
-        previous=_ID,
+        previous=previous,
     )
 
 

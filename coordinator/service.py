@@ -3,7 +3,7 @@
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
@@ -25,6 +25,7 @@ from coordinator.pace import Latency
 from coordinator.roster import Enrolment, Roster
 from coordinator.rundir import RunDirectory
 from coordinator.status import AgentStatus, MemberStatus, Status, status_of, stored_status
+from transport.brevity import Abbreviator
 from transport.messages import (
     Admitted,
     Hello,
@@ -40,6 +41,7 @@ from transport.messages import (
 from transport.meter import Count
 from transport.seals import Signer
 from transport.sockets import CoordinatorSocket, Sent
+from transport.squeezing import squeezed
 from zo.commit import genesis
 from zo.manifest import Manifest, usual_estimator
 
@@ -48,6 +50,8 @@ STATUS_EVERY_S: Final = 1.0
 SNAPSHOT_CHECK_S: Final = 5.0
 SPEED_MEMORY_S: Final = 20.0
 SPEED_MEMORY_ROUNDS: Final = 8
+_SQUEEZED: Final = frozenset(("Commit", "History"))
+"""What may be worth squeezing: pieces of snapshots are compressed already, and the rest is short."""
 _NOTED_ONE_BY_ONE: Final = {"malformed": 16, "misfit": 16, "refused": 16, "flooded": 16}
 """How many events of a kind are noted in the ledger after a start, for each agent: a peer must not be able to fill the
 disk. Kinds that are not named here are bounded by the number of rounds, or as below."""
@@ -98,6 +102,7 @@ class _Track:
     influence: Influence
     last_loss: float | None
     """The mean of those who were here last."""
+    abbreviator: Abbreviator = field(default_factory=Abbreviator)
 
     def mean_loss(self) -> float | None:
         """Of those who are here; while nobody is, what it was when somebody was."""
@@ -157,6 +162,7 @@ class Service:
         self._to_cut: deque[tuple[float, bytes]] = deque()
         """When connections end of sessions that have been told to go, if they do not go by themselves."""
         self._limits = Limits(manifest.agents.count)
+        self._squeezed_last = b"", b""
         self._noted: Counter[tuple[int, str, int | None]] = Counter()
         self._roster = Roster(ledger.nodes())
         now = time.monotonic()
@@ -375,6 +381,11 @@ class Service:
                 self._note(agent, kind, node, text)
 
     def _send(self, agent: int, session: bytes, kind: str, frame: bytes) -> None:
+        abbreviator = self._tracks[agent].abbreviator if agent < len(self._tracks) else None
+        if abbreviator is not None and kind == "Commit":
+            frame = abbreviator.shortened(session, frame)
+        if kind in _SQUEEZED:
+            frame = self._squeezed(frame)
         frame = address(frame, agent)
         # Whoever is still known under this session pays for the frame; a refused stranger is not counted.
         member = self._member(agent, session)
@@ -382,7 +393,15 @@ class Service:
             member.down.add(len(frame), curve=True)
             self._limits.was_sent(member.key, kind, len(frame))
         if self._end.send(session, frame) is not Sent.OK:
+            if abbreviator is not None:
+                abbreviator.forget(session)
             self._gone.append(session)
+
+    def _squeezed(self, frame: bytes) -> bytes:
+        """A frame as it travels; that of a commit is worked out once for all nodes."""
+        if frame != self._squeezed_last[0]:
+            self._squeezed_last = frame, squeezed(frame)
+        return self._squeezed_last[1]
 
     def _note(self, agent: int, kind: str, node: int | None, text: str) -> None:
         """Note an event, unless there have been very many of its kind since the start."""

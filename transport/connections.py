@@ -17,7 +17,7 @@ MOST_UNREAD_BYTES: Final = 2**20
 """What a connection may have sent beyond what was taken from it: twice its queue of frames."""
 _BESIDE_BYTES: Final = 4096
 _BESIDE_BYTES_PER_S: Final = 10.0
-"""Handshake and heartbeats, which are no frames: 600 bytes, and 42 every 30 seconds."""
+"""Handshake and heartbeats, which are no frames: 600 bytes, and 42 every 80 seconds."""
 
 
 @dataclass

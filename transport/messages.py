@@ -7,12 +7,13 @@ Each agent of a run is a conversation of its own. The frames of agent 0, the onl
 are; before those of agent a > 0 stands a, as one byte (`address`).
 """
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from transport.seals import SIGNATURE_BYTES
+from transport.squeezing import SqueezeError, is_squeezed, unsqueezed
 from zo.commit import DIGEST_BYTES, Commit
 from zo.manifest import MAX_AGENTS, RUN_ID_BYTES
 
@@ -62,8 +63,11 @@ class Hello(Message, frozen=True, tag=1):
     """How the node measures slopes, where it chose; empty: as the manifest's `probe.sides` says."""
 
 
-class Report(Message, frozen=True, tag=2):
-    """One node's codes for one round. Sent again until a commit shows that it counted, or that it came too late."""
+class Report(Message, frozen=True):
+    """One node's codes for one round. Sent again until a commit shows that it counted, or that it came too late.
+
+    The message of every round: it travels as a MessagePack extension, whose type is the round.
+    """
 
     round: Annotated[int, Meta(ge=0, lt=REPORT_ROUND_MODULUS)]
     """The round modulo 256. Unambiguous: a node is never more than the flow window ahead of what it acknowledged."""
@@ -176,6 +180,18 @@ class History(Message, frozen=True, tag=19):
     frames: Annotated[tuple[bytes, ...], Meta(min_length=1)]
 
 
+class Brief(Message, frozen=True):
+    """The commit after the one that the node was sent last (`transport.brevity`). A MessagePack extension, as `Report`.
+
+    It differs from that one in round, steps, exponents, codes and the digest of the one before, and in nothing else.
+    """
+
+    round: Annotated[int, Meta(ge=0, lt=REPORT_ROUND_MODULUS)]
+    """The round modulo 256."""
+    data: bytes
+    """The steps as uint32, little-endian; the exponents as int8; then the codes."""
+
+
 class Resync(Message, frozen=True, tag=20):
     """The digest the node reported is not the ledger's: its weights are wrong, and it starts over."""
 
@@ -226,16 +242,26 @@ class Sealed(Message, frozen=True, tag=26):
 FromMember = Hello | Report | Progress | Leave | Fetch | Follow | Trace
 """What a node says in a run; the rest is about its key."""
 FromNode = FromMember | Redeem | Rotate
-ToMember = Welcome | Refuse | Commit | History | Resync | Identify | Finished | Piece | Sealed
+ToMember = Welcome | Refuse | Commit | Brief | History | Resync | Identify | Finished | Piece | Sealed
 FromCoordinator = ToMember | Admitted
 
+Extended = TypeVar("Extended", Report, Brief)
+
 _encoder = msgspec.msgpack.Encoder()
-_from_node = msgspec.msgpack.Decoder(FromNode)
-_from_coordinator = msgspec.msgpack.Decoder(FromCoordinator)
+_EXTENSIONS: Final = frozenset((0xC7, 0xC8, 0xC9, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8))
+_extension = msgspec.msgpack.Decoder(msgspec.msgpack.Ext)
+# All but those that travel as extensions.
+_from_node = msgspec.msgpack.Decoder(Hello | Progress | Leave | Fetch | Follow | Trace | Redeem | Rotate)
+_from_coordinator = msgspec.msgpack.Decoder(
+    Welcome | Refuse | Commit | History | Resync | Identify | Finished | Piece | Sealed | Admitted
+)
 
 
 def encode(message: FromNode | FromCoordinator) -> bytes:
     """The message's frame, for agent 0; `address` makes it another's."""
+    match message:
+        case Report(round, data) | Brief(round, data):
+            return _encoder.encode(msgspec.msgpack.Ext((round ^ 128) - 128, data))  # the type is an int8
     return _encoder.encode(message)
 
 
@@ -270,22 +296,40 @@ def decode_from_node(frame: bytes) -> FromNode:
     """
     if len(frame) > MAX_NODE_FRAME_BYTES:
         raise WireError(f"frame of {len(frame)} bytes; a node's may have {MAX_NODE_FRAME_BYTES}")
+    if frame[:1] != b"" and frame[0] in _EXTENSIONS:
+        return _extended(Report, frame)
     message: FromNode = _decode(_from_node, frame)
     return message
 
 
 def decode_from_coordinator(frame: bytes) -> FromCoordinator:
-    """The message a coordinator sent.
+    """The message a coordinator sent; also one that is squeezed (`transport.squeezing`).
 
     Raises:
         WireError: as `decode_from_node`.
     """
+    if is_squeezed(frame):
+        try:
+            frame = unsqueezed(frame, MAX_COORDINATOR_FRAME_BYTES)
+        except SqueezeError as error:
+            raise WireError(f"frame of {len(frame)} bytes is no message: {error}") from error
     if len(frame) > MAX_COORDINATOR_FRAME_BYTES:
         raise WireError(
             f"frame of {len(frame)} bytes; a coordinator's may have {MAX_COORDINATOR_FRAME_BYTES}"
         )
+    if frame[:1] != b"" and frame[0] in _EXTENSIONS:
+        return _extended(Brief, frame)
     message: FromCoordinator = _decode(_from_coordinator, frame)
     return message
+
+
+def _extended(kind: type[Extended], frame: bytes) -> Extended:
+    """The message of a round."""
+    extension = _decode(_extension, frame)
+    try:
+        return msgspec.convert((extension.code % REPORT_ROUND_MODULUS, bytes(extension.data)), kind)
+    except msgspec.ValidationError as error:
+        raise WireError(f"frame of {len(frame)} bytes is no message: {error}") from error
 
 
 def _decode(decoder: "msgspec.msgpack.Decoder[Any]", frame: bytes) -> Any:

@@ -18,12 +18,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from transport.brevity import expanded
 from transport.catchup import Download, Way, choose
 from transport.exits import Exit
 from transport.messages import (
     PROTOCOL_VERSION,
     REPORT_ROUND_MODULUS,
     Admitted,
+    Brief,
     Fetch,
     Finished,
     Follow,
@@ -193,6 +195,8 @@ class Session:
         """Whether only a snapshot leads on: the ledger takes back entries that this node does not have."""
         self._sealed = 0
         """Rounds of the own chain that the coordinator's signature has proved in this process."""
+        self._seen: Commit | None = None
+        """The last commit that came by itself, whatever became of it: the next one may refer to it."""
         self._trace: deque[tuple[int, bytes]] = deque(maxlen=_TRACE_ROUNDS)
         self.node: int | None = None
         self.manifest: Manifest | None = None
@@ -236,6 +240,16 @@ class Session:
         if self.stage is Stage.ENDED or isinstance(message, Admitted):
             return []
         self._greet_at, self._greet_s = None, GREET_S
+        if isinstance(message, Brief):
+            try:
+                if self._seen is None:
+                    raise ValueError("no commit was seen before")
+                message = expanded(message, self._seen)
+            except ValueError:
+                # Never from a coordinator that keeps to the protocol. Saying where we are is always safe.
+                return [] if self.stage in (Stage.CONNECTING, Stage.GREETING) else self._greet()
+        if isinstance(message, Commit):
+            self._seen = message
         if isinstance(message, Refuse):
             self.stage = Stage.ENDED
             return [End(_EXIT_BY_CAUSE.get(message.cause, Exit.REFUSED), message.reason)]

@@ -12,6 +12,7 @@ from coordinator.history import take_back
 from coordinator.rundir import RunDirectory
 from coordinator.service import Service
 from coordinator.status import read_status, stored_status
+from transport.brevity import expanded
 from transport.catchup import Download
 from transport.keys import invitation_keys
 from transport.messages import (
@@ -19,6 +20,7 @@ from transport.messages import (
     MAX_COORDINATOR_FRAME_BYTES,
     PROTOCOL_VERSION,
     Admitted,
+    Brief,
     Fetch,
     Follow,
     Hello,
@@ -130,6 +132,47 @@ def served(tmp_path, manifest):
     served.hello(0)
     yield served
     served.ledger.close()
+
+
+# ---- few bytes ----------------------------------------------------------------------------------------------------
+
+
+def commits_to(served, session):
+    return [each for to, each in served.wire.sent if to == session and isinstance(each, Commit | Brief)]
+
+
+def test_a_node_that_has_the_commit_before_is_sent_only_what_is_new(served):
+    served.play(3)
+    whole, *short = commits_to(served, b"session 0")
+    assert isinstance(whole, Commit)
+    assert [type(each) for each in short] == [Brief, Brief]
+    commits = list(served.ledger.entries())
+    assert [whole, expanded(short[0], commits[0]), expanded(short[1], commits[1])] == commits
+
+
+def test_who_comes_later_or_lost_one_is_sent_the_next_whole(served, monkeypatch):
+    served.play(2)
+    served.hello(1)
+    served.play(1)
+    assert type(commits_to(served, b"session 1")[-1]) is Commit
+    assert type(commits_to(served, b"session 0")[-1]) is Brief
+    with monkeypatch.context() as patch:
+        patch.setattr(served.wire, "send", lambda session, frame: Sent.FULL)
+        served.play(1)
+    served.hello(0, round=4)
+    served.play(1)
+    assert type(commits_to(served, b"session 0")[-1]) is Commit
+
+
+def test_a_history_travels_squeezed_and_is_counted_as_it_travels(served):
+    served.play(8)
+    sizes = []
+    send = served.wire.send
+    served.wire.send = lambda session, frame: (sizes.append(len(frame)), send(session, frame))[1]
+    (_, history) = served.hello(1)
+    assert sum(map(len, history.frames)) > 8 * DIRECTIONS > sizes[1]
+    assert served.service.conductors[0].members[1].down.payload_bytes == sum(sizes)
+    assert [decode_entry(frame) for frame in history.frames] == list(served.ledger.entries())
 
 
 # ---- offers -------------------------------------------------------------------------------------------------------

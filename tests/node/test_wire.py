@@ -12,13 +12,13 @@ ID = bytes(range(16))
 
 def test_a_report_with_its_bytes():
     assert shown(encode(Report(9, b"\x01\xff"))) == (
-        "sent 7 bytes, encrypted 42: Report(round=9, codes=b'\\x01\\xff')\n    93 02 09 c4 02 01 ff"
+        "sent 4 bytes, encrypted 39: Report(round=9, codes=b'\\x01\\xff')\n    d5 09 01 ff"
     )
 
 
 def test_of_whom_it_is():
     assert shown(address(encode(Report(9, b"\x01")), 3)).startswith(
-        "sent 7 bytes, encrypted 42: for agent 3, Report("
+        "sent 4 bytes, encrypted 39: for agent 3, Report("
     )
 
 

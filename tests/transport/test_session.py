@@ -4,6 +4,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from transport.brevity import brief
 from transport.catchup import Download
 from transport.exits import Exit
 from transport.messages import (
@@ -241,6 +242,33 @@ def test_while_the_run_is_being_opened_commits_wait_for_a_hello(rig):
 
 
 # ---- following ----------------------------------------------------------------------------------------------------
+
+
+def test_a_brief_commit_is_the_whole_one_after_the_one_before(following):
+    first, second = following.commit(), following.commit(step=7)
+    following.get(first)
+    short = brief(first, second)
+    assert following.get(short) == [Applied(second, own_codes=True, was_late=False)]
+    assert following.session.replica.digest() == following.truth.digest()
+
+
+def test_a_brief_commit_may_refer_to_one_that_came_while_it_was_not_wanted(rig):
+    rig.in_stage(Stage.GREETING)
+    first, second = rig.commit(), rig.commit()
+    assert rig.get(first) == []  # a `Hello` is on its way: the answer will have it
+    rig.get(rig.welcome(round=1))
+    rig.session.opened(rig.fresh(), 0.0)
+    rig.get(History((first.encode(),)))
+    assert rig.get(brief(first, second)) == [Applied(second, own_codes=True, was_late=False)]
+
+
+@pytest.mark.parametrize("stage", [Stage.CONNECTING, Stage.GREETING, Stage.FOLLOWING, Stage.REPORTED])
+def test_a_brief_commit_that_cannot_be_made_whole_is_asked_for(rig, stage):
+    rig.in_stage(stage)
+    short = brief(rig.commit(), rig.commit())
+    asks = [rig.hello()] if stage in (Stage.FOLLOWING, Stage.REPORTED) else []
+    assert rig.get(short) == asks
+    assert rig.session.stage is (Stage.GREETING if asks else stage)
 
 
 def test_history_is_followed_with_progress_at_every_digest_round(rig):

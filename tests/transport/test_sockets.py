@@ -1,6 +1,7 @@
 """The two ends over real sockets, CURVE included."""
 
 import contextlib
+import os
 import socket
 import threading
 import time
@@ -11,7 +12,15 @@ import zmq
 from transport.keys import new_key_pair
 from transport.messages import MAX_NODE_FRAME_BYTES
 from transport.meter import zmtp_bytes
-from transport.sockets import Arrival, CoordinatorSocket, Link, NodeSocket, Sent, SocketError
+from transport.sockets import (
+    HEARTBEAT_INTERVAL_MS,
+    Arrival,
+    CoordinatorSocket,
+    Link,
+    NodeSocket,
+    Sent,
+    SocketError,
+)
 from transport.ticket import Ticket
 
 RUN = bytes(range(16))
@@ -58,6 +67,16 @@ def test_a_frame_arrives_with_the_key_that_the_handshake_proved(coordinator, key
     assert coordinator.send(arrivals[0].session, b"answer") is Sent.OK
     _, frames, _ = pump(coordinator, node, lambda _l, frames, _a: frames)
     assert frames == [b"answer"]
+    node.close()
+
+
+def test_the_coordinators_kernel_looks_after_connections_that_are_silent_for_long(coordinator, keys):
+    node = node_for(coordinator, keys)
+    pump(coordinator, node, lambda links, *_: links)
+    (descriptor,) = coordinator._connections._open
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) * 1000 > HEARTBEAT_INTERVAL_MS
     node.close()
 
 
