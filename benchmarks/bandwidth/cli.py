@@ -186,7 +186,7 @@ def session_command(
         task = bar.add_task("session", total=4)
         results = Results("session", out_directory)
         found = wire.measure_session(
-            net, results, 30.0 if quick else 120.0, lambda what: bar.update(task, description=what)
+            net, results, 80.0 if quick else 160.0, lambda what: bar.update(task, description=what)
         )
         rows, failed = _collect(found, bar, task)
         bar.stop()

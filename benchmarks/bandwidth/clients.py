@@ -88,8 +88,8 @@ def rounds(order: dict[str, Any]) -> dict[str, Any]:
             _wait(nodes, partial(_has_applied, allowed), f"apply round {number}")
             time.sleep(order["think_s"])
         marks.append(totals(nodes, order["interface"]))
-        frames = {kind: nodes[0].frames[kind].hex() for kind in ("Report", "Commit")}
-        return {**differences(marks, len(nodes)), "last_round": allowed - 1, "frames": frames}
+        frames = {kind: nodes[0].frames[kind].hex() for kind in ("Report", "Brief")}
+        return {**differences(marks, len(nodes)), "frames": frames}
     finally:
         _end(nodes)
 

@@ -8,31 +8,15 @@ from __future__ import annotations
 from typing import Final
 
 TOLERANCE: Final = 0.05
-_ARRAY_AND_TAG: Final = 2
-_DIGEST_BYTES: Final = 18
-"""16, and two of a header."""
-_STEP_BYTES: Final = 5
-"""A step is usually of 32 bits."""
+_STEP_AND_EXPONENT_BYTES: Final = 5
+"""A step of 32 bits, an exponent of 8."""
 
 
-def int_bytes(value: int) -> int:
-    """Bytes of an integer."""
-    if -32 <= value < 128:
-        return 1
-    for limit, size in ((2**8, 2), (2**16, 3), (2**32, 5)):
-        if (-limit // 2 if value < 0 else 0) <= value < limit:
-            return size
-    return 9
-
-
-def binary_bytes(length: int) -> int:
-    """Bytes of a byte string of so many bytes."""
-    return length + (2 if length < 2**8 else 3 if length < 2**16 else 5)
-
-
-def array_header_bytes(length: int) -> int:
-    """Bytes before the elements of an array of so many."""
-    return 1 if length < 16 else 3 if length < 2**16 else 5
+def extension_bytes(length: int) -> int:
+    """Bytes of an extension of so many: a type, and a length unless it is a small power of two."""
+    if length in (1, 2, 4, 8, 16):
+        return 2 + length
+    return length + (3 if length < 2**8 else 4 if length < 2**16 else 6)
 
 
 def packed_bytes(codes: int, bits: int) -> int:
@@ -40,21 +24,18 @@ def packed_bytes(codes: int, bits: int) -> int:
     return -(-codes * bits // 8)
 
 
-def report_bytes(round: int, directions: int, bits: int) -> int:
-    """Payload of a report: round modulo 256, codes."""
-    return _ARRAY_AND_TAG + int_bytes(round % 256) + binary_bytes(packed_bytes(directions, bits))
+def report_bytes(directions: int, bits: int) -> int:
+    """Payload of a report: an extension of the codes, whose type is the round."""
+    return extension_bytes(packed_bytes(directions, bits))
 
 
-def commit_bytes(round: int, nodes: int, directions: int, bits: int, policy: str) -> int:
-    """Payload of a commit: round, a step, an exponent, who is in it, codes, digest of the one before, nobody late.
+def commit_bytes(nodes: int, directions: int, bits: int, policy: str) -> int:
+    """Payload of a commit for a node that has the one before: an extension of step, exponent and codes.
 
-    With the policy `shared` it names one direction's owner, of 32 bits, and has the codes of one.
+    With the policy `shared` it has the codes of one node. Codes out of thin air cannot be squeezed.
     """
-    names = [0xFFFF_FFFE] if policy == "shared" else range(nodes)
-    participants = array_header_bytes(len(names)) + sum(map(int_bytes, names))
-    codes = binary_bytes(packed_bytes(len(names) * directions, bits))
-    step, exponent, late = 1 + _STEP_BYTES, 2, 1
-    return _ARRAY_AND_TAG + int_bytes(round) + step + exponent + participants + codes + _DIGEST_BYTES + late
+    num = directions if policy == "shared" else nodes * directions
+    return extension_bytes(_STEP_AND_EXPONENT_BYTES + packed_bytes(num, bits))
 
 
 def deviation(measured: float, expected: float) -> float:

@@ -220,10 +220,10 @@ def _curved(
     run = runs.make(path, runs.varied(manifest, cell.settings), cell.nodes, [each.public for each in keys])
     with runs.serving(network, run, path / "serve.err") as (ticket, _):
         found: Row = clients.ask(ticket, keys, "rounds", warm_up=_WARM_UP, rounds=rounds, think_s=think_s)
-    last, bits = found.pop("last_round"), BITS_BY_CODES[cell.codes]
+    bits = BITS_BY_CODES[cell.codes]
     found |= {
-        "theory_up": theory.report_bytes(last, cell.directions, bits),
-        "theory_down": theory.commit_bytes(last, cell.nodes, cell.directions, bits, cell.policy),
+        "theory_up": theory.report_bytes(cell.directions, bits),
+        "theory_down": theory.commit_bytes(cell.nodes, cell.directions, bits, cell.policy),
         "how": "the product's sockets, its coordinator and its session",
     }
     for way in ("up", "down"):
@@ -249,7 +249,7 @@ def _plain(
     order = json.dumps(
         {
             "report": frames["Report"],
-            "commit": frames["Commit"],
+            "commit": frames["Brief"],
             "warm_up": _WARM_UP,
             "rounds": rounds,
             "think_s": think_s,
@@ -289,7 +289,7 @@ def measure_session(network: Network, results: Results, idle_s: float, say: Say)
     Args:
         network: to measure on.
         results: receives every row.
-        idle_s: how long to do nothing, in seconds: a multiple of 30, the period of heartbeats.
+        idle_s: how long to do nothing, in seconds: a multiple of 80, the period of heartbeats.
         say: told what is being measured.
     """
     with tempfile.TemporaryDirectory(prefix="zo-bench-") as name:

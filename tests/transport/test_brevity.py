@@ -60,8 +60,7 @@ def test_what_differs_in_more_is_sent_whole(change):
     [
         (Brief(7, bytes(21)), "is 7 modulo 256 does not follow 5"),
         (Brief(6, bytes(4)), "4 bytes are no commit of 1 classes"),
-        (Brief(6, bytes(5)), "0 codes do not divide"),
-        (Brief(6, bytes(22)), "17 codes do not divide"),
+        (Brief(6, bytes(5)), "16 participants with 0 bytes of codes"),
         (Brief(6, b"\xff\xff\xff\xff" + bytes(17)), "step must be within"),
         (Brief(6, bytes(4) + b"\x7f" + bytes(16)), "exponent must be within"),
     ],

@@ -157,7 +157,7 @@ def test_what_is_no_message_from_a_node_is_said(frame, reason):
         ([18, 0, [2**31], [0], [0], b"a", ID], "step must"),
         ([18, 0, [1], [64], [0], b"a", ID], "exponent must"),
         ([18, 0, [1], [0], [1, 0], b"ab", ID], "ascending"),
-        ([18, 0, [1], [0], [0, 1], b"abc", ID], "do not divide"),
+        ([18, 0, [1], [0], [0, 1], b"", ID], "2 participants with 0 bytes of codes"),
         ([18, 0, [1], [0], [0], b"a", ID[:15]], "16 bytes"),
         ([18, 0, [1], [0], [0], b"a", ID, [0]], "round 0 has no round before"),
         ([18, 1, [1], [0], [0], b"a", ID, [1]], "late must be ascending participants"),
