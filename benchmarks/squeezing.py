@@ -3,9 +3,9 @@
     python -m benchmarks.squeezing [RUN ...] [--json]
 
 Without a run: chains of 128 commits whose codes are Gaussian with the RMS of 32 that the step rule keeps them at, for
-some numbers of nodes and directions and every width. With runs: the ledgers of their agents 0, as they are. "Live" is the mean
-payload of a commit, whole and as a node is sent it that has the one before; "history" the mean payload of an entry for
-a node that catches up. All of it is computed, by the code that a coordinator sends with.
+some numbers of nodes and directions and every width. With runs: the ledgers of their agents 0, as they are. "Live" is
+the mean payload of a commit, whole and as a node is sent it that has the one before; "history" the mean payload of an
+entry for a node that catches up. All of it is computed, by the code that a coordinator sends with.
 """
 
 import argparse
