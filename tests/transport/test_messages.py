@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transport.messages import (
     MAX_NODE_FRAME_BYTES,
     Admitted,
+    Brief,
     Fetch,
     Finished,
     Follow,
@@ -42,7 +43,9 @@ KEY = bytes(range(32))
 
 FROM_NODE = [
     (Hello(1, ID, ID, ID, 3, ID, "ada"), f"99 01 01 {ID_HEX} {ID_HEX} {ID_HEX} 03 {ID_HEX} a3 616461 a0"),
-    (Report(round=9, codes=b"\x01\xff"), "93 02 09 c4 02 01 ff"),
+    (Report(round=9, codes=b"\x01\xff"), "d5 09 01 ff"),
+    (Report(round=200, codes=b"\x01"), "d4 c8 01"),
+    (Report(round=128, codes=bytes(64)), f"c7 40 80 {bytes(64).hex()}"),
     (Progress(300, ID, None), f"94 03 cd012c {ID_HEX} c0"),
     (Progress(300, ID, 4770), f"94 03 cd012c {ID_HEX} cd12a2"),
     (Leave(), "91 04"),
@@ -64,6 +67,7 @@ FROM_COORDINATOR = [
         Commit(9, (70_000,), (-4,), (1, 3), b"\x01\xff", ID),
         f"98 12 09 91 ce00011170 91 fc 92 01 03 c4 02 01ff {ID_HEX} 90",
     ),
+    (Brief(255, b"\x01\xff"), "d5 ff 01 ff"),
     (History((b"\x01", b"\x02\x03")), "92 13 92 c4 01 01 c4 02 0203"),
     (Resync(9, ID), f"93 14 09 {ID_HEX}"),
     (Identify(), "91 15"),
@@ -87,7 +91,7 @@ def test_messages_from_the_coordinator_on_the_wire(message, frame):
 
 @pytest.mark.parametrize(
     ("agent", "frame"),
-    [(0, "93 02 09 c4 02 01ff"), (3, "03 93 02 09 c4 02 01ff"), (127, "7f 93 02 09 c4 02 01ff")],
+    [(0, "d5 09 01ff"), (3, "03 d5 09 01ff"), (127, "7f d5 09 01ff")],
 )
 def test_a_frame_of_another_agent_than_0_begins_with_its_number(agent, frame):
     report = Report(round=9, codes=b"\x01\xff")
@@ -134,11 +138,13 @@ def test_a_commit_of_4_nodes_and_64_directions_has_at_most_300_bytes(round):
         (b"", "truncated"),
         (b"\xc1", "no message"),
         (b"\x91\x63", "Invalid value 99"),
-        (b"\x93\x02\x09\xc4", "truncated"),
-        (bytes.fromhex("93 02 09 a2 01 7f"), "Expected `bytes`"),
-        (bytes.fromhex("93 02 cd0100 c4 01 01"), "<= 255"),
-        (bytes.fromhex("93 02 09 c4 00"), "length >= 1"),
-        (bytes.fromhex("94 02 09 c4 01 01 01"), "at most length 2, got 3"),
+        (b"\x94\x03\x09\xc4", "truncated"),
+        (bytes.fromhex("93 02 09 c4 01 01"), "Invalid value 2"),
+        (bytes.fromhex("d5 09 01"), "truncated"),
+        (bytes.fromhex("d4 09 01 01"), "trailing"),
+        (bytes.fromhex("c7 00 09"), "length >= 1"),
+        (b"\xc8\x10\x01\x09" + bytes(4097), "length <= 4096"),
+        (bytes.fromhex("93 03 00 c4 03 010203"), "length 4, got 3"),
         (bytes.fromhex("94 03 00 c4 03 010203 c0"), "length >= 16"),
         (bytes.fromhex("91 10"), "Invalid value 16"),
         (bytes(MAX_NODE_FRAME_BYTES + 1), "frame of 8193 bytes"),
