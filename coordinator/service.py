@@ -103,6 +103,18 @@ class _Track:
     last_loss: float | None
     """The mean of those who were here last."""
     abbreviator: Abbreviator = field(default_factory=Abbreviator)
+    digest: tuple[int, str] = field(init=False)
+    """For the status: the digest taken last, and after how many commits. Hashing all weights every second would cost
+    more than the rounds."""
+
+    def __post_init__(self) -> None:
+        """Begin with the digest of now."""
+        self.take_digest()
+
+    def take_digest(self) -> None:
+        """Renew what the status shows."""
+        replica = self.conductor.replica
+        self.digest = replica.round, replica.digest().hex()
 
     def mean_loss(self) -> float | None:
         """Of those who are here; while nobody is, what it was when somebody was."""
@@ -375,6 +387,7 @@ class Service:
                 ledger.set_quarantined(node, True)
             case PersistCheckpoint(round, digest, scale):
                 ledger.checkpoint(Checkpoint(round, digest, scale))
+                track.digest = round, digest.hex()
             case Enrol(node, key, name):
                 ledger.enrol(Enrolment(node, key, name))
             case Note(kind, node, text):
@@ -432,8 +445,8 @@ class Service:
         return AgentStatus(
             agent=agent,
             round=conductor.round,
-            digest=conductor.replica.digest().hex(),
-            digest_round=conductor.replica.round,
+            digest=track.digest[1],
+            digest_round=track.digest[0],
             live=sum(m.presence is Presence.LIVE for m in conductor.present),
             members=[
                 _member_status(
@@ -468,6 +481,8 @@ class Service:
         for conductor in self.conductors:
             for member in conductor.present:
                 member.note(Event.LOST)
+        for track in self._tracks:
+            track.take_digest()
         self.status = msgspec.structs.replace(self._make_status(), serving=False)
         self._ledger.set_status(msgspec.json.encode(self.status))
 

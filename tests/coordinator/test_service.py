@@ -134,6 +134,21 @@ def served(tmp_path, manifest):
     served.ledger.close()
 
 
+def test_the_status_shows_the_digest_that_was_recorded_last_and_takes_none_of_its_own(served, monkeypatch):
+    served.play(5)
+    monkeypatch.setattr(Replica, "digest", None)  # calling it would fail
+    status = served.service._make_status()
+    assert (status.round, status.digest_round) == (5, 4)
+    assert status.digest == served.ledger.digest_at(4).hex()
+
+
+def test_when_it_stops_the_status_shows_the_digest_of_the_end(served):
+    served.play(5)
+    served.service.close()
+    status = served.service.status
+    assert (status.digest_round, status.digest) == (5, served.replay(5).digest().hex())
+
+
 # ---- few bytes ----------------------------------------------------------------------------------------------------
 
 
