@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 from pathlib import Path
 from typing import Any, Final
 
@@ -144,7 +144,7 @@ def _settings(path: Path) -> dict[str, Any]:
         raise AdapterFilesError(f"{path} has bias = {settings['bias']!r}; a run trains no biases")
     for name, kind in (("r", int), ("lora_alpha", (int, float))):
         value = settings.get(name)
-        if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < inf:
             raise AdapterFilesError(f"{path} has {name} = {value!r}, expected a number above 0")
     return settings
 
@@ -186,7 +186,9 @@ def _head(
     if head is None:
         raise AdapterFilesError(f"{folder} holds {min(tensors)}, which a run without a head does not train")
     shape = (head.num_labels, head.in_features)
-    weights = sorted(name for name, tensor in tensors.items() if tensor.shape == shape)
+    weights = sorted(
+        name for name, tensor in tensors.items() if tensor.shape == shape and name.endswith(".weight")
+    )
     if not weights:
         raise AdapterFilesError(
             f"{folder} holds no head of {head.num_labels} labels, but {min(tensors)}; name the labels of its own run"

@@ -141,8 +141,9 @@ def configuration(folder: Path) -> dict[str, Any]:
 
 def is_causal(configuration: Mapping[str, Any]) -> bool:
     """Whether the configuration is of a causal language model, by the name of its class; so if it has none."""
-    architectures = configuration.get("architectures") or ["ForCausalLM"]
-    return str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel"))
+    architectures = configuration.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else "ForCausalLM"
+    return str(name).endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def file_digest(files: Iterable[Path]) -> str:

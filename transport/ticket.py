@@ -60,13 +60,13 @@ def parse_ticket(text: str) -> Ticket:
         TicketError: the message names the part that is wrong, and what it should look like.
     """
     text = text.strip()
-    match = re.fullmatch(r"zo://(\[[^\]]+\]|[^:/#\[\]]+):(\d+)/([^#]*)(?:#([^.]*)(\.(.*))?)?", text)
+    match = re.fullmatch(r"zo://(\[[^\]]+\]|[^:/#\[\]]+):([0-9]+)/([^#]*)(?:#([^.]*)(\.(.*))?)?", text)
     if match is None:
         raise TicketError(
             f"not a ticket: {_shown(text)}. A ticket looks like {_FORM}; copy the whole line that serve printed"
         )
     host, port_text, run_text, key_text, token_part, token_text = match.groups()
-    port = int(port_text)
+    port = int(port_text[:9])  # of a number of thousands of digits Python makes none
     if not 1 <= port <= 65535:
         raise TicketError(f"the ticket's port must be between 1 and 65535, got {port}")
     try:

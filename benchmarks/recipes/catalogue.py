@@ -136,7 +136,7 @@ def instructions(run: Runner, quick: bool) -> None:
     run(subject, problem, replace(swarm, rounds=swarm.rounds // 2, agents=4))
 
 
-def sentiment(run: Runner, quick: bool) -> None:
+def sentiment_problem(quick: bool) -> Problem:
     """Films praised or not: a linear head on a frozen sentence encoder, sixteen nodes.
 
     A node's batch is all of its rows: the encoder reads them once, and what a round costs is the head.
@@ -153,7 +153,7 @@ def sentiment(run: Runner, quick: bool) -> None:
         return read_labelled([path], base.tokenizer, form.sequence_length, task, base.padding, columns)
 
     pooled, held_out = rows("train.tsv"), rows("dev.tsv")
-    problem = Problem(
+    return Problem(
         model=str(model),
         form=form,
         task=task,
@@ -162,6 +162,11 @@ def sentiment(run: Runner, quick: bool) -> None:
         held_out=[_every(held_out, 8, 0) if quick else held_out],
         metric=row_misses,
     )
+
+
+def sentiment(run: Runner, quick: bool) -> None:
+    """The methods on films praised or not."""
+    problem = sentiment_problem(quick)
     swarm = Swarm(rounds=50 if quick else 1000, directions=4, sides=1, step=0.3, epsilon=0.01)
     few, many = (20, None) if quick else (100, 1000)
     _compare(run, "MiniLM on SST-2, head", problem, swarm, few, many, batch_size=32)

@@ -10,7 +10,7 @@ from coordinator.keyring import Keyring
 from coordinator.rundir import RunDirectory
 from node.state import StateDirectory
 from transport.exits import Exit
-from transport.keys import invitation_keys, load_key
+from transport.keys import invitation_keys, load_key, load_secret
 from transport.ticket import parse_ticket
 
 pytestmark = [pytest.mark.e2e, pytest.mark.attack]
@@ -125,13 +125,16 @@ def test_no_secret_is_in_any_file_but_the_key_files(swarm):
     ticket = invite(swarm, "--expires", "2d")
     standing, swarm.ticket = swarm.ticket, ticket
     swarm.join("ada")
+    swarm.poll_members("ada")
+    assert_refused(swarm.join("second"), "used up or was withdrawn")
     swarm.open_until(99)
     swarm.assert_finished("ada")
     status = swarm.command("coordinator.cli", "status", swarm.run, "--json")
     assert status.wait() == 0
     tokens = [parse_ticket(each).token for each in (standing, ticket)]
-    key_files = [swarm.run / "coordinator.key", swarm.state("ada") / "node.key"]
-    secrets = [load_key(path).secret for path in key_files]
+    key_files = [swarm.run / "coordinator.key", swarm.run / "signing.key"]
+    key_files += [swarm.state(name) / "node.key" for name in ("ada", "second")]
+    secrets = [load_secret(path) for path in key_files]
     secrets += [*tokens, *(invitation_keys(token).secret for token in tokens)]
     printed = {swarm.coordinator.stdout_path: standing, swarm.processes[1].stdout_path: ticket}
     looked_at = 0

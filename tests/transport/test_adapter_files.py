@@ -119,6 +119,7 @@ def test_what_lies_beside_the_head_is_kept_by_its_path(folder, shapes):
         ({"bias": "all"}, "has bias = 'all'; a run trains no biases"),
         ({"r": "3"}, "has r = '3', expected a number above 0"),
         ({"r": 0}, "has r = 0, expected a number above 0"),
+        ({"lora_alpha": float("nan")}, "has lora_alpha = nan, expected a number above 0"),
         ({"lora_alpha": None}, "has lora_alpha = None, expected a number above 0"),
         ({"r": 5}, r"is not of this base: .*lora_A.weight is of shape \(3, 32\), expected \(5, 32\)"),
     ],
@@ -181,6 +182,16 @@ def test_a_head_that_is_not_the_runs_is_refused(saved, shapes):
         read_start(saved, shapes, Head(3, 32, has_bias=True))
     with pytest.raises(AdapterFilesError, match="its head has a bias, but this base's has none"):
         read_start(saved, shapes, Head(2, 32, has_bias=False))
+
+
+def rename_head(tensors):
+    tensors["odd"] = tensors.pop("base_model.model.classifier.weight")
+
+
+def test_a_tensor_as_large_as_a_head_without_the_name_of_one_is_none(folder, shapes):
+    change_tensors(folder, rename_head)
+    with pytest.raises(AdapterFilesError, match="holds no head of 2 labels"):
+        read_start(folder, shapes, HEAD)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])

@@ -192,6 +192,25 @@ def test_nobody_allocates_what_a_stranger_announces(target, opening):
     assert target.arrivals == []
 
 
+@pytest.mark.parametrize("end", ["coordinator", "node"])
+def test_nobody_allocates_what_is_announced_after_the_handshake(target, end):
+    """Whoever sits on the line may write into it: neither end reads a frame that it would not take."""
+    relay = _Valve(target.end.port, 2**40)
+    keys = new_key_pair()
+    target.admitted.add(keys.public)
+    member = NodeSocket(Ticket("127.0.0.1", relay.port, RUN, target.keys.public), keys)
+    target.wait(lambda: Link.UP in member.poll(0.05)[0], "a connection")
+    before = resident_bytes()
+    with contextlib.suppress(ConnectionError):
+        (relay.far if end == "coordinator" else relay.near).sendall(b"\x02" + FOUR_GIB + bytes(64 * 1024))
+    target.wait(lambda: Link.DOWN in member.poll(0.05)[0], "an end")
+    target.exchange()
+    assert target.arrivals == []
+    assert resident_bytes() - before < 64 * 2**20
+    member.close()
+    relay.close()
+
+
 def test_nobody_can_guess_the_next_routing_id():
     """A client that claims it before the server makes it would end the process: libzmq asserts that it is free."""
     rand, first = ctypes.CDLL(None), []
@@ -266,10 +285,10 @@ class _Valve:
 
     def accept(self):
         with contextlib.suppress(OSError):
-            near, _ = self.listener.accept()
-            far = socket.create_connection(("127.0.0.1", self.target))
-            threading.Thread(target=self.copy, args=(near, far, True), daemon=True).start()
-            self.copy(far, near, False)
+            self.near, _ = self.listener.accept()
+            self.far = socket.create_connection(("127.0.0.1", self.target))
+            threading.Thread(target=self.copy, args=(self.near, self.far, True), daemon=True).start()
+            self.copy(self.far, self.near, False)
 
     def copy(self, source, target, is_counted):
         with contextlib.suppress(OSError):

@@ -9,6 +9,7 @@ import pytest
 from transport.base_files import (
     BaseFilesError,
     digest,
+    is_causal,
     layers_only,
     linear_shapes,
     tensor_shapes,
@@ -129,6 +130,21 @@ def test_a_shape_that_is_no_list_is_an_error(model):
     (model / "model-1.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
     with pytest.raises(BaseFilesError, match="is not a safetensors file"):
         tensor_shapes(model)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "expected"),
+    [
+        (["BertModel"], False),
+        (["GPT2LMHeadModel"], True),
+        ([], True),
+        (None, True),
+        (7, True),
+        ({"a": 1}, True),
+    ],
+)
+def test_a_base_is_causal_by_the_name_of_its_class_or_if_it_has_none(architectures, expected):
+    assert is_causal({"architectures": architectures}) is expected
 
 
 def test_layers_are_what_has_a_number():

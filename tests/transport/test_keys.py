@@ -6,6 +6,7 @@ import pytest
 from transport.keys import KeyFileError, load_key, load_or_make_key, new_key_pair, save_key
 
 
+@pytest.mark.attack
 def test_a_key_file_is_the_owners_alone_whatever_the_umask(tmp_path):
     old = os.umask(0)
     try:
@@ -26,11 +27,13 @@ def test_a_key_is_never_overwritten(tmp_path):
         save_key(tmp_path / "key", new_key_pair())
 
 
+@pytest.mark.attack
 def test_the_secret_is_not_shown():
     pair = new_key_pair()
     assert pair.secret.hex() not in repr(pair)
 
 
+@pytest.mark.attack
 def test_a_key_that_others_can_read_is_refused_with_the_cure(tmp_path):
     save_key(tmp_path / "key", new_key_pair())
     (tmp_path / "key").chmod(0o644)

@@ -54,6 +54,8 @@ def test_every_ticket_reads_back(host, port, run_id, key, token):
         ("http://example.org", "not a ticket"),
         (TEXT.replace(":7411", ""), "not a ticket"),
         (TEXT.replace(":7411", ":70000"), "port must be between 1 and 65535, got 70000"),
+        (TEXT.replace(":7411", ":" + "9" * 5000), "port must be between 1 and 65535"),
+        (TEXT.replace(":7411", ":٧٤"), "not a ticket"),
         (TEXT.replace("000102", "0001"), "32 hexadecimal digits, got 30"),
         (TEXT.replace("000102", "00010g"), "32 hexadecimal digits"),
         (TEXT.split("#")[0], "no key after '#'"),
