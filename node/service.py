@@ -189,12 +189,12 @@ class NodeService:
         self._base, self._tokenizer = bytes.fromhex(base_digest), bytes.fromhex(tokenizer_digest)
         self._saved_heads: dict[int, bytes] = {}
         """What is saved of each agent, by its head."""
+        self._trainer: Trainer | None = None
         self._sessions = Sessions(agents, self._new_session)
         self._on_sent = on_sent
         self._keys = state.keys()
         self._has_tried_next = self._has_redeemed = False
         self._socket = NodeSocket(ticket, self._keys, on_sent)
-        self._trainer: Trainer | None = None
         self._manifest: Manifest | None = None
         self._may_interrupt = False
         self._wants_to_leave = False
