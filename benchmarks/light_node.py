@@ -63,6 +63,7 @@ class Onlooker:
         exponent: int,
         agent: int = 0,
         walk_step: int = 0,
+        importances: NDArray[np.int32] | None = None,
     ) -> Abstention:
         """No vote in any direction."""
         directions = self._manifest.probe.directions

@@ -87,6 +87,7 @@ class LogisticTrainer:
         exponent: int,
         agent: int = 0,
         walk_step: int = 0,
+        importances: NDArray[np.int32] | None = None,
     ) -> Probed:
         """The codes of an agent's round."""
         self._before_probe(round)
@@ -99,7 +100,7 @@ class LogisticTrainer:
             losses.append(loss)
             return encode(gradients, exponent, rng, self._manifest.codes.bits)
 
-        names = naming(self._manifest).of_round(node, samples(round, probing.directions), agent)
+        names = naming(self._manifest).of_round(node, samples(round, probing.directions), agent, importances)
         codes = walk(measured, weights, key, names, probing.local_steps, walk_step)
         return Probed(codes, finite_mean(np.array(losses)))
 

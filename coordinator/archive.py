@@ -89,7 +89,9 @@ class Archive:
     def save_snapshot(self, replica: Replica) -> None:
         """Make a snapshot of the replica, unless there is one. Raises StorageError."""
         if replica.round and (self._newest is None or self._newest.round < replica.round):
-            self._newest = self._snapshots.save(replica.round, encode_snapshot(replica, self._manifest))
+            self._newest = self._snapshots.save(
+                replica.round, encode_snapshot(replica, self._manifest, with_weights=False)
+            )
 
     def save_snapshot_if_due(self, replica: Replica) -> None:
         """Make one if it is worth it. Raises StorageError."""

@@ -44,6 +44,7 @@ from zo.directions import run_key
 from zo.initial import initial_weights
 from zo.layout import lora_layout
 from zo.manifest import (
+    DEFAULT_POOL,
     DEFAULT_TEMPLATE,
     ESTIMATORS,
     Adapter,
@@ -169,8 +170,8 @@ def init(
         Policy,
         typer.Option(
             metavar="|".join(get_args(Policy)),
-            help="Nodes measure directions of their own, or all the same, or the same within a group; codes for the "
-            "same direction are combined.",
+            help="Nodes measure directions of their own, or such from a pool, or all the same, or the same within a "
+            "group; codes for the same direction of a round are combined.",
         ),
     ] = "private",
     groups: Annotated[
@@ -192,6 +193,16 @@ def init(
             show_default=str(_TRIM),
         ),
     ] = None,
+    pool_size: Annotated[
+        int, typer.Option(metavar="N", help="Of the policy pool: directions in it.")
+    ] = DEFAULT_POOL,
+    pool_draw: Annotated[
+        Literal["uniform", "importance"],
+        typer.Option(
+            metavar="uniform|importance",
+            help="Of the policy pool: draw all as often, or in proportion to the size of their codes.",
+        ),
+    ] = "uniform",
     full_votes: Annotated[
         int,
         typer.Option(
@@ -458,6 +469,8 @@ def init(
                         groups=(_GROUPS if policy == "groups" else 1) if groups is None else groups,
                         combine=combine,
                         trim=(_TRIM if combine == "trimmed" else 0) if trim is None else trim,
+                        pool_size=pool_size,
+                        pool_draw=pool_draw,
                     ),
                     probe=Probing(
                         epsilon=_EPSILON if epsilon is None else epsilon,

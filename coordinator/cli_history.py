@@ -29,6 +29,7 @@ from coordinator.history import (
     LogRecord,
     back_up,
     compare,
+    export_pool,
     export_state,
     records,
     take_back,
@@ -154,7 +155,18 @@ def _show(difference: Difference) -> None:
 )
 def export(
     run: RunArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to make.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Directory to make.", show_default=False)
+    ] = None,
+    pool: Annotated[
+        Path | None,
+        typer.Option(
+            "--pool",
+            metavar="FILE",
+            help="Instead, of a pool run: a file to make, of as many integers as the pool has directions.",
+            show_default=False,
+        ),
+    ] = None,
     round: Annotated[
         int | None, typer.Option(metavar="R", help="After so many rounds.", show_default="the newest")
     ] = None,
@@ -165,8 +177,25 @@ def export(
     With several agents those of all, unless one is named.
     """
     with failures_explained():
+        if (output is None) == (pool is None):
+            raise HistoryError("give -o DIR, or of a pool run --pool FILE")
         directory = RunDirectory(run)
         manifest = directory.manifest()
+        if pool is not None:
+            with directory.ledger(manifest, read_only=True) as ledger:
+                track = ledger.track(one_agent(manifest, agent))
+                replica, num_bytes = export_pool(directory, manifest, track, round, pool)
+            out.print(
+                f"round {replica.round}, digest {replica.digest().hex()}: {num_bytes:,} bytes",
+                highlight=False,
+            )
+            out.print(
+                f"Next: zo-node export --from {pool} -o ADAPTER --model MODEL",
+                highlight=False,
+                soft_wrap=True,
+            )
+            return
+        assert output is not None
         with directory.ledger(manifest, read_only=True) as ledger:
             tracks = [ledger.track(each) for each in agents_meant(manifest, agent)]
             replicas = export_state(directory, manifest, tracks, round, output)

@@ -23,6 +23,7 @@ from zo.directions import GROUP_0, MAX_NODE
 from zo.manifest import Manifest
 from zo.naming import naming, spoken
 from zo.packing import codes_of
+from zo.poolfile import PoolFileError, encode_pool_file
 from zo.replica import Replica
 from zo.snapshot import encode_snapshot
 from zo.steps import step_rule
@@ -206,7 +207,9 @@ def take_back(
         if isinstance(each, Commit):
             _, scale = rule.advance(scale, each.round, codes_of(each, manifest))
     ledger.checkpoint(Checkpoint(replica.round, replica.digest(), scale))
-    directory.snapshots(ledger.agent).save(replica.round, encode_snapshot(replica, manifest))
+    directory.snapshots(ledger.agent).save(
+        replica.round, encode_snapshot(replica, manifest, with_weights=False)
+    )
     return entry, replica
 
 
@@ -257,10 +260,7 @@ def export_state(
         StorageError: it cannot be written.
     """
     for ledger in ledgers:
-        total = ledger.num_commits()
-        if round is not None and not 0 <= round <= total:
-            whose = f" of agent {ledger.agent}" if manifest.agents.count > 1 else ""
-            raise HistoryError(f"the ledger{whose} has {total} rounds, got --round {round}")
+        _check_round(manifest, ledger, round)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise HistoryError(f"{output} exists already; choose another directory")
     replicas = [
@@ -276,6 +276,46 @@ def export_state(
     except OSError as error:
         raise StorageError(f"cannot write {output}: {error}") from error
     return replicas
+
+
+def export_pool(
+    directory: RunDirectory, manifest: Manifest, ledger: Ledger, round: int | None, output: Path
+) -> tuple[Replica, int]:
+    """Write what a pool run has learnt after `round` commits to a file that `zo-node export --from` takes.
+
+    Args:
+        directory: of the run.
+        manifest: of the run.
+        ledger: the agent's.
+        round: after so many commits; None for all.
+        output: a file to make.
+
+    Returns:
+        The replica that is in it, and how many bytes it has.
+
+    Raises:
+        HistoryError: no such round, no pool, or the file exists.
+        StorageError: it cannot be written.
+    """
+    _check_round(manifest, ledger, round)
+    if output.exists():
+        raise HistoryError(f"{output} exists already; choose another file")
+    replica = directory.state_at(ledger.num_commits() if round is None else round, manifest, ledger)
+    try:
+        data = encode_pool_file(replica, manifest)
+        write_atomically(output, data)
+    except PoolFileError as error:
+        raise HistoryError(str(error)) from error
+    except OSError as error:
+        raise StorageError(f"cannot write {output}: {error}") from error
+    return replica, len(data)
+
+
+def _check_round(manifest: Manifest, ledger: Ledger, round: int | None) -> None:
+    total = ledger.num_commits()
+    if round is not None and not 0 <= round <= total:
+        whose = f" of agent {ledger.agent}" if manifest.agents.count > 1 else ""
+        raise HistoryError(f"the ledger{whose} has {total} rounds, got --round {round}")
 
 
 def back_up(directory: RunDirectory, destination: Path) -> None:

@@ -73,14 +73,15 @@ class _Count:
 class Influence:
     """The tallies of one track, since its coordinator started."""
 
-    def __init__(self, sides: int, bits: int = 8) -> None:
+    def __init__(self, sides: int, bits: int = 8, *, comes_back: bool = False) -> None:
         """Nothing counted yet.
 
         Args:
             sides: of the manifest's probes. One-sided slopes have no symmetry to test.
             bits: of its codes; signs have no limit to be at.
+            comes_back: whether directions do, from a pool: then slopes along one mostly keep their sign.
         """
-        self._is_symmetric = sides == 2
+        self._is_symmetric = sides == 2 and not comes_back
         self._limit, self._share_at_limit = CUT_OFF_BY_BITS[bits], SATURATED_BY_BITS[bits]
         self._positive, self._saturated, self._no_votes = _Count(), _Count(), _Count()
         self._found: set[tuple[int, str]] = set()

@@ -204,11 +204,13 @@ class RunDirectory:
         """
         reason = "there is no snapshot yet"
         total, snapshots = ledger.num_commits(), self.snapshots(ledger.agent)
+        is_pool = manifest.directions.policy == "pool"  # whose snapshots have no weights
+        start = self.initial(manifest, ledger.agent) if is_pool else None
         for stored in reversed(snapshots.stored()):
             if before is not None and stored.round > before:
                 continue
             try:
-                replica = decode_snapshot(snapshots.read(stored), manifest, ledger.agent)
+                replica = decode_snapshot(snapshots.read(stored), manifest, ledger.agent, start)
             except (OSError, SnapshotError) as error:
                 reason = str(error)
                 continue

@@ -196,7 +196,9 @@ class Service:
                 now,
                 None if signer is None else partial(signer.seal, genesis(manifest.run_id, agent)),
             )
-            influence = Influence(manifest.probe.sides, manifest.codes.bits)
+            influence = Influence(
+                manifest.probe.sides, manifest.codes.bits, comes_back=manifest.directions.policy == "pool"
+            )
             last_loss = before.loss_of(agent) if before else None
             self._tracks.append(_Track(conductor, archive, Speed(replica.round, now), influence, last_loss))
         self.conductors = Conductors([track.conductor for track in self._tracks])

@@ -14,6 +14,7 @@ from transport.messages import PIECE_BYTES, Piece
 from zo.commit import Commit, chain_digest, decode_entry
 from zo.manifest import Manifest
 from zo.packing import codes_of
+from zo.pool import Pool
 from zo.replica import Replica
 from zo.snapshot import content_address, encode_snapshot
 from zo.steps import Scale, step_rule
@@ -28,6 +29,7 @@ class VirtualTrack:
     Attributes:
         frames: the encoded commits.
         truth: the replica of a fault-free replay of them.
+        origin: that of round 0.
         enrolled: everyone admitted.
         left: members whose last noted word is that they leave.
         round_times: how long each round took, in virtual seconds.
@@ -46,6 +48,7 @@ class VirtualTrack:
         self._manifest = manifest
         self._fail = fail
         self.truth = self.fresh()
+        self.origin = self.fresh()
         self.frames: list[bytes] = []
         self.enrolled: list[Enrolment] = []
         self.left: set[int] = set()
@@ -183,7 +186,7 @@ class VirtualTrack:
         )
 
     def _save_snapshot(self) -> None:
-        data = encode_snapshot(self.truth, self._manifest)
+        data = encode_snapshot(self.truth, self._manifest, with_weights=False)
         self._newest = Stored(self.truth.round, content_address(data), len(data))
         self._snapshots[self._newest.content] = data
         if len(self._snapshots) > KEPT_NEWEST:
@@ -198,7 +201,7 @@ class SharedReplica(Replica):
         self.agent = track.agent
         self.round = round
         self.head = head
-        self.weights = _NO_WEIGHTS
+        self.weights, self.pool = track.origin.weights, track.origin.pool  # where a snapshot of a pool starts
 
     def apply(self, entry: object, frame: bytes | None = None, history: object = None) -> None:
         """Step along the chain; a commit that does not follow is refused as by a real replica."""
@@ -207,9 +210,10 @@ class SharedReplica(Replica):
         self.head = self._track.head_of(entry)
         self.round += 1
 
+    def moved_to(self, pool: Pool, round: int, head: bytes) -> Replica:
+        """As a real replica."""
+        return self._track.origin.moved_to(pool, round, head)
+
     def digest(self) -> bytes:
         """What a real replica at this point of the chain has."""
         return self._track.digest_at_head(self.round, self.head)
-
-
-_NO_WEIGHTS = zeros(0)

@@ -265,6 +265,7 @@ class PrivateTrainer:
         exponent: int,
         agent: int = 0,
         walk_step: int = 0,
+        importances: NDArray[np.int32] | None = None,
     ) -> ProbeResult:
         """The codes of an agent's round; for a query that was answered last, the same ones without a new release.
 
@@ -285,7 +286,7 @@ class PrivateTrainer:
                 "larger --dp-epsilon"
             )
         before = mechanism.num_releases
-        probed = self._trainer.probe(weights, round, node, exponent, agent, walk_step)
+        probed = self._trainer.probe(weights, round, node, exponent, agent, walk_step, importances)
         made = mechanism.num_releases - before
         if (
             made != plan.releases_per_probe

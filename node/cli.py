@@ -69,7 +69,10 @@ from transport.exits import Exit
 from transport.sessions import assigned
 from transport.ticket import parse_ticket
 from zo import kernels
+from zo.directions import run_key
+from zo.initial import initial_weights
 from zo.manifest import MAX_AGENTS, Manifest
+from zo.poolfile import PoolFile, PoolFileError, decode_pool_file
 from zo.replica import Replica
 
 # torch, transformers and peft take seconds to import; the modules that need them are imported where they are used, so
@@ -288,20 +291,29 @@ def join(
     epilog=epilog("zo-node export my-run -o my-adapter --model ./my-model"),
 )
 def export(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN",
-            help="A node's state directory or a coordinator's run directory.",
-            show_default=False,
-        ),
-    ],
     output: Annotated[
         Path,
         typer.Option(
             "-o", "--output", metavar="DIR", help="Directory to write the adapter to.", show_default=False
         ),
     ],
+    source: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[RUN]",
+            help="A node's state directory or a coordinator's run directory.",
+            show_default=False,
+        ),
+    ] = None,
+    pool: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Instead of RUN: the pool file of a run, made by `zo-coordinator export --pool`.",
+            show_default=False,
+        ),
+    ] = None,
     model: ModelOption = None,
     adapter: StartOption = None,
     merge: Annotated[
@@ -322,8 +334,14 @@ def export(
     Of a run with several agents each becomes an adapter in a folder of its own, agent-0 and so on, unless one is named.
     """
     with failures_explained():
-        manifest, replicas = _results(source, agent)
-        several = manifest.agents.count > 1
+        if (source is None) == (pool is None):
+            raise NodeError(Exit.INPUT, "name a run's directory, or a pool file with --from FILE")
+        replicas: list[Replica] = []
+        if source is not None:
+            manifest, replicas = _results(source, agent)
+        else:
+            manifest = (kept := _pool_file(pool)).manifest
+        several = manifest.agents.count > 1 and pool is None
         if merge and several and agent is None:
             raise NodeError(
                 Exit.INPUT, "--merge makes one model of one agent: name it with --agent, as in --agent 0"
@@ -336,7 +354,14 @@ def export(
 
         check_start(manifest, adapter)
         base = load_base(path, threads=1, labels=manifest.task.head_labels)
-        trained = adapt(base, manifest, start_of(manifest, adapter, base))
+        first = start_of(manifest, adapter, base)
+        trained = adapt(base, manifest, first)
+        if source is None:
+            values = None if first is None else first.values
+            weights = initial_weights(
+                trained.layout, run_key(manifest.run_id), manifest.adapter.train, values
+            )
+            replicas = [_rebuilt(kept, Replica(manifest, weights, agent=kept.agent))]
         try:
             for replica in replicas:
                 folder = output / f"agent-{replica.agent}" if several and agent is None else output
@@ -494,6 +519,25 @@ def _results(source: Path, agent: int | None) -> tuple[Manifest, list[Replica]]:
     except StateError as error:
         raise NodeError(Exit.INPUT, str(error)) from error
     return found[0][0], [replica for _, replica in found]
+
+
+def _pool_file(path: Path | None) -> PoolFile:
+    """What a pool file holds."""
+    assert path is not None
+    try:
+        return decode_pool_file(path.read_bytes())
+    except OSError as error:
+        raise NodeError(Exit.INPUT, f"cannot read {path}: {error.strerror}") from error
+    except PoolFileError as error:
+        raise NodeError(Exit.INPUT, f"{path}: {error}") from error
+
+
+def _rebuilt(kept: PoolFile, start: Replica) -> Replica:
+    """The weights of a pool file."""
+    try:
+        return kept.rebuilt(start)
+    except PoolFileError as error:
+        raise NodeError(Exit.DAMAGED, str(error)) from error
 
 
 def _agent_numbers(text: str | None) -> list[int] | None:

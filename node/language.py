@@ -182,10 +182,11 @@ class LanguageTrainer:
         exponent: int,
         agent: int = 0,
         walk_step: int = 0,
+        importances: NDArray[np.int32] | None = None,
     ) -> Probed:
         """The codes of an agent's round."""
         before = self._probe.curvature
-        probed = self._probe.probe(weights, round, node, exponent, agent, walk_step)
+        probed = self._probe.probe(weights, round, node, exponent, agent, walk_step, importances)
         self._tell_of(before, self._probe.curvature)
         return probed
 

@@ -25,7 +25,7 @@ from node.privacy import Mechanism
 from node.stacked import side_by_side
 from zo import kernels
 from zo.codes import NO_VOTE, encode
-from zo.directions import Direction, RunKey, stack
+from zo.directions import Direction, Drawn, RunKey, stack
 from zo.manifest import Estimator
 from zo.naming import PRIVATE, Naming
 from zo.replica import samples
@@ -137,6 +137,7 @@ class Probe:
         exponent: int,
         agent: int = 0,
         walk_step: int = 0,
+        importances: NDArray[np.int32] | None = None,
     ) -> Probed:
         """The codes of one round: direction i of a round is the sample round × directions + i of the node.
 
@@ -148,6 +149,7 @@ class Probe:
             agent: which adapter the weights are. Each sees batches of its own: on the same ones, the agents would
                 learn the same.
             walk_step: what a code is multiplied with between two local steps.
+            importances: of the run's pool, if it is drawn by them.
         """
         started = perf_counter()
         self._forward_seconds = 0.0
@@ -159,7 +161,7 @@ class Probe:
             losses.append(found)
             return encode(gradients, exponent, rng, self.bits)
 
-        names = self._names(round, node, agent)
+        names = self._names(round, node, agent, importances)
         codes = walk(measured, weights, self.key, names, self.local_steps, walk_step)
         return Probed(
             codes=codes,
@@ -178,8 +180,10 @@ class Probe:
         slopes, losses = self.slopes_along(weights, self._names(round, node, agent))
         return slopes, finite_mean(losses)
 
-    def _names(self, round: int, node: int, agent: int) -> list[Direction]:
-        return self.naming.of_round(node, samples(round, self.directions), agent)
+    def _names(
+        self, round: int, node: int, agent: int, importances: NDArray[np.int32] | None = None
+    ) -> list[Direction]:
+        return self.naming.of_round(node, samples(round, self.directions), agent, importances)
 
     def slopes_along(
         self, weights: NDArray[np.int32], names: Sequence[Direction]
@@ -349,7 +353,8 @@ class Probe:
 
     def draw(self, direction: Direction) -> AnyBatch:
         """The batch that a direction is measured on."""
-        return batch(self.windows, self.batch_size, self._seed_of(direction.agent), direction.sample)
+        sample = direction.by if isinstance(direction, Drawn) else direction.sample
+        return batch(self.windows, self.batch_size, self._seed_of(direction.agent), sample)
 
     def _seed_of(self, agent: int) -> int:
         return self.seed + (agent << 64)

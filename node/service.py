@@ -68,8 +68,10 @@ class Trainer(Protocol):
         exponent: int,
         agent: int = 0,
         walk_step: int = 0,
+        importances: NDArray[np.int32] | None = None,
     ) -> ProbeResult:
-        """The codes of an agent's round; `weights` are left as they are. `walk_step` is for local steps (`zo.walk`).
+        """The codes of an agent's round; `weights` are left as they are. `walk_step` is for local
+        steps (`zo.walk`), `importances` for a pool that is drawn by them (`zo.pool`).
 
         Raises:
             BudgetSpentError: it may say no more.
@@ -421,7 +423,11 @@ class NodeService:
                 held_out = self._held_out[agent] = trainer.evaluate(session.replica.weights)
                 self._log({"agent": agent, "round": round, "held_out": held_out, **self._bytes()})
             walk_step = session.walk_step(round, exponent)
-            probed = trainer.probe(session.replica.weights, round, session.node, exponent, agent, walk_step)
+            replica = session.replica
+            importances = replica.pool.importances if replica.pool else None
+            probed = trainer.probe(
+                replica.weights, round, session.node, exponent, agent, walk_step, importances
+            )
         self.view.num_directions += probed.codes.size
         self.view.num_no_votes += probed.num_no_votes
         self._carry_out(self._sessions.on_probed(agent, round, probed.codes, probed.loss, time.monotonic()))

@@ -215,7 +215,7 @@ def load_result(path: Path, agent: int = 0) -> tuple[Manifest, Replica]:
     try:
         manifest = parse_manifest(directory.manifest_path.read_text("utf-8"))
         newest = _newest_snapshot(directory, agent)
-        return manifest, decode_snapshot(newest.read_bytes(), manifest, agent)
+        return manifest, decode_snapshot(newest.read_bytes(), manifest, agent, _start(path, manifest, agent))
     except OSError as error:
         raise StateError(
             f"{path} holds no weights{f' of agent {agent}' if agent else ''} yet: cannot read {error.filename} "
@@ -223,6 +223,14 @@ def load_result(path: Path, agent: int = 0) -> tuple[Manifest, Replica]:
         ) from error
     except ValueError as error:
         raise StateError(f"{path}: {error}") from error
+
+
+def _start(path: Path, manifest: Manifest, agent: int) -> Replica | None:
+    """Where a run directory's snapshots of a pool start; None for other runs, and for a node's state."""
+    initial = path / "initial.zo"
+    if manifest.directions.policy != "pool" or not initial.is_file():
+        return None
+    return Replica(manifest, decode_snapshot(initial.read_bytes(), manifest).weights, agent=agent)
 
 
 def held_agents(path: Path) -> list[int]:

@@ -46,6 +46,7 @@ from transport.messages import (
     Welcome,
 )
 from transport.seals import is_sealed
+from zo import pool as pools
 from zo.commit import Commit, Entry, decode_entry, genesis
 from zo.manifest import Manifest, ManifestError, decode_manifest, run_id
 from zo.naming import naming
@@ -434,12 +435,13 @@ class Session:
     def _consider(self, offer: Offer, now: float) -> list[Effect]:
         """Ask for the snapshot's next piece; how long it takes to come decides whether it is worth going on."""
         assert self.manifest is not None
-        num_vectors = self.manifest.schedule.num_vectors
-        if offer.num_bytes > 5 * num_vectors * self.manifest.adapter.size + 4096:
+        size, pool = self.manifest.adapter.size, pools.start(self.manifest)
+        num_bytes = 4 * size * self.manifest.num_vectors if pool is None else pool.num_bytes
+        if offer.num_bytes > num_bytes * 5 // 4 + 4096:
             return self._fail(
                 Exit.DAMAGED,
                 f"the coordinator offers a snapshot of {offer.num_bytes:,} bytes for "
-                f"{self.manifest.adapter.size:,} weights",
+                + (f"{size:,} weights" if pool is None else f"a pool of {pool.num_bytes:,}"),
             )
         self.stage = Stage.FETCHING
         self._offer = offer
@@ -482,7 +484,7 @@ class Session:
         if not download.is_intact:
             return [Jumped(0), *self._greet()]
         try:
-            replica = decode_snapshot(bytes(download.data), manifest, self.agent)
+            replica = decode_snapshot(bytes(download.data), manifest, self.agent, self.replica)
         except SnapshotError as error:
             return self._fail(Exit.DAMAGED, f"the coordinator's snapshot cannot be used: {error}")
         self.replica = replica

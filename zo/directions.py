@@ -32,6 +32,16 @@ class Direction(NamedTuple):
     agent: int = 0
 
 
+class Drawn(Direction):
+    """A direction of the seed pool, and the sample that drew it.
+
+    Attributes:
+        by: that sample's number. The batch follows from it: by the index, a direction would always meet the same rows.
+    """
+
+    by: int
+
+
 def run_key(run_id: bytes) -> RunKey:
     """The Philox key of a run: the first 8 bytes of its id as two little-endian uint32.
 

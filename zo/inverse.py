@@ -27,7 +27,7 @@ class Part(NamedTuple):
     factors: NDArray[np.int64]
     """(k + 1,): theirs, and at the end everyone else's."""
 
-    def factors_of(self, participants: NDArray[np.uint32]) -> NDArray[np.int64]:
+    def factors_of(self, participants: NDArray[np.int64]) -> NDArray[np.int64]:
         """(n,) the factors of (n,) nodes."""
         index = np.searchsorted(self.nodes, participants)
         known = index < self.nodes.size

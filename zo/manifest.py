@@ -25,8 +25,9 @@ Estimator = Literal["two-sided", "one-sided", "forward", "backward"]
 """How a node measures slopes: from losses on both sides, or on one; exactly by forward mode, or by a backward pass."""
 ESTIMATORS: Final[tuple[Estimator, ...]] = get_args(Estimator)
 Objective = Literal["cross-entropy", "accuracy", "token-f1", "exact-match", "callable"]
-Policy = Literal["private", "shared", "groups"]
+Policy = Literal["private", "pool", "shared", "groups"]
 Combination = Literal["mean", "median", "trimmed", "majority"]
+DEFAULT_POOL: Final = 4096
 MAX_GROUPS: Final = 253
 """As many names as are reserved for them (`directions.GROUP_0`)."""
 GENERATED: Final[frozenset[Objective]] = frozenset({"token-f1", "exact-match", "callable"})
@@ -317,8 +318,9 @@ class Directions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     policy: Annotated[
         Policy,
         Meta(
-            description="private: every node measures directions of its own; shared: all measure the same, and a "
-            "commit holds one combined code for each; groups: the same within each group."
+            description="private: every node measures directions of its own; pool: every node draws its own from a "
+            "pool that all share; shared: all measure the same, and a commit holds one combined code for each; groups: "
+            "the same within each group."
         ),
     ] = "private"
     groups: Annotated[
@@ -344,6 +346,17 @@ class Directions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             description="Of the trimmed mean: percent of the codes to leave out at either end.",
         ),
     ] = 0
+    pool_size: Annotated[
+        int,
+        Meta(ge=2, le=65536, description="Of a pool: directions in it; what is learnt are as many integers."),
+    ] = DEFAULT_POOL
+    pool_draw: Annotated[
+        Literal["uniform", "importance"],
+        Meta(
+            description="Of a pool: whether all its directions are drawn as often, or in proportion to the mean "
+            "magnitude of the codes that they had."
+        ),
+    ] = "uniform"
 
     @property
     def are_combined(self) -> bool:
@@ -364,6 +377,11 @@ class Directions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         if self.combine != "mean" and not self.are_combined:
             raise ValueError(
                 f"combine = {self.combine!r} needs policy = 'shared' or 'groups', got {self.policy!r}"
+            )
+        if self.policy != "pool" and (self.pool_size, self.pool_draw) != (DEFAULT_POOL, "uniform"):
+            raise ValueError(
+                f"pool_size = {self.pool_size} and pool_draw = {self.pool_draw!r} need policy = 'pool', got "
+                f"{self.policy!r}"
             )
         if (self.combine == "trimmed") != (self.trim > 0):
             raise ValueError(
@@ -595,8 +613,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             )
         if self.run.staleness and self.directions.are_combined:
             raise ValueError(
-                f"run.staleness = 1 needs directions.policy = 'private', got {self.directions.policy!r}: a late code "
-                "is for another direction than those it would be combined with"
+                f"run.staleness = 1 needs directions.policy = 'private' or 'pool', got {self.directions.policy!r}: a "
+                "late code is for another direction than those it would be combined with"
+            )
+        if self.directions.pool_draw == "importance" and (self.run.staleness or self.codes.bits == 1):
+            raise ValueError(
+                f"directions.pool_draw = 'importance' needs run.staleness = 0 and codes.bits = 8 or 4, got "
+                f"{self.run.staleness} and {self.codes.bits}: a late code was drawn by other importances, and signs "
+                "have no magnitude"
             )
         num_samples = self.run.rounds * self.probe.directions
         if num_samples > _MAX_SAMPLES:
@@ -604,6 +628,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 f"run.rounds = {self.run.rounds} times probe.directions = {self.probe.directions} must be at most "
                 f"{_MAX_SAMPLES}, got {num_samples}: a sample's number is a uint32"
             )
+
+    @property
+    def num_vectors(self) -> int:
+        """How many vectors of the weights' size a replica holds. In a pool run momentum and decay are the pool's."""
+        return 1 if self.directions.policy == "pool" else self.schedule.num_vectors
 
     def encode(self) -> bytes:
         """The canonical bytes, MessagePack in field order: what travels and what the run id is the hash of."""

@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 
 from zo import codes as code_rules
 from zo import kernels
+from zo import pool as pools
 from zo.commit import Commit, Entry, Revert, chain_digest, genesis
 from zo.directions import run_key
 from zo.inverse import History, Part, inverse
 from zo.manifest import Manifest
-from zo.naming import naming
+from zo.naming import naming, pool_names
 from zo.packing import codes_of
+from zo.pool import Pool
 from zo.weights import Bound, WeightsOverflow, digest
 
 _BATCH: Final = 4096
@@ -48,6 +50,7 @@ class Replica:
         round: number of commits applied.
         head: digest of the last commit applied, (16,) bytes; the chain's genesis before the first.
         agent: whose weights they are: one chain of commits, and directions of its own.
+        pool: what the weights are made of in a pool run; None in others.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Replica:
         head: bytes | None = None,
         agent: int = 0,
         state: Sequence[NDArray[np.int32]] = (),
+        pool: Pool | None = None,
     ):
         """Start, or go on from a snapshot.
 
@@ -68,6 +72,7 @@ class Replica:
             head: digest of the last of them.
             agent: whose they are.
             state: that of the replica to go on from; none at the start of a run.
+            pool: likewise, of a pool run.
 
         Raises:
             ValueError: a wrong shape, dtype or agent, or no state where the manifest's rule has one.
@@ -88,9 +93,12 @@ class Replica:
         self._rounds = manifest.run.rounds
         self._directions = manifest.probe.directions
         self._staleness = manifest.run.staleness
-        self._momentum = manifest.schedule.momentum
+        self.pool = pools.start(manifest) if pool is None else pool
+        if pool is None and self.pool is not None and round:
+            raise ValueError("a replica of this run goes on from a pool, got none")
+        self._momentum = 0 if self.pool else manifest.schedule.momentum
         self._weight_decay = manifest.schedule.weight_decay
-        num_more = manifest.schedule.num_vectors - 1
+        num_more = manifest.num_vectors - 1
         if not round and not state:
             state = [weights] * num_more
         if len(state) != num_more:
@@ -99,7 +107,7 @@ class Replica:
             )
         vectors = [each.copy() for each in state]
         self._aim = vectors.pop(0) if self._momentum else None
-        self._start = vectors.pop(0) if self._weight_decay else None
+        self._start = vectors.pop(0) if self._weight_decay and self.pool is None else None
         self._bound = Bound(self._moved, self._start)
 
     @property
@@ -132,7 +140,12 @@ class Replica:
         except ValueError as error:
             raise ChainError(str(error)) from error
         coefficients = code_rules.coefficients(codes, commit.steps[0])
-        self._bound.check(self._moved, coefficients)
+        if self.pool is None:
+            self._bound.check(self._moved, coefficients)
+        else:
+            self._bound.check(
+                self.weights, self.pool.way_to(self._pool_after(self.pool, commit, coefficients))[1]
+            )
         return coefficients
 
     def apply(self, entry: Entry, frame: bytes | None = None, history: History | None = None) -> None:
@@ -149,15 +162,21 @@ class Replica:
         """
         if isinstance(entry, Revert):
             self._check_follows(entry)
-            self.weights = self._reverted(entry, history)
+            self.weights, self.pool = self._reverted(entry, history)
             self._aim = None if self._aim is None else self.weights.copy()
             self._bound = Bound(self.weights)
         else:
             coefficients = self.check(entry)
-            directions = self._names(entry)
-            voting = coefficients != 0
-            kernels.apply(self._moved, self._key, directions[voting], coefficients[voting])
-            self._bound.grow(coefficients)
+            if self.pool is None:
+                _, names = self._names(entry, None)
+                voting = coefficients != 0
+                names, amounts = names[voting], coefficients[voting]
+            else:
+                before, self.pool = self.pool, self._pool_after(self.pool, entry, coefficients)
+                changed, amounts = before.way_to(self.pool)
+                names = pool_names(changed, self.agent)
+            kernels.apply(self._moved, self._key, names, amounts)
+            self._bound.grow(amounts)
             if self._start is not None:
                 kernels.decay(self._moved, self._start, self._weight_decay)
             if self._aim is not None:
@@ -179,12 +198,28 @@ class Replica:
             WeightsOverflow: taking it back would move a weight out of range.
         """
         draft = Revert(self.round, first, last, nodes, bytes(16), self.head)
-        weights = self._sum_taken_back(draft, history)
-        return Revert(self.round, first, last, nodes, self._digest_at_rest(weights), self.head)
+        found = self._digest_at_rest(*self._sum_taken_back(draft, history))
+        return Revert(self.round, first, last, nodes, found, self.head)
 
     def digest(self) -> bytes:
-        """(16,) bytes that stand for the round, the agent and every bit of the weights and of `state`."""
-        return digest(self.round, self.weights, self.agent, self.state)
+        """(16,) bytes that stand for the round, the agent and every bit of the weights, of `state` and of the pool."""
+        more = self.state if self.pool is None else self.pool.vectors
+        return digest(self.round, self.weights, self.agent, more)
+
+    def moved_to(self, pool: Pool, round: int, head: bytes) -> "Replica":
+        """The replica of the same run with another state of the pool, for one pass over its directions.
+
+        Args:
+            pool: of a snapshot.
+            round: of the snapshot.
+            head: of the snapshot.
+
+        Raises:
+            WeightsOverflow: a weight would leave its range.
+        """
+        assert self.pool is not None
+        weights = self._moved_with(self.pool, pool)
+        return Replica(self._manifest, weights, round, head, self.agent, pool=pool)
 
     def _check_follows(self, entry: Entry) -> None:
         if entry.round != self.round:
@@ -194,31 +229,49 @@ class Replica:
                 f"commit of round {entry.round} follows {entry.previous.hex()}, this replica is at {self.head.hex()}"
             )
 
-    def _names(self, commit: Commit) -> NDArray[np.uint32]:
-        """(participants × directions, 3) uint32: the names of a commit's directions, in the order of its codes."""
+    def _names(
+        self, commit: Commit, importances: NDArray[np.int32] | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+        """Whose each direction of a commit is, (participants × directions,), and its name, in the order of codes."""
         voices = np.asarray(commit.participants, np.int64)
         rounds = np.full(voices.size, commit.round, np.int64)
         rounds[np.isin(voices, commit.late)] -= 1
         first_samples = rounds[:, np.newaxis] * self._directions  # of `samples(round, directions)`
         in_order = (first_samples + np.arange(self._directions)).ravel()
-        return self._naming.names(np.repeat(voices, self._directions), in_order, self.agent)
+        voices = np.repeat(voices, self._directions)
+        return voices, self._naming.names(voices, in_order, self.agent, importances)
 
-    def _reverted(self, revert: Revert, history: History | None) -> NDArray[np.int32]:
+    def _pool_after(self, pool: Pool, commit: Commit, coefficients: NDArray[np.int32]) -> Pool:
+        """The pool after the next commit."""
+        _, names = self._names(commit, pool.importances)
+        schedule = self._manifest.schedule
+        codes = codes_of(commit, self._manifest)
+        return pool.after(names[:, 1], coefficients, codes, schedule.momentum, schedule.weight_decay)
+
+    def _moved_with(self, pool: Pool, new: Pool) -> NDArray[np.int32]:
+        """The weights of another state of the pool, (size,) int32, new. Raises WeightsOverflow."""
+        weights = self.weights.copy()
+        changed, amounts = pool.way_to(new)
+        Bound(weights).check(weights, amounts)
+        kernels.apply(weights, self._key, pool_names(changed, self.agent), amounts)
+        return weights
+
+    def _reverted(self, revert: Revert, history: History | None) -> tuple[NDArray[np.int32], Pool | None]:
         if history is None:
             raise HistoryNeeded(
                 f"round {revert.round} takes back rounds from {revert.first} on; that needs their codes, or a snapshot"
             )
-        weights = self._sum_taken_back(revert, history)
-        found = self._digest_at_rest(weights)
+        weights, pool = self._sum_taken_back(revert, history)
+        found = self._digest_at_rest(weights, pool)
         if found != revert.digest:
             raise ChainError(
                 f"taking back rounds {revert.first} to {revert.last - 1} gives digest {found.hex()}, "
                 f"round {revert.round} claims {revert.digest.hex()}"
             )
-        return weights
+        return weights, pool
 
-    def _sum_taken_back(self, revert: Revert, history: History) -> NDArray[np.int32]:
-        """The weights without what a revert takes back: (size,) int32, new.
+    def _sum_taken_back(self, revert: Revert, history: History) -> tuple[NDArray[np.int32], Pool | None]:
+        """The weights without what a revert takes back, (size,) int32, new, and the pool.
 
         With momentum these are the aim without it: what rounds add to an aim is a sum, and the weights come to rest
         there. Weight decay has shrunk what a round did in every round since, so there is no exact inverse.
@@ -227,28 +280,50 @@ class Replica:
             raise ChainError(
                 "nothing can be taken back in a run with weight decay: every round since has shrunk what is to go"
             )
+        moves = _in_batches(self._taken_back(revert, history))
+        if self.pool is not None:
+            none = np.zeros(0, np.uint32), np.zeros(0, np.int32)
+            pool = self.pool.at_rest(*none)
+            for names, coefficients in moves:
+                pool = pool.at_rest(names[:, 1], coefficients)
+            return self._moved_with(self.pool, pool), pool
         weights = self._moved.copy()
         bound = Bound(weights)
-        for names, coefficients in _in_batches(self._taken_back(revert, history)):
+        for names, coefficients in moves:
             bound.admit(weights, coefficients)
             kernels.apply(weights, self._key, names, coefficients)
-        return weights
+        return weights, None
 
-    def _digest_at_rest(self, weights: NDArray[np.int32]) -> bytes:
+    def _digest_at_rest(self, weights: NDArray[np.int32], pool: Pool | None) -> bytes:
         """The digest after a revert."""
-        return digest(self.round + 1, weights, self.agent, [weights] if self._momentum else [])
+        state = [weights] if self._momentum else []
+        return digest(self.round + 1, weights, self.agent, [*state, *(pool.vectors if pool else ())])
 
     def _taken_back(self, revert: Revert, history: History) -> Iterator[Move]:
-        for part in inverse(revert, history):
-            for entry in history(part.first, part.last):
-                if isinstance(entry, Commit):
-                    yield self._move(entry, part)
+        parts = inverse(revert, history)
+        if self.pool is None or self.pool.importances is None:
+            for part in parts:
+                for entry in history(part.first, part.last):
+                    if isinstance(entry, Commit):
+                        yield self._move(entry, part, None)
+            return
+        # What a commit's samples drew follows from all codes before it.
+        pool = pools.start(self._manifest)
+        for entry in history(0, max((part.last for part in parts), default=0)):
+            if not isinstance(entry, Commit):
+                continue
+            assert pool is not None
+            for part in parts:
+                if part.first <= entry.round < part.last:
+                    yield self._move(entry, part, pool.importances)
+            _, names = self._names(entry, pool.importances)
+            pool = pool.seen(names[:, 1], codes_of(entry, self._manifest))
 
-    def _move(self, commit: Commit, part: Part) -> Move:
-        """A commit's directions and their coefficients times the factor of each node, where that is not 0."""
-        names = self._names(commit)
+    def _move(self, commit: Commit, part: Part, importances: NDArray[np.int32] | None) -> Move:
+        """A commit's directions and their coefficients times the factor of each participant, where that is not 0."""
+        voices, names = self._names(commit, importances)
         coefficients = code_rules.coefficients(codes_of(commit, self._manifest), commit.steps[0])
-        moves = coefficients.astype(np.int64) * part.factors_of(names[:, 0])
+        moves = coefficients.astype(np.int64) * part.factors_of(voices)
         if moves.size and np.abs(moves).max() > _INT32_MAX:
             raise WeightsOverflow(
                 f"round {commit.round} would be taken back too often to be counted in 32 bits"

@@ -124,6 +124,17 @@ def test_of_a_node_that_measures_one_sided_in_a_two_sided_run_signs_say_nothing(
     assert {finding.node for finding in found} == {5}
 
 
+def test_directions_that_come_back_keep_their_sign_and_are_no_sign_of_anything():
+    rng, codes = np.random.default_rng(0), np.full((4, 16), 40, np.int8)
+    found = {flag: set() for flag in (True, False)}
+    for flag in found:
+        influence = Influence(2, comes_back=flag)
+        for _ in range(40):
+            codes[1:] = honest(rng, 3, 16)
+            found[flag] |= {finding.node for finding in influence.observe(range(4), codes.ravel())}
+    assert found == {True: set(), False: {0}}
+
+
 def test_nodes_come_and_go():
     influence, rng = Influence(2), np.random.default_rng(0)
     assert influence.observe((), np.zeros(0, np.int8)) == []

@@ -37,7 +37,7 @@ class Measuring:
     def __init__(self, mechanism, releases):
         self.mechanism, self.releases, self.probes = mechanism, releases, 0
 
-    def probe(self, weights, round, node, exponent, agent=0, walk_step=0):
+    def probe(self, weights, round, node, exponent, agent=0, walk_step=0, importances=None):
         self.probes += 1
         for _ in range(self.releases):
             self.mechanism.noisy_sum(np.zeros((3, 1)))

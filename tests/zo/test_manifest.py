@@ -62,7 +62,7 @@ def test_any_manifest_survives_its_toml(make_manifest, name, epsilon, step, alph
 def test_every_field_of_the_toml_is_explained(make_manifest):
     lines = documented_toml(make_manifest(), "A run.").splitlines()
     fields = [index for index, line in enumerate(lines) if " = " in line and not line.startswith("#")]
-    assert len(fields) == 54
+    assert len(fields) == 56
     assert all(lines[index - 1].startswith("# ") for index in fields)
     tables = [index for index, line in enumerate(lines) if line.startswith("[")]
     assert all(lines[index - 1].startswith("# ") for index in tables)
@@ -129,6 +129,9 @@ OUT_OF_RANGE = [
     ("directions", "groups", 254),
     ("directions", "combine", "sum"),
     ("directions", "trim", 50),
+    ("directions", "pool_size", 1),
+    ("directions", "pool_size", 65_537),
+    ("directions", "pool_draw", "often"),
     ("probe", "epsilon", 0.0),
     ("probe", "epsilon", 1.5),
     ("probe", "epsilon", float("nan")),
@@ -167,6 +170,8 @@ NEEDED = {
     "groups": {"policy": "groups", "groups": 2},
     "combine": {"policy": "shared"},
     "trim": {"policy": "shared", "combine": "trimmed", "trim": 9},
+    "pool_size": {"policy": "pool"},
+    "pool_draw": {"policy": "pool"},
 }
 """What a field would mean nothing without."""
 
@@ -336,7 +341,7 @@ def test_objectives_fit_the_task(make_manifest, changes, words):
         ({"policy": "shared", "trim": 25}, "combine = 'mean' and trim = 25 do not go together"),
         (
             {"policy": "shared", "staleness": 1},
-            r"run\.staleness = 1 needs directions\.policy = 'private', got 'shared'",
+            r"run\.staleness = 1 needs directions\.policy = 'private' or 'pool', got",
         ),
     ],
 )
@@ -407,13 +412,14 @@ GOLDEN_BYTES = (
     "65775f746f6b656e7320a76164617074657287a77461726765747392a6715f70726f6aa6765f70726f6aa472616e6b04a561"
     "6c706861cb4020000000000000a5747261696ea142a57374617274a0a473697a65cd01f4ad6c61796f75745f646967657374"
     "d9203161316131613161316131613161316131613161316131613161316131613161a66167656e747382a5636f756e7401aa"
-    "61737369676e6d656e74a3616c6caa646972656374696f6e7384a6706f6c696379a770726976617465a667726f75707301a7"
-    "636f6d62696e65a46d65616ea47472696d00a570726f626587a7657073696c6f6ecb3f847ae147ae147baa64697265637469"
-    "6f6e7302aa62617463685f73697a6508af73657175656e63655f6c656e677468cc80a5736964657302ab6c6f63616c5f7374"
-    "65707301aa657374696d61746f727394a974776f2d7369646564a96f6e652d7369646564a7666f7277617264a86261636b77"
-    "617264a5636f64657381a46269747308a87363686564756c658aa473746570cb3f947ae147ae147ba56465636179a66c696e"
-    "656172a77761726d5f757000a968616c665f6c69666500aa6e6f726d616c69736564c3a9736d6f6f7468696e6703ae666972"
-    "73745f6578706f6e656e74fcaa66756c6c5f766f74657301a86d6f6d656e74756d00ac7765696768745f646563617900a670"
-    "617269747982ac6469676573745f657665727904aa73686172655f6c6f7373c3"
+    "61737369676e6d656e74a3616c6caa646972656374696f6e7386a6706f6c696379a770726976617465a667726f75707301a7"
+    "636f6d62696e65a46d65616ea47472696d00a9706f6f6c5f73697a65cd1000a9706f6f6c5f64726177a7756e69666f726da5"
+    "70726f626587a7657073696c6f6ecb3f847ae147ae147baa646972656374696f6e7302aa62617463685f73697a6508af7365"
+    "7175656e63655f6c656e677468cc80a5736964657302ab6c6f63616c5f737465707301aa657374696d61746f727394a97477"
+    "6f2d7369646564a96f6e652d7369646564a7666f7277617264a86261636b77617264a5636f64657381a46269747308a87363"
+    "686564756c658aa473746570cb3f947ae147ae147ba56465636179a66c696e656172a77761726d5f757000a968616c665f6c"
+    "69666500aa6e6f726d616c69736564c3a9736d6f6f7468696e6703ae66697273745f6578706f6e656e74fcaa66756c6c5f76"
+    "6f74657301a86d6f6d656e74756d00ac7765696768745f646563617900a670617269747982ac6469676573745f6576657279"
+    "04aa73686172655f6c6f7373c3"
 )
-GOLDEN_RUN_ID = "d27a20e21605d9db30f7606f852a6d12"
+GOLDEN_RUN_ID = "2fbf763e76e03ca28c34ea82aaeec127"
