@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.bandwidth import runs, wire
+from benchmarks.bandwidth import link, runs, scale, wire
 from benchmarks.bandwidth.network import Network, NetworkError, network
 from benchmarks.bandwidth.results import DIRECTORY, Results, ResultsError, Row, bare
 from benchmarks.recipes.assets import AssetMissing
@@ -204,6 +204,109 @@ def session_command(
                 else ""
             )
             table.add_row(row["what"], *counts, idle)
+        _finish(rows, failed, table, json)
+
+
+@app.command("scale", epilog="Example: zo-bench scale --quick")
+def scale_command(
+    quick: QuickOption = False,
+    json: JsonOption = False,
+    out_directory: OutOption = None,
+    loopback: LoopbackOption = False,
+) -> None:
+    """The coordinator with 16 to 4,000 nodes, a round a second: processor time, memory, bytes, where it ends."""
+    with failures_explained(), network(loopback=loopback) as net, tempfile.TemporaryDirectory() as place:
+        _tell(net)
+        results = Results("scale", out_directory)
+        manifest = runs.template(Path(place) / "template").manifest()
+        counts = scale.QUICK_NODES if quick else scale.NODES
+        with _progress() as bar:
+            task = bar.add_task("scale", total=len(counts))
+            found = scale.measure(
+                net,
+                counts,
+                manifest,
+                results,
+                6.0 if quick else 20.0,
+                lambda what: bar.update(task, description=what),
+            )
+            rows, failed = _collect(found, bar, task)
+        table = Table(*scale.HEADINGS)
+        for row in rows:
+            table.add_row(*scale.cells(row))
+        _finish(rows, failed, table, json)
+
+
+@app.command("link", epilog="Example: zo-bench link --quick")
+def link_command(
+    quick: QuickOption = False,
+    json: JsonOption = False,
+    out_directory: OutOption = None,
+) -> None:
+    """Rounds an hour, and whether nodes stay, over emulated links of 1.2 kbit/s to 1 Mbit/s, 600 ms, with loss."""
+    with failures_explained(), network() as net, tempfile.TemporaryDirectory() as place, _progress() as bar:
+        _tell(net)
+        results = Results("link", out_directory)
+        manifest = runs.template(Path(place) / "template").manifest()
+        wanted = link.ways(quick)
+        task = bar.add_task("link", total=len(wanted))
+        found = link.measure(
+            net,
+            wanted,
+            manifest,
+            results,
+            10.0 if quick else 60.0,
+            lambda what: bar.update(task, description=what),
+        )
+        rows, failed = _collect(found, bar, task)
+        bar.stop()
+        table = Table(*link.HEADINGS)
+        for row in rows:
+            table.add_row(*link.cells(row))
+        _finish(rows, failed, table, json)
+
+
+@app.command("target", epilog="Example: zo-bench target --recipe 1 --quick")
+def target_command(
+    recipe: Annotated[int, typer.Option(metavar="N", help="Recipe whose problem all systems get.")] = 1,
+    rank: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Of the adapter: 4 has 23,000 parameters, 170 a million.")
+    ] = 4,
+    quick: QuickOption = False,
+    json: JsonOption = False,
+    out_directory: OutOption = None,
+    loopback: LoopbackOption = False,
+) -> None:
+    """Bytes, passes and time until a held-out loss: ours, FedAvg with Flower, gradients and DiLoCo over gloo."""
+    with failures_explained():
+        from benchmarks.bandwidth import contest as contests
+        from benchmarks.bandwidth import target
+
+        with (
+            network(loopback=loopback) as net,
+            tempfile.TemporaryDirectory(prefix="zo-bench-") as place,
+            _progress() as bar,
+        ):
+            _tell(net)
+            results = Results("target", out_directory)
+            try:
+                contest = contests.prepare(recipe, Path(place), quick=quick, rank=rank)
+            except ValueError as error:
+                raise ResultsError(str(error)) from error
+            wanted = target.systems(quick)
+            task = bar.add_task("target", total=len(wanted))
+            found = target.measure(
+                net,
+                contest,
+                wanted,
+                results,
+                lambda what: bar.update(task, description=what),
+                {"recipe": recipe, "quick": quick, "rank": rank},
+            )
+            rows, failed = _collect(found, bar, task)
+        table = Table(*target.HEADINGS)
+        for row in target.best(rows):
+            table.add_row(*target.cells(row))
         _finish(rows, failed, table, json)
 
 

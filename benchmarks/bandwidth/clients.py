@@ -8,6 +8,7 @@ An order is {"ticket", "keys", "base", "do": "rounds" | "beat" | "join", …}; s
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -209,8 +210,15 @@ def _end(nodes: Sequence[LightNode], within_s: float = 5.0) -> None:
         node.join(max(0.0, until - time.monotonic()))
 
 
+def _allow_many_files() -> None:
+    """A node takes some ten descriptors."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def main() -> int:
     """Carry out orders until there are no more."""
+    _allow_many_files()
     work = {"rounds": rounds, "beat": beat, "join": join}
     for line in sys.stdin:
         order = json.loads(line)

@@ -28,7 +28,7 @@ from zo.packing import expressible
 from zo.replica import Replica
 
 _LOSS: Final = 4.77
-_POLL_S: Final = 0.25
+_POLL_S: Final = 1.0
 _CONNECT_S: Final = 600.0
 """How long to ask for admission: over the slowest link it takes half a minute."""
 

@@ -84,12 +84,17 @@ class Network:
         return NODES_ADDRESS if self.interface else "127.0.0.1"
 
     def start(
-        self, side: Side, arguments: Sequence[str], *, errors: Path, environment: dict[str, str] | None = None
+        self,
+        side: Side | None,
+        arguments: Sequence[str],
+        *,
+        errors: Path,
+        environment: dict[str, str] | None = None,
     ) -> subprocess.Popen[str]:
         """A process on a side, spoken to through pipes; it ends with this one, however this one ends.
 
         Args:
-            side: of the wire.
+            side: of the wire; None for neither, where this process is.
             arguments: the command line.
             errors: file that its standard error is added to.
             environment: more variables.
@@ -104,6 +109,7 @@ class Network:
                 cwd=machine.ROOT,
                 env=quiet_environment() | (environment or {}),
                 preexec_fn=_die_with_parent,
+                start_new_session=True,
             )
         self._children.append(child)
         return child
@@ -112,17 +118,46 @@ class Network:
         """A module of this project as a process on a side."""
         return self.start(side, [sys.executable, "-m", module, *arguments], errors=errors)
 
-    def count(self) -> Interface | None:
-        """What the wire has carried so far, for all nodes together; None on the loopback interface."""
+    def count(self, *, among_nodes: bool = False) -> Interface | None:
+        """What the wire has carried so far, for all nodes together; None on the loopback interface.
+
+        Args:
+            among_nodes: what nodes have sent each other instead, over their side's loopback interface.
+        """
         if self.interface is None:
             return None
-        command = ["ip", "-n", self._namespace_by_side["nodes"], "-s", "-j", "link", "show", self.interface]
+        name = "lo" if among_nodes else self.interface
+        command = ["ip", "-n", self._namespace_by_side["nodes"], "-s", "-j", "link", "show", name]
         (found,) = json.loads(_run(command))
         sent, received = found["stats64"]["tx"], found["stats64"]["rx"]
         return Interface(sent["bytes"], received["bytes"], sent["packets"], received["packets"])
 
+    @contextlib.contextmanager
+    def emulated(
+        self, bits_per_s: float, delay_s: float, loss: float, seed: int, errors: Path
+    ) -> Iterator[None]:
+        """Another wire while the context lasts, on which every connection has a link of its own; see `emulator`.
+
+        Raises:
+            NetworkError: it cannot be made.
+        """
+        names = (self._namespace_by_side["coordinator"], self._namespace_by_side["nodes"])
+        for name in names:  # a veth takes its other end along
+            _run(["ip", "-n", name, "link", "del", "wire"], optional=True)
+        way = [str(each) for each in (bits_per_s, delay_s, loss, seed)]
+        module = [sys.executable, "-m", "benchmarks.bandwidth.emulator", *names, *way]
+        child = self.start(None, module, errors=errors)
+        try:
+            assert child.stdout is not None
+            if not child.stdout.readline():
+                raise NetworkError(f"no link can be emulated here: {errors.read_text().strip()[-300:]}")
+            _dress(names)
+            yield
+        finally:
+            self.stop(child)
+
     def stop(self, child: subprocess.Popen[str]) -> int:
-        """End a process in good order, or else at once; its exit status."""
+        """End a process in good order, or else at once, and whatever it started; its exit status."""
         for pipe in (child.stdin, child.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
@@ -134,6 +169,8 @@ class Network:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)  # its session is its own
         if child in self._children:
             self._children.remove(child)
         return child.returncode
@@ -144,10 +181,13 @@ class Network:
             child.kill()
             self.stop(child)
         for name in self._namespace_by_side.values():
+            for process in _run(["ip", "netns", "pids", name], optional=True).split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(process), signal.SIGKILL)
             _delete(name)
 
-    def _inside(self, side: Side) -> list[str]:
-        return ["ip", "netns", "exec", self._namespace_by_side[side]] if self.interface else []
+    def _inside(self, side: Side | None) -> list[str]:
+        return ["ip", "netns", "exec", self._namespace_by_side[side]] if self.interface and side else []
 
 
 @contextlib.contextmanager
@@ -220,29 +260,35 @@ def _make() -> Network:
                 names[1],
             ]
         )
-        addresses = (COORDINATOR_ADDRESS, NODES_ADDRESS)
-        hardware = tuple(_MAC_BY_SIDE.values())
-        for name, own, other, own_mac, other_mac in zip(
-            names, addresses, addresses[::-1], hardware, hardware[::-1], strict=True
-        ):
-            inside = ["ip", "-n", name]
-            _run([*inside, "link", "set", "wire", "address", own_mac])
-            # Else the kernel hands over several segments as one, and counts the headers of one.
-            _run([*inside, "link", "set", "wire", "gso_max_segs", "1"])
-            # No router solicitations, no neighbour discovery, no ARP: what is counted is the connections.
-            _run(
-                ["ip", "netns", "exec", name, "sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1"],
-                optional=True,
-            )
-            _run([*inside, "addr", "add", f"{own}/30", "dev", "wire"])
-            _run([*inside, "link", "set", "lo", "up"])
-            _run([*inside, "link", "set", "wire", "up"])
-            _run([*inside, "neigh", "replace", other, "lladdr", other_mac, "dev", "wire", "nud", "permanent"])
+        _dress(names)
     except NetworkError as error:
         for name in names:
             _delete(name)
         return Network(None, str(error))
     return Network(names)
+
+
+def _dress(names: tuple[str, str]) -> None:
+    """Give the two ends of the wire their addresses. Raises NetworkError."""
+    addresses, hardware = (COORDINATOR_ADDRESS, NODES_ADDRESS), tuple(_MAC_BY_SIDE.values())
+    for name, own, other, own_mac, other_mac in zip(
+        names, addresses, addresses[::-1], hardware, hardware[::-1], strict=True
+    ):
+        inside = ["ip", "-n", name]
+        _run([*inside, "link", "set", "wire", "address", own_mac])
+        # Else the kernel hands over several segments as one, and counts the headers of one.
+        _run([*inside, "link", "set", "wire", "gso_max_segs", "1"])
+        # No router solicitations, no neighbour discovery, no ARP: what is counted is the connections.
+        quiet = ["ip", "netns", "exec", name, "sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1"]
+        _run(quiet, optional=True)
+        _run([*inside, "addr", "add", f"{own}/30", "dev", "wire"])
+        # What nodes send each other is to have the frames of an Ethernet, too.
+        _run([*inside, "link", "set", "lo", "mtu", "1500"])
+        _run([*inside, "link", "set", "lo", "gso_max_segs", "1"])
+        _run([*inside, "link", "set", "lo", "up"])
+        _run([*inside, "link", "set", "wire", "up"])
+        neighbour = ["neigh", "replace", other, "lladdr", other_mac, "dev", "wire", "nud", "permanent"]
+        _run([*inside, *neighbour])
 
 
 def _run(command: Sequence[str], *, optional: bool = False) -> str:

@@ -49,7 +49,7 @@ def first_order(problem: Problem, settings: FirstOrder, seed: int, show: Show) -
     """
     adapter, values, _ = start(problem, seed)
     adapter.load(values)
-    parameters = _trained(adapter)
+    parameters = trained_parameters(adapter)
     optimizer = torch.optim.Adam(parameters, settings.rate)
     num_bytes = FLOAT_BYTES * adapter.size
     size = settings.batch_size or problem.form.batch_size
@@ -91,7 +91,7 @@ def mezo(problem: Problem, settings: Mezo, seed: int, show: Show) -> Course:
     return course
 
 
-def _trained(adapter: Adapter) -> list[torch.nn.Parameter]:
+def trained_parameters(adapter: Adapter) -> list[torch.nn.Parameter]:
     """The parameters of the model that the flat vector holds, wanting gradients."""
     hold_as_floats(adapter.model)
     parameters = [

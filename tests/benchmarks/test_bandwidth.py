@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import time
@@ -13,8 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import machine
-from benchmarks.bandwidth import cli, network, runs, theory, wire
+from benchmarks.bandwidth import cli, link, network, runs, scale, target, theory, wire
 from benchmarks.bandwidth.clients import differences
+from benchmarks.bandwidth.emulator import QUEUE_BYTES, Link, port_of
 from benchmarks.bandwidth.results import Results, ResultsError, bare, key_of
 from transport.brevity import brief
 from transport.messages import Report, encode
@@ -138,6 +140,101 @@ def test_a_setting_that_the_product_lacks_is_known_to_be_lacking(tmp_path):
     assert not runs.knows(manifest, {"codes": {"bits": 3}})
     assert not runs.knows(manifest, {"probe": {"directions": 0}})
     assert runs.varied(manifest, {}).run_id != manifest.run_id
+
+
+def test_a_frame_leaves_a_link_when_those_before_it_have():
+    thin = Link(bits_per_s=8000, delay_s=0.3, loss=0.0)
+    assert [thin.passes(100, now) for now in (0.0, 0.0, 5.0)] == pytest.approx([0.4, 0.5, 5.4])
+
+
+def test_a_link_drops_what_its_queue_does_not_hold_and_takes_one_frame_of_any_size():
+    thin = Link(bits_per_s=8, delay_s=0.0, loss=0.0)
+    assert thin.passes(QUEUE_BYTES + 1, 0.0) is not None
+    assert thin.passes(1, 0.0) is None
+    assert thin.passes(1, QUEUE_BYTES + 1.0) is not None
+
+
+def test_a_lossy_link_loses_its_share():
+    lossy = Link(bits_per_s=1e9, delay_s=0.0, loss=0.1, rng=random.Random(1))
+    lost = sum(lossy.passes(100, float(second)) is None for second in range(10_000))
+    assert 900 < lost < 1100
+
+
+def test_a_connection_is_known_by_the_port_at_the_nodes_end():
+    ip = bytes([0x46]) + bytes(8) + bytes([6]) + bytes(14)  # a header of 24 bytes
+    frame = bytes(12) + b"\x08\x00" + ip + (40_000).to_bytes(2, "big") + (7411).to_bytes(2, "big") + bytes(16)
+    assert port_of(frame, of_source=True) == 40_000
+    assert port_of(frame, of_source=False) == 7411
+    assert port_of(bytes(12) + b"\x08\x06" + bytes(40), of_source=True) == 0
+    assert port_of(b"short", of_source=True) == 0
+
+
+def test_time_over_a_link_is_joining_and_rounds_or_bytes_and_round_trips():
+    assert link.seconds_to(20, {"joined_s": 30.0, "rounds_per_hour": 900.0}) == 110
+    way = link.Way(bits_per_s=8000, round_trip_s=0.5, loss=0.0)
+    assert link.seconds_computed(1000, 3000, 2, way) == 5
+    assert str(way) == "8 kbit/s, 500 ms, 0% loss"
+
+
+def samples(*rounds, cpu_s=0.1):
+    return [scale.Sample(float(i), r, i * cpu_s, 10**6, 100 * r, 200 * r) for i, r in enumerate(rounds)]
+
+
+def test_the_coordinator_is_judged_from_the_warm_up_to_its_last_round():
+    row = scale.summary(samples(0, 3, 4, 5, 6, 6, 6), nodes=10)
+    assert (row["rounds"], row["rounds_per_s"], row["keeps_up"]) == (3, 1.0, True)
+    assert row["cpu_ms_per_round"] == pytest.approx(100)
+    assert (row["wire_up"], row["wire_down"]) == (10, 20)
+    with pytest.raises(wire.Unmeasured, match="no rounds were committed with 10 nodes"):
+        scale.summary(samples(0, 3, 3), nodes=10)
+
+
+def test_why_a_coordinator_does_not_keep_up_is_said():
+    row = {"nodes": 100, "still_up": 100, "keeps_up": True, "cpu_share": 0.1}
+    assert scale.reason(row, 1.0, 2) == ""
+    assert scale.reason({**row, "still_up": 90}, 1.0, 2) == "10 nodes lost their connection"
+    assert scale.reason({**row, "keeps_up": False, "cpu_share": 0.99}, 1.0, 2).endswith("its core is full")
+    assert "10% of a core" in scale.reason({**row, "keeps_up": False}, 9.0, 2)
+
+
+def points(*losses):
+    return [{"exchange": 10 * i, "wire_up": 1000.0 * i, "loss": loss} for i, loss in enumerate(losses)]
+
+
+def test_the_target_is_reached_at_the_end_of_the_exchange_that_passes_it():
+    found = target.reached(points(5.0, 4.0, 3.0), 3.75)
+    assert found == {"exchange": 13, "wire_up": 1300, "loss": pytest.approx(3.7)}
+    assert target.reached(points(5.0, 4.0), 3.75) is None
+
+
+def test_of_a_systems_candidates_the_one_with_the_fewest_bytes_to_the_target_counts():
+    def row(system, wire_up, end):
+        hit = None if wire_up is None else {"wire_up": wire_up}
+        return {"system": system, "reached": hit, "end": end}
+
+    rows = [
+        row("a", None, 3.0),
+        row("a", 500.0, 3.5),
+        row("a", 400.0, 3.6),
+        row("b", None, 4.2),
+        row("b", None, 4.1),
+    ]
+    assert target.best(rows) == [rows[2], rows[4]]
+
+
+def test_every_system_has_as_many_candidates_and_quick_has_one():
+    ours = [
+        each.name for each in target.systems(False) if each.kind != "ours" or each.name.startswith("ours")
+    ]
+    assert {ours.count(name) for name in ours} == {3}
+    few = [each.name for each in target.systems(True)]
+    assert len(few) == len(set(few)) == 4
+
+
+def test_another_recipe_than_the_first_is_refused():
+    outcome = CliRunner().invoke(cli.app, ["target", "--recipe", "9", "--loopback"])
+    assert outcome.exit_code == 3
+    assert "recipe must be 1" in outcome.stderr
 
 
 def test_the_suite_is_a_part_of_the_installed_program():
