@@ -171,6 +171,11 @@ class Adapter:
         self.host[0] = view
         self.views[0].copy_(self._on_host[0])
 
+    def load_weights(self, weights: NDArray[np.int32]) -> None:
+        """Set every trained tensor to the values of a run's weights, int32 (size,), without another copy of them."""
+        to_float(weights, out=self.host[0])
+        self.views[0].copy_(self._on_host[0])
+
     def export(self, directory: str | Path, weights: NDArray[np.int32], base_name: str) -> None:
         """Write a plain PEFT adapter that `PeftModel.from_pretrained(base, directory)` loads.
 
@@ -220,7 +225,7 @@ class Adapter:
         Raises:
             ValueError: the weights do not fit the layout.
         """
-        self.load(to_float(weights))
+        self.load_weights(weights)
         for name in adapted_modules(self.layout):
             path = self.paths[name]
             parent, _, last = path.rpartition(".")

@@ -47,7 +47,9 @@ def once_per_batch(backbone: torch.nn.Module | None, known: Answers | None = Non
         for known_given, answer in known:
             if _are_equal(known_given, given):
                 return answer
-        answer = compute(*args, **options)
+        # An answer kept from inference mode would refuse to serve whoever wants gradients above it.
+        with torch.inference_mode(False), torch.no_grad():
+            answer = compute(*args, **options)
         known.append((given, answer))
         return answer
 

@@ -18,7 +18,6 @@ from torch.nn.functional import cross_entropy
 from node.adapter import Adapter
 from node.data import AnyBatch, Batch, LabelledBatch, Sequences
 from node.mixture import asked_together
-from zo.weights import to_float
 
 
 class RowLosses(NamedTuple):
@@ -232,5 +231,5 @@ def evaluate(
 
     The other arguments are those of `measure`.
     """
-    adapter.load(to_float(weights))
+    adapter.load_weights(weights)
     return mean_loss_over(adapter.model, rows, batch_size=batch_size, objective=objective, progress=progress)

@@ -302,6 +302,15 @@ class Probe:
                     done += len(chunk)
         return losses
 
+    def hold(self) -> None:
+        """Make the adapter hold as many views as a round needs, and no more."""
+        if len(self.adapter.views) != (num_views := self._num_views(self.sides)):
+            self.adapter.hold(num_views)
+
+    def _num_views(self, sides: int) -> int:
+        """In a forward pass; the kernel always makes both of a direction, and a second one may go unused."""
+        return sides * max(self.at_once, 1) + (2 - sides)
+
     def _in_view(
         self,
         weights: NDArray[np.int32],
@@ -312,10 +321,7 @@ class Probe:
         """The directions by as many as share a forward pass, each time with their views in the adapter."""
         epsilon = self.epsilon if epsilon is None else epsilon
         per_pass = max(self.at_once, 1)
-        num_views = sides * per_pass + (
-            2 - sides
-        )  # the kernel always makes both views; a second one may go unused
-        if len(self.adapter.views) < num_views:
+        if len(self.adapter.views) < (num_views := self._num_views(sides)):
             self.adapter.hold(num_views)
         for start in range(0, len(directions), per_pass):
             chunk = directions[start : start + per_pass]

@@ -155,7 +155,7 @@ def rehearse(
             break
         best, best_s = candidate, stacked_s
     probe.at_once = best
-    probe.adapter.hold(1)  # more may have been tried than are needed
+    probe.hold()  # more may have been tried than are needed
     return Rehearsal(
         epsilon=probe.epsilon,
         sides=probe.sides,

@@ -26,9 +26,14 @@ def zeros(size: int) -> NDArray[np.int32]:
     return np.zeros(size, np.int32)
 
 
-def to_float(weights: NDArray[np.int32]) -> NDArray[np.float32]:
-    """The values of the weights, float32 of the same shape; rounded once, to 24 significant bits."""
-    return weights.astype(np.float32) * np.float32(2.0**-FRACTION_BITS)
+def to_float(weights: NDArray[np.int32], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """The values of the weights, float32 of the same shape, in `out` if it is given; rounded once, to 24 significant
+    bits."""
+    # One pass without a copy of the weights in between: numpy converts them piece by piece.
+    found: NDArray[np.float32] = np.multiply(
+        weights, np.float32(2.0**-FRACTION_BITS), out=out, dtype=np.float32, casting="unsafe"
+    )
+    return found
 
 
 def from_float(values: NDArray[np.floating]) -> NDArray[np.int32]:

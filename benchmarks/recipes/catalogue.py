@@ -28,6 +28,7 @@ HELD_OUT: Final = 0.1
 FIRST_ORDER_RATES: Final = (0.003, 0.01, 0.03)
 MEZO_RATES: Final = (1e-4, 3e-4, 1e-3, 3e-3)
 SCALARS: Final = ("int8", "float")
+BABYLLAMA: Final = "babyllama-tok361-pad64"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,45 +76,75 @@ def _best_rate(rows: Sequence[Row]) -> float:
     return float(best(rows).settings["rate"])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """What a language model is trained with; of a base with more parameters in a layer, each wants a smaller step."""
+
+    adam: tuple[float, ...]
+    adam_steps: int
+    mezo: tuple[float, ...]
+    short: float
+    """The swarm's step for 125 rounds."""
+    whole: float | None
+    """The swarm's step for 625 rounds; None if that is not run."""
+    at_once: int
+    """Directions in a forward pass, by what `benchmarks.probing` measures."""
+
+
+TRIED: Final = {
+    "stories260K-pad64": Tried(
+        adam=FIRST_ORDER_RATES, adam_steps=1500, mezo=MEZO_RATES, short=0.03, whole=0.02, at_once=0
+    ),
+    BABYLLAMA: Tried(
+        adam=FIRST_ORDER_RATES, adam_steps=900, mezo=(3e-5, 1e-4, 3e-4), short=0.03, whole=None, at_once=2
+    ),
+}
+
+
 def shakespeare(run: Runner, quick: bool) -> None:
     """Two story models in NF4 and int8, eight nodes, a text whose kind they never saw.
 
-    Rates are chosen on short runs of the first form of each base. All methods are compared over a fifth of the length;
-    the whole of it is run in NF4, where a forward pass takes half as long, and for MeZO on the first base.
+    Rates are chosen on short runs. All methods are compared over a fifth of the length in NF4, where a forward pass
+    takes half as long; the whole of it is run there on the first base. The runs in int8 are about the scalars.
     """
     text = fold(assets.data("tinyshakespeare", "input.txt").read_text("utf-8"))
     if quick:
         text = text[: len(text) // 8]
     kinds: tuple[Kind, ...] = ("nf4",) if quick else ("nf4", "int8")
-    names = ("stories260K-pad64",) if quick else ("stories260K-pad64", "babyllama-tok361-pad64")
-    short = Swarm(rounds=20 if quick else 125, directions=4, sides=1, step=0.03, epsilon=0.003)
-    whole = replace(short, rounds=625, step=0.02)
+    names = list(TRIED)[:1] if quick else list(TRIED)
     few = 60 if quick else 300
-    rates: dict[str, tuple[float, float]] = {}
     for kind, name in product(kinds, names):
-        subject = f"{name} in {kind}"
+        subject, tried = f"{name} in {kind}", TRIED[name]
         problem = text_problem(assets.model(name), text, Form(quantize=kind), nodes=8)
-        if name not in rates:
-            first = [run(subject, problem, FirstOrder(steps=few, rate=rate)) for rate in FIRST_ORDER_RATES]
-            mezo = [run(subject, problem, Mezo(steps=few, rate=rate)) for rate in MEZO_RATES]
-            rates[name] = _best_rate(first), _best_rate(mezo)
-        for_adam, for_mezo = rates[name]
+        if kind == kinds[0]:
+            first = [run(subject, problem, FirstOrder(steps=few, rate=rate)) for rate in tried.adam]
+            mezo = [run(subject, problem, Mezo(steps=few, rate=rate)) for rate in tried.mezo]
+        swarm = Swarm(
+            rounds=20 if quick else 125,
+            directions=4,
+            sides=1,
+            step=tried.short,
+            epsilon=0.003,
+            at_once=tried.at_once,
+        )
         for scalars in SCALARS:
-            run(subject, problem, replace(short, scalars=scalars))
-        if quick:
+            run(subject, problem, replace(swarm, scalars=scalars))
+        if quick or kind != kinds[0]:
             continue
-        run(subject, problem, FirstOrder(steps=1500, rate=for_adam))
-        if kind == "nf4":
-            run(subject, problem, whole)
-        # A constant rate that is best at first may be too large later on.
-        same = whole if (kind, name) == (kinds[0], names[0]) else short
-        for rate in [each for each in MEZO_RATES if each <= for_mezo][-2:]:
-            run(subject, problem, Mezo(steps=4 * same.rounds * same.directions, rate=rate))
+        run(subject, problem, FirstOrder(steps=tried.adam_steps, rate=_best_rate(first)))
+        rates = [each for each in tried.mezo if each <= _best_rate(mezo)][-1:]
+        if tried.whole is not None:
+            swarm = replace(swarm, rounds=625, step=tried.whole)
+            run(subject, problem, swarm)
+            # A constant rate that is best at first may be too large later on.
+            rates = [each for each in tried.mezo if each <= _best_rate(mezo)][-2:]
+        for rate in rates:
+            run(subject, problem, Mezo(steps=4 * swarm.rounds * swarm.directions, rate=rate))
 
 
 def instructions(run: Runner, quick: bool) -> None:
     """Sixteen nodes, each with one client's task of its own; every client's held-out completions count alike."""
-    model = assets.model("babyllama-tok361-pad64")
+    model = assets.model(BABYLLAMA)
     form = Form(quantize="nf4", batch_size=4, sequence_length=256)
     tokenizer = bases.load_base(model, threads=1).tokenizer
     folder = assets.data("natural-instructions")
@@ -128,12 +159,13 @@ def instructions(run: Runner, quick: bool) -> None:
         task=Task(kind="completion"),
         private=[rows(f"{client}.train.jsonl") for client in clients],
         pooled=rows(*(f"{client}.train.jsonl" for client in clients)),
-        held_out=[rows(f"{client}.eval.jsonl", f"{client}.test.jsonl") for client in clients],
+        held_out=[rows(f"{client}.test.jsonl") for client in clients],
     )
-    swarm = Swarm(rounds=10 if quick else 100, directions=4, sides=1, step=0.02, epsilon=0.003)
+    swarm = Swarm(rounds=10 if quick else 80, directions=4, sides=1, step=0.05, epsilon=0.003, at_once=2)
     subject = f"{model.name} in nf4, {len(clients)} tasks"
-    _compare(run, subject, problem, swarm, few=30 if quick else 200, many=None if quick else 600)
-    run(subject, problem, replace(swarm, rounds=swarm.rounds // 2, agents=4))
+    few, many = (30, None) if quick else (100, 500)
+    _compare(run, subject, problem, swarm, few, many, adam_rates=(0.003, 0.01), mezo_rates=(1e-4, 3e-4))
+    run(subject, problem, replace(swarm, rounds=max(swarm.rounds // 4, 1), agents=4))
 
 
 def sentiment_problem(quick: bool) -> Problem:
@@ -148,11 +180,11 @@ def sentiment_problem(quick: bool) -> Problem:
     base = bases.load_base(model, threads=1, labels=task.labels)
     columns = {"text": "1", "label": "2"}
 
-    def rows(name: str) -> Labelled:
-        path = assets.data("sst2", name)
-        return read_labelled([path], base.tokenizer, form.sequence_length, task, base.padding, columns)
+    def rows(*names: str) -> Labelled:
+        paths = [assets.data("sst2", f"{name}.tsv") for name in names]
+        return read_labelled(paths, base.tokenizer, form.sequence_length, task, base.padding, columns)
 
-    pooled, held_out = rows("train.tsv"), rows("dev.tsv")
+    pooled, held_out = rows("train"), rows("dev", "test")
     return Problem(
         model=str(model),
         form=form,
@@ -167,9 +199,10 @@ def sentiment_problem(quick: bool) -> Problem:
 def sentiment(run: Runner, quick: bool) -> None:
     """The methods on films praised or not."""
     problem = sentiment_problem(quick)
-    swarm = Swarm(rounds=50 if quick else 1000, directions=4, sides=1, step=0.3, epsilon=0.01)
-    few, many = (20, None) if quick else (100, 1000)
-    _compare(run, "MiniLM on SST-2, head", problem, swarm, few, many, batch_size=32)
+    swarm = Swarm(rounds=100 if quick else 8000, directions=4, sides=1, step=0.3, epsilon=0.01)
+    few = 20 if quick else 1000
+    rates = {"adam_rates": (0.03, 0.1, 0.3), "mezo_rates": (0.03, 0.1, 0.3, 1.0)}
+    _compare(run, "MiniLM on SST-2, head", problem, swarm, few, many=None, on_all=True, **rates)
 
 
 def accuracy(run: Runner, quick: bool) -> None:
@@ -196,17 +229,19 @@ def _compare(
     swarm: Swarm,
     few: int,
     many: int | None,
-    batch_size: int | None = None,
+    on_all: bool = False,
+    adam_rates: Sequence[float] = FIRST_ORDER_RATES,
+    mezo_rates: Sequence[float] = MEZO_RATES,
 ) -> None:
     """All methods on one problem; rates are chosen on runs of `few` steps, and first order goes on to `many`."""
     for scalars in SCALARS:
         run(subject, problem, replace(swarm, scalars=scalars))
-    adam = FirstOrder(steps=few, rate=0, batch_size=batch_size)
-    first = [run(subject, problem, replace(adam, rate=rate)) for rate in FIRST_ORDER_RATES]
+    adam = FirstOrder(steps=few, rate=0, on_all=on_all)
+    first = [run(subject, problem, replace(adam, rate=rate)) for rate in adam_rates]
     if many is not None:
         run(subject, problem, replace(adam, steps=many, rate=_best_rate(first)))
-    for rate in MEZO_RATES:
-        run(subject, problem, Mezo(steps=few, rate=rate, batch_size=batch_size))
+    for rate in mezo_rates:
+        run(subject, problem, Mezo(steps=few, rate=rate, on_all=on_all))
 
 
 def _every(rows: Labelled, stride: int, first: int, most: int | None = None) -> Labelled:

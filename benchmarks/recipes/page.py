@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Final
 
 from benchmarks.recipes.results import Row
@@ -112,12 +113,13 @@ def plot(rows: Sequence[Row], metric: str, forwards_path: Path, bytes_path: Path
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     subjects = list(dict.fromkeys(row.subject for row in rows))
     wide = min(2, len(subjects))
     tall = -(-len(subjects) // wide)
     for path, axis, label in (
-        (forwards_path, "forwards", "forward passes of all nodes (first order: steps)"),
+        (forwards_path, "forwards", "forward passes of all nodes (first order: and as many backward)"),
         (bytes_path, "up_bytes", "bytes up, all nodes"),
     ):
         figure, panels = plt.subplots(
@@ -138,9 +140,13 @@ def plot(rows: Sequence[Row], metric: str, forwards_path: Path, bytes_path: Path
                     label=method,
                 )
             panel.set_title(subject, fontsize=10)
-            panel.set_xscale("log" if axis == "up_bytes" else "linear")
+            if axis == "up_bytes":
+                panel.set_xscale("log")
+            else:
+                panel.xaxis.set_major_locator(MaxNLocator(6))
+                panel.xaxis.set_major_formatter("{x:,.0f}")
             panel.set_xlabel(label)
-            panel.set_ylabel(metric)
+            panel.set_ylabel(fill(metric, 44))
             panel.grid(alpha=0.3)
             panel.legend(fontsize=8)
         for panel in list(panels.flat)[len(subjects) :]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -56,6 +56,8 @@ class Problem:
     """Parts that count alike: the metric is the mean of their means."""
     metric: Objective = row_losses
     """Taken on what is held out; the less the better. What is trained on, the task says."""
+    known: Answers = field(default_factory=deque, init=False, compare=False, repr=False)
+    """What the base's frozen backbone, if it has one, answered to batches that every run meets again."""
 
     @property
     def digest(self) -> str:
@@ -81,11 +83,10 @@ class HeldOut:
         self._problem = problem
         self._model = adapter.model
         self._backbone = frozen_backbone(adapter)
-        self._known: Answers = deque()
 
     def __call__(self) -> float:
         """The metric at what the adapter holds."""
-        with once_per_batch(self._backbone, self._known):
+        with once_per_batch(self._backbone, self._problem.known):
             return self._problem.measure(self._model)
 
 

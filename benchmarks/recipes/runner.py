@@ -18,7 +18,7 @@ from benchmarks.recipes.problem import Problem
 from benchmarks.recipes.results import Results, Row, key_of
 from benchmarks.recipes.swarm import Swarm, train
 
-_USUAL = (("agents", 1), ("batch_size", None))
+_USUAL = (("agents", 1), ("at_once", 0), ("full_votes", 1), ("local_steps", 1), ("on_all", False))
 """Settings that go without saying: rows from before they could be made are still the same rows."""
 
 Method = Swarm | Mezo | FirstOrder

@@ -36,7 +36,7 @@ from zo.packing import pack
 from zo.replica import Replica, samples
 from zo.steps import StepRule, step_rule
 from zo.walk import first_step, next_step
-from zo.weights import digest, to_float
+from zo.weights import digest
 
 FLOAT_BYTES: Final = 4
 TEXT: Final = manifests.Task()
@@ -60,6 +60,8 @@ class Swarm:
     """Up to so many votes of a round add a whole step each."""
     agents: int = 1
     """Adapters, each probed by every node; they predict by the mean of their probabilities."""
+    at_once: int = 0
+    """Directions whose views share a forward pass; see `node.probe.Probe`."""
 
     @property
     def method(self) -> str:
@@ -106,6 +108,7 @@ def train(
             sides=settings.sides,
             local_steps=settings.local_steps,
             objective=objective(problem.task, base, windows),
+            at_once=settings.at_once,
         )
         for node, windows in enumerate(problem.private)
     ]
@@ -117,7 +120,7 @@ def train(
     def measure() -> float:
         if len(trainers) > 1:
             return together(problem, adapter, [each.weights for each in trainers])
-        adapter.load(to_float(trainers[0].weights))
+        adapter.load_weights(trainers[0].weights)
         return held_out()
 
     a_round = len(probes) * settings.directions * settings.agents

@@ -70,6 +70,19 @@ def test_first_order_and_mezo_train_the_same_adapter(problem, tmp_path):
     assert mezo.points[-1].up_bytes == 3 * 4
 
 
+def test_steps_on_all_rows_need_a_forward_pass_for_each_node(problem, tmp_path):
+    runner = Runner(9, Results(tmp_path / "rows.json"), again=False)
+    adam = runner("a", problem, FirstOrder(steps=3, rate=0.01, on_all=True))
+    mezo = runner("a", problem, Mezo(steps=3, rate=1e-4, on_all=True))
+    assert (adam.forwards, mezo.forwards) == (2 * 3, 2 * 2 * 3)
+    assert mezo.points[-1].up_bytes == 3 * 4
+    assert adam.end < adam.start
+    other = runner("a", problem, FirstOrder(steps=3, rate=0.01, on_all=True), seed=2)
+    start = runner("a", problem, FirstOrder(steps=3, rate=0.01), seed=2)
+    assert other.start == start.start
+    assert other.end != start.end
+
+
 def test_in_4_bit_first_order_has_true_gradients(problem):
     """The fused kernel of bitsandbytes on a CPU has none, and torch only warns."""
     from benchmarks.recipes.baselines import first_order

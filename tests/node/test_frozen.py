@@ -135,3 +135,20 @@ def test_answers_that_somebody_keeps_outlast_it_and_what_lies_within(adapter, pa
             assert len(passes) == 3
             model(input_ids=batches[0])
     assert len(passes) == 4
+
+
+def test_an_answer_kept_from_inference_serves_a_gradient_above_it(adapter, passes):
+    known = deque()
+    ids = torch.from_numpy(rows().tokens.astype(np.int64))
+    head = adapter.model.get_submodule(adapter.paths["head"]).weight
+    with once_per_batch(frozen_backbone(adapter), known):
+        with torch.inference_mode():
+            expected = adapter.model(input_ids=ids).logits
+        with torch.enable_grad():
+            head.requires_grad_(True)
+            found = adapter.model(input_ids=ids).logits
+            (gradient,) = torch.autograd.grad(found.sum(), head)
+            head.requires_grad_(False)
+    assert torch.equal(found, expected)
+    assert gradient.abs().sum() > 0
+    assert passes == [6]
