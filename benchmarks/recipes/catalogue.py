@@ -81,7 +81,8 @@ class Tried:
     """What a language model is trained with; of a base with more parameters in a layer, each wants a smaller step."""
 
     adam: tuple[float, ...]
-    adam_steps: int
+    adam_steps: int | None
+    """More than were tried; None if not."""
     mezo: tuple[float, ...]
     short: float
     """The swarm's step for 125 rounds."""
@@ -131,7 +132,8 @@ def shakespeare(run: Runner, quick: bool) -> None:
             run(subject, problem, replace(swarm, scalars=scalars))
         if quick or kind != kinds[0]:
             continue
-        run(subject, problem, FirstOrder(steps=tried.adam_steps, rate=_best_rate(first)))
+        if tried.adam_steps is not None:
+            run(subject, problem, FirstOrder(steps=tried.adam_steps, rate=_best_rate(first)))
         rates = [each for each in tried.mezo if each <= _best_rate(mezo)][-1:]
         if tried.whole is not None:
             swarm = replace(swarm, rounds=625, step=tried.whole)

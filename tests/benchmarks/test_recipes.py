@@ -149,6 +149,15 @@ def test_a_page_says_what_came_of_the_targets():
     assert mezo == "- met: a, MeZO's lowest, 3.500 after 400 at rate 0.01, after about 50: 0.12 of them"
 
 
+@pytest.mark.parametrize(
+    ("forwards", "end", "verdict"),
+    [(5_000, 3.2, "- a, 53.3%"), (20_000, 3.2, "- **not met**: a, 53.3%"), (5_000, 3.0, "- met: a, 66.7%")],
+)
+def test_a_run_shorter_than_the_target_allows_has_not_missed_it(forwards, end, verdict):
+    rows = [row("swarm, int8", end=end, forwards=forwards), row("first order, Adam", end=2.5)]
+    assert next(page.targets(rows, "loss")).startswith(verdict)
+
+
 @pytest.mark.parametrize(("end", "verdict"), [(0.22, "met"), (0.2301, "**not met**")])
 def test_errors_are_compared_in_points(end, verdict):
     rows = [row("swarm, int8", end=end, start=0.5), row("first order, Adam", end=0.21, start=0.5)]
