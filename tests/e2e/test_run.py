@@ -7,8 +7,11 @@ import sys
 
 import pytest
 
+from coordinator.rundir import RunDirectory
 from node.state import load_result
-from zo.commit import decode_entry
+from zo.commit import Commit, decode_entry
+from zo.directions import SHARED
+from zo.poolfile import decode_pool_file
 
 pytestmark = pytest.mark.e2e
 NAMES = ("ada", "ben", "cho", "dia")
@@ -94,6 +97,44 @@ def test_a_late_node_catches_up_and_takes_part(swarm):
     swarm.assert_finished("ada", "late")
     assert [r["round"] for r in swarm.log("late") if "members" in r] == list(range(30))
     assert swarm.member("late").payload_bytes_down > 20 * 20, "it was sent the history"
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ("pool", "--pool-draw", "importance", "--momentum", 1),
+        ("shared", "--combine", "majority", "--code-bits", 1),
+    ],
+)
+def test_a_run_with_other_directions_is_rolled_back_and_joined_late(swarm, policy):
+    """A pool's newcomer gets the pool instead of weights; a commit of shared directions has one row for all."""
+    swarm.init("--quorum", 2, "--sides", 2, "--policy", *policy, rounds=16).serve()
+    for name in ("ada", "ben"):
+        swarm.join(name)
+    swarm.run_until(5)
+    swarm.coordinator.send(signal.SIGTERM)
+    assert swarm.coordinator.wait() == 0
+    taken_back = swarm.command("coordinator.cli", "rollback", swarm.run, "--to", 3)
+    assert taken_back.wait() == 0, taken_back
+    swarm.serve()
+    swarm.open_until(10)
+    swarm.poll_status(lambda s: s.round >= 9, "round 9")
+    swarm.join("late")
+    swarm.poll_members("late")
+    swarm.open_until(16)
+    swarm.assert_finished("ada", "ben", "late")
+    first = next(r["round"] for r in swarm.log("late") if "members" in r)
+    assert first > 5, "a snapshot was the way past the rollback"
+    assert any(load_result(swarm.run)[1].weights), "nothing was learned"
+    if policy[0] == "shared":
+        entries = [decode_entry(frame) for frame in swarm.commits()]
+        assert {entry.participants for entry in entries if isinstance(entry, Commit)} == {(SHARED,)}
+        return
+    exported = swarm.command("coordinator.cli", "export", swarm.run, "--pool", swarm.directory / "out.zo")
+    assert exported.wait() == 0, exported
+    found = decode_pool_file((swarm.directory / "out.zo").read_bytes())
+    start = RunDirectory(swarm.run).initial(found.manifest)
+    assert found.rebuilt(start).digest() == load_result(swarm.run)[1].digest()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

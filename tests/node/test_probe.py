@@ -16,6 +16,8 @@ from node.probe import Probe
 from zo import reference
 from zo.codes import NO_VOTE, coefficients, encode
 from zo.directions import Direction, stack
+from zo.manifest import Directions
+from zo.naming import Naming
 from zo.spsa import one_sided, two_sided
 from zo.weights import to_float
 
@@ -251,3 +253,21 @@ def test_a_model_that_overflows_gives_no_votes(adapter, windows, weights):
     finally:
         embedding[2:] = before
     assert result.num_no_votes == 3
+
+
+def test_a_direction_of_a_pool_meets_another_batch_each_time(adapter, windows, weights, monkeypatch):
+    """By the index it would always meet the same rows: the batch follows from the sample that drew it."""
+    policy = Directions(policy="pool", pool_size=2)
+    probe = make_probe(adapter, windows, directions=8, naming=Naming(policy, KEY))
+    drawn = []
+    monkeypatch.setattr(
+        "node.probe.batch", lambda *arguments: drawn.append(arguments[-1]) or batch(*arguments)
+    )
+    probed = probe.probe(weights, 2, NODE, EXPONENT)
+    assert drawn == list(range(16, 24))
+    names = probe.naming.of_round(NODE, range(16, 24))
+    assert {name.sample for name in names} == {0, 1}
+    losses = probe.losses(weights, names, 2)
+    slopes = (losses[:, 0] - losses[:, 1]) / (2 * EPSILON)
+    rng = np.random.default_rng([9, 2, 1])
+    assert np.array_equal(probed.codes, encode(slopes, EXPONENT, rng))
