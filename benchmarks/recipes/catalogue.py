@@ -170,13 +170,17 @@ def instructions(run: Runner, quick: bool) -> None:
     run(subject, problem, replace(swarm, rounds=max(swarm.rounds // 4, 1), agents=4))
 
 
-def sentiment_problem(quick: bool) -> Problem:
-    """Films praised or not: a linear head on a frozen sentence encoder, sixteen nodes.
+def sentiment_problem(quick: bool, nodes: int = 16) -> Problem:
+    """Films praised or not: a linear head on a frozen sentence encoder, some nodes of 432 rows each.
 
     A node's batch is all of its rows: the encoder reads them once, and what a round costs is the head.
+
+    Args:
+        quick: four nodes of 32 rows.
+        nodes: 16 share all rows; with fewer, the other rows are nobody's.
     """
     model = assets.encoder()
-    nodes, num_rows = (4, 32) if quick else (16, 432)
+    nodes, num_rows = (4, 32) if quick else (nodes, 432)
     form = Form(targets=(), batch_size=num_rows, sequence_length=64)
     task = Task(kind="head", labels=("0", "1"))
     base = bases.load_base(model, threads=1, labels=task.labels)
@@ -191,7 +195,7 @@ def sentiment_problem(quick: bool) -> Problem:
         model=str(model),
         form=form,
         task=task,
-        private=[_every(pooled, nodes, node, num_rows) for node in range(nodes)],
+        private=[_every(pooled, max(nodes, 16), node, num_rows) for node in range(nodes)],
         pooled=pooled,
         held_out=[_every(held_out, 8, 0) if quick else held_out],
         metric=row_misses,
