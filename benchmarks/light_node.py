@@ -69,6 +69,10 @@ class Onlooker:
         directions = self._manifest.probe.directions
         return Abstention(np.full(directions, -128, np.int8), float("nan"), directions)
 
+    def audit(self, weights: NDArray[np.int32], sample: int, agent: int = 0) -> tuple[float, float]:
+        """Nothing is measured."""
+        return float("nan"), float("nan")
+
     def evaluate(self, weights: NDArray[np.int32]) -> float | None:
         """Nothing is held out."""
         return None

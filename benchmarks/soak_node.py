@@ -20,8 +20,9 @@ from node.service import NodeError, NodeService
 from node.state import StateBusyError, StateDirectory, StateError
 from transport.exits import Exit
 from transport.ticket import parse_ticket
+from zo import kernels
 from zo.codes import NO_VOTE, encode
-from zo.directions import Direction, run_key
+from zo.directions import AUDIT, Direction, run_key
 from zo.manifest import Manifest
 from zo.naming import naming
 from zo.replica import samples
@@ -103,6 +104,16 @@ class LogisticTrainer:
         names = naming(self._manifest).of_round(node, samples(round, probing.directions), agent, importances)
         codes = walk(measured, weights, key, names, probing.local_steps, walk_step)
         return Probed(codes, finite_mean(np.array(losses)))
+
+    def audit(self, weights: NDArray[np.int32], sample: int, agent: int = 0) -> tuple[float, float]:
+        """The losses on rows that all nodes have: the same, whatever is public."""
+        public = LogisticTrainer(self._manifest, 0, lambda _: None)
+        z = np.empty((2, weights.size), np.float32)
+        name = Direction(AUDIT, sample, agent)
+        kernels.perturbed(
+            weights, run_key(self._manifest.run_id), name, self._manifest.probe.epsilon, out=(z[0], z[1])
+        )
+        return public.loss(z[0]), public.loss(z[1])
 
     def evaluate(self, weights: NDArray[np.int32]) -> float | None:
         """The training loss: there is nothing held out."""

@@ -32,8 +32,8 @@ def refusal(
     if roster.is_quarantined(node):
         return Refuse(
             "quarantined",
-            f"node {node} is shut out: it differed from the ledger again after starting over, or its codes were out of "
-            "line. Check its memory, its disk and its data. "
+            f"node {node} is shut out: it differed from the ledger again after starting over, or its codes or answers "
+            "were out of line. Check its memory, its disk and its data. "
             "`zo-coordinator release` lets it in again",
         )
     if hello.protocol != PROTOCOL_VERSION:

@@ -1,6 +1,7 @@
 """`zo-coordinator`: the only place of the coordinator that speaks to a person, prints and exits."""
 
 import contextlib
+import hashlib
 import math
 import resource
 import secrets
@@ -20,6 +21,7 @@ from rich.progress import Progress, TaskID
 
 from coordinator.archive import Restored, restore
 from coordinator.audit import Audit, audit
+from coordinator.audit_rows import audit_rows
 from coordinator.calibration import proposed_epsilon
 from coordinator.cli_app import JsonOption, RunArgument, app, epilog, err, failures_explained, out
 from coordinator.config import ServiceConfig, check_capacity
@@ -49,6 +51,7 @@ from zo.manifest import (
     ESTIMATORS,
     Adapter,
     Agents,
+    Audits,
     BaseModel,
     Coding,
     Combination,
@@ -369,6 +372,15 @@ def init(
             help="Whether nodes report their mean training loss with it.",
         ),
     ] = True,
+    audit: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Public rows, at most 64: a .jsonl like the nodes' data, or a .txt. At random rounds all nodes tell "
+            "their losses on them; whose are far from the others' is found.",
+            show_default=False,
+        ),
+    ] = None,
     staleness: Annotated[
         int, typer.Option(metavar="0|1", help="1: a report too late for its round counts in the next one.")
     ] = 0,
@@ -497,6 +509,7 @@ def init(
                         weight_decay=weight_decay,
                     ),
                     parity=Parity(digest_every=digest_every, share_loss=share_loss),
+                    audit=Audits(rows=() if audit is None else audit_rows(audit)),
                 )
             )
         except (base_files.BaseFilesError, AdapterFilesError):
@@ -630,7 +643,8 @@ def serve(
                 ticket = Ticket(place, end.port, manifest.run_id, keys.public, token)
                 out.print(str(ticket), style="bold", highlight=False, soft_wrap=True)
                 sys.stdout.flush()
-                service = Service(directory, manifest, config, ledger, restored, end, keyring, signer)
+                secret = hashlib.blake2b(keys.secret, digest_size=32, person=b"zo-audit").digest()
+                service = Service(directory, manifest, config, ledger, restored, end, keyring, signer, secret)
                 _serve(service, stopping, stay)
             finally:
                 end.close()

@@ -16,6 +16,7 @@ from coordinator import pace
 from coordinator.admission import refusal
 from coordinator.config import ServiceConfig
 from coordinator.effects import (
+    Audited,
     Effect,
     Enrol,
     Note,
@@ -33,6 +34,8 @@ from coordinator.share import capped
 from transport.messages import (
     HISTORY_BYTES,
     PROTOCOL_VERSION,
+    Answer,
+    Audit,
     Fetch,
     Finished,
     Follow,
@@ -101,6 +104,7 @@ class Conductor:
         digests_between: Callable[[int, int], list[bytes]],
         now: float,
         seal: Callable[[int, bytes], bytes] | None = None,
+        audit_sample: Callable[[int], int | None] = lambda _: None,
     ) -> None:
         """Go on where the ledger ends.
 
@@ -119,6 +123,7 @@ class Conductor:
             now: in seconds, on any clock that only moves forward.
             seal: (round, head) -> the signature under the chain's head after so many commits; None if the run is not
                 signed.
+            audit_sample: the sample of the public audit at a round; None if there is none then.
         """
         self.manifest = manifest
         self.config = config
@@ -136,6 +141,9 @@ class Conductor:
         self._offer_for = offer_for
         self._digests_between = digests_between
         self._seal = seal
+        self._audit_sample = audit_sample
+        self._losses_by_asked: dict[int, tuple[float, float] | None] = {}
+        """Whom the round's audit asked, and what they answered."""
         self._roster = roster
         self._node_by_session: dict[bytes, int] = {}
         self._opened_at: dict[int, float] = {}
@@ -227,6 +235,8 @@ class Conductor:
                 effects = self._follow(member, message)
             case Trace():
                 effects = self._trace(member, message)
+            case Answer():
+                effects = self._answer(member, message)
             case Leave():
                 effects = self._lose(member, Event.LEFT, "left")
         return [*effects, *self._pass_on(now)]
@@ -335,6 +345,7 @@ class Conductor:
         member = self.members[node]
         yield from self._replace(member, session)
         member.name, member.estimator = hello.name, hello.estimator
+        self._losses_by_asked.pop(node, None)  # it may not know any more what it was asked
         member.session = session
         member.acknowledged = member.cursor = hello.round
         member.is_finished = False
@@ -425,6 +436,13 @@ class Conductor:
         if verdict is Verdict.COUNTED and self._waiting is not None:
             self._waiting.missing.discard(member.node)
         return self._feed(member)
+
+    def _answer(self, member: Member, answer: Answer) -> list[Effect]:
+        """The first answer to an audit of the round in progress stands; anything else is nothing."""
+        if answer.round == self.round and self._losses_by_asked.get(member.node, ()) is None:
+            plus, minus = np.frombuffer(answer.losses, "<f4")
+            self._losses_by_asked[member.node] = float(plus), float(minus)
+        return []
 
     def _progress(self, member: Member, progress: Progress) -> list[Effect]:
         if member.is_choosing:
@@ -550,6 +568,12 @@ class Conductor:
         seal = b"" if self._seal is None else self._seal(closed.number + 1, head)
         effects.append(Persist(commit, frame, seal, nodes, reported))
         effects.extend(notes)
+        answered = {
+            node: each for node, each in self._losses_by_asked.items() if node in closed.codes_by_node
+        }
+        if answered:
+            effects.append(Audited(answered))
+        self._losses_by_asked = {}
         self._unsettled = commit, frame
         missing = awaited - closed.codes_by_node.keys()
         for node in sorted(missing):
@@ -557,10 +581,14 @@ class Conductor:
             effects.append(Note("missed", node, reason))
         unheard = self.members.keys() - closed.codes_by_node.keys() if self.manifest.run.staleness else ()
         self._open_round(Round(closed.number + 1, now, may_be_late=frozenset(unheard)))
+        sample = None if self.is_over else self._audit_sample(self.round)
         for member in self.present:
             is_next = member.cursor == closed.number and not member.is_choosing
             if member.session is not None and is_next and member.room():
                 member.cursor += 1
+                if sample is not None:
+                    self._losses_by_asked[member.node] = None
+                    effects.append(send(member.session, Audit(self.round, sample)))
                 effects.append(Send(member.session, "Commit", frame))
                 if seal and self._shows_digest(self.round):
                     effects.append(send(member.session, Sealed(self.round, head, seal)))

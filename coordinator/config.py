@@ -63,11 +63,21 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             "of the median participant; longer ones are scaled down to it. 1000: as good as no cap.",
         ),
     ] = 2.0
+    audit_every: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1_000_000,
+            description="Rounds between two public audits on average, at random, where the manifest has rows for them; "
+            "0: none.",
+        ),
+    ] = 16
     quarantine_out_of_line: Annotated[
         bool,
         Meta(
             description="Shut out a node whose codes are statistically out of line (of one sign, at the limit, or no "
-            "votes), until `zo-coordinator release`. False: only say so."
+            "votes), or whose answers to public audits are far from the others', until `zo-coordinator release`. "
+            "False: only say so."
         ),
     ] = False
     capacity: Annotated[int, Meta(ge=1, le=4096, description="Most nodes that may ever join this run.")] = (

@@ -37,6 +37,13 @@ class PersistCheckpoint(msgspec.Struct, frozen=True):
     scale: Scale
 
 
+class Audited(msgspec.Struct, frozen=True):
+    """A round with a public audit is over."""
+
+    losses_by_node: dict[int, tuple[float, float] | None]
+    """Of those who were asked and reported; None for who did not answer."""
+
+
 class SendPiece(msgspec.Struct, frozen=True):
     """Send the piece of a snapshot at an offset."""
 
@@ -67,7 +74,7 @@ class Note(msgspec.Struct, frozen=True):
     text: str
 
 
-Effect = Send | SendPiece | Persist | PersistCheckpoint | Enrol | Quarantine | Note
+Effect = Send | SendPiece | Persist | PersistCheckpoint | Enrol | Quarantine | Audited | Note
 
 
 def send(session: bytes, message: FromCoordinator) -> Send:

@@ -15,7 +15,7 @@ _MESSAGES_AT_ONCE: Final = 1024
 _HELLOS_PER_S: Final = 5.0
 _HELLOS_AT_ONCE: Final = 100
 """A link that breaks after every handshake brings a `Hello` every 0.2 s or so."""
-_ANSWERS: Final = {"Commit": 2, "History": FLOW_WINDOW, "Piece": 1}
+_ANSWERS: Final = {"Commit": 2, "History": FLOW_WINDOW, "Piece": 1, "Audit": 1}
 """Most messages that a node answers a frame with, where it may be sent many of them."""
 _EMPTY_PIECE_BYTES: Final = 64
 

@@ -14,7 +14,18 @@ from coordinator.archive import Archive, Restored
 from coordinator.conductor import Conductor
 from coordinator.conductors import AgentEffect, Conductors
 from coordinator.config import ServiceConfig
-from coordinator.effects import Effect, Enrol, Note, Persist, PersistCheckpoint, Quarantine, Send, SendPiece
+from coordinator.consensus import Consensus, audit_sample, tolerance
+from coordinator.effects import (
+    Audited,
+    Effect,
+    Enrol,
+    Note,
+    Persist,
+    PersistCheckpoint,
+    Quarantine,
+    Send,
+    SendPiece,
+)
 from coordinator.influence import Finding, Influence
 from coordinator.invitations import REVOKED, Standing, admittance, redemption, rotation
 from coordinator.keyring import Keyring
@@ -100,6 +111,7 @@ class _Track:
     archive: Archive
     speed: Speed
     influence: Influence
+    consensus: Consensus
     last_loss: float | None
     """The mean of those who were here last."""
     abbreviator: Abbreviator = field(default_factory=Abbreviator)
@@ -148,6 +160,7 @@ class Service:
         end: CoordinatorSocket,
         keyring: Keyring,
         signer: Signer | None = None,
+        audit_secret: bytes = b"",
     ) -> None:
         """Go on where the ledger ends.
 
@@ -160,6 +173,7 @@ class Service:
             end: where nodes connect.
             keyring: which keys may join.
             signer: who signs the ledger; None if nothing is signed.
+            audit_secret: decides when nodes are audited, and along what; they must not know it.
         """
         self._manifest = manifest
         self._ledger = ledger
@@ -195,12 +209,16 @@ class Service:
                 archive.digests_between,
                 now,
                 None if signer is None else partial(signer.seal, genesis(manifest.run_id, agent)),
+                partial(audit_sample, audit_secret, agent, config.audit_every if manifest.audit.rows else 0),
             )
             influence = Influence(
                 manifest.probe.sides, manifest.codes.bits, comes_back=manifest.directions.policy == "pool"
             )
+            consensus = Consensus(tolerance(manifest))
             last_loss = before.loss_of(agent) if before else None
-            self._tracks.append(_Track(conductor, archive, Speed(replica.round, now), influence, last_loss))
+            self._tracks.append(
+                _Track(conductor, archive, Speed(replica.round, now), influence, consensus, last_loss)
+            )
         self.conductors = Conductors([track.conductor for track in self._tracks])
         self.status = self._make_status()
 
@@ -334,7 +352,7 @@ class Service:
             self._end.cut(self._to_cut.popleft()[1])
 
     def _judge(self, agent: int, finding: Finding, now: float) -> None:
-        """Say that a node's codes are out of line, and shut it out if that is the policy."""
+        """Say that a node's codes or answers are out of line, and shut it out if that is the policy."""
         node, reason = finding
         member = self.conductors[agent].members[node]
         self._note(agent, "out-of-line", node, f"node {node} ({member.name}): {reason}")
@@ -342,7 +360,7 @@ class Service:
             return
         self._roster.quarantine(node)
         self._tracks[agent].archive.ledger.set_quarantined(node, True)
-        refusal = Refuse("quarantined", f"node {node}'s codes are out of line: {reason}")
+        refusal = Refuse("quarantined", f"node {node} is out of line: {reason}")
         if member.session is not None:
             self._to_cut.append((now + _LAST_WORD_S, member.session))
         self._carry_out(self.conductors.on_shut_out(member.key, refusal, now))
@@ -384,6 +402,9 @@ class Service:
                 ledger.append(commit, frame, seal)
                 one_sided = {each.node for each in track.conductor.present if each.estimator == "one-sided"}
                 findings = track.influence.observe(nodes, np.frombuffer(reported, np.int8), one_sided)
+                self._findings += [(agent, finding) for finding in findings]
+            case Audited(losses_by_node):
+                findings = track.consensus.observe(losses_by_node)
                 self._findings += [(agent, finding) for finding in findings]
             case Quarantine(node):
                 ledger.set_quarantined(node, True)

@@ -45,7 +45,7 @@ from transport.session import Applied, End, Jumped, Keep, Open, Session, StartOv
 from transport.sessions import AgentEffect as SessionEffect
 from transport.sessions import Sessions
 from zo.commit import COMMIT_TAG, Commit, Entry, decode_entry
-from zo.manifest import Manifest, validate
+from zo.manifest import Audits, Manifest, validate
 from zo.packing import expressible
 from zo.replica import Replica
 
@@ -512,6 +512,7 @@ def virtual(manifest: Manifest, scenario: Scenario) -> Manifest:
             run=replace(manifest.run, rounds=scenario.rounds, nonce=nonce, signer=""),
             schedule=replace(manifest.schedule, warm_up=min(manifest.schedule.warm_up, scenario.rounds - 1)),
             adapter=replace(manifest.adapter, size=_SIZE),
+            audit=Audits(),
         )
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from node.start import start_of
 from node.tasks import Mix
 from transport.adapter_files import Start
 from zo import kernels
-from zo.directions import Direction, run_key
+from zo.directions import AUDIT, Direction, run_key
 from zo.initial import initial_weights
 from zo.manifest import Manifest, Task, usual_estimator
 from zo.naming import naming
@@ -97,6 +98,35 @@ class LanguageTrainer:
             naming=naming(manifest),
             objective=self._objective,
             mechanism=mechanism,
+        )
+
+        self._public = self._public_probe(base, private_seed)
+
+    def _public_probe(self, base: Base, seed: int) -> Probe | None:
+        """A probe of the manifest's public rows; None if it has none.
+
+        Raises:
+            DataError: they are no rows of this run's task.
+        """
+        manifest = self._manifest
+        if not manifest.audit.rows:
+            return None
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / "audit.jsonl"
+            file.write_text("\n".join(manifest.audit.rows) + "\n", "utf-8")
+            try:
+                rows = read_data([file], base, manifest.task, manifest.probe.sequence_length)
+            except DataError as error:
+                raise DataError(f"the public rows of the run's manifest (audit.rows): {error}") from error
+        return Probe(
+            self._adapter,
+            rows,
+            key=run_key(manifest.run_id),
+            epsilon=manifest.probe.epsilon,
+            directions=1,
+            batch_size=manifest.probe.batch_size,
+            seed=seed,  # decides nothing: all rows are taken
+            objective=self._objective,
         )
 
     def initial_weights(self) -> NDArray[np.int32]:
@@ -172,6 +202,24 @@ class LanguageTrainer:
             return 2 * epsilon * slopes
 
         return calibrate(differences, sides, progress)
+
+    @memory_explained("to probe", PROBING)
+    def audit(self, weights: NDArray[np.int32], sample: int, agent: int = 0) -> tuple[float, float]:
+        """The mean losses of the manifest's public rows at the weights plus and minus epsilon times a direction.
+
+        Each row counts alike, and each batch is what it is on every node: whatever shares a pass elsewhere, here
+        nothing does. Nothing of the node's own data enters.
+
+        Args:
+            weights: (size,) int32; left as they are.
+            sample: names the direction, (AUDIT, sample, agent).
+            agent: which adapter the weights are.
+        """
+        assert self._public is not None  # only a run that has rows asks
+        rows = np.arange(self._public.windows.num_windows)
+        losses = self._public.row_losses(weights, [Direction(AUDIT, sample, agent)], rows, sides=2)
+        plus, minus = losses.mean(0)[0]
+        return float(plus), float(minus)
 
     @memory_explained("to probe", PROBING)
     def probe(

@@ -77,6 +77,9 @@ class Trainer(Protocol):
             BudgetSpentError: it may say no more.
         """
 
+    def audit(self, weights: NDArray[np.int32], sample: int, agent: int = 0) -> tuple[float, float]:
+        """The losses on the manifest's public rows at the weights plus and minus a direction of audits."""
+
     def evaluate(self, weights: NDArray[np.int32]) -> float | None:
         """Held-out loss in nats; None if there is nothing held out."""
 
@@ -249,7 +252,8 @@ class NodeService:
         started = time.monotonic()
         while self._end is None and not self._wants_to_leave:
             with self._interruptible():
-                links, frames = self._socket.poll(0.0 if self._sessions.next_probe() else _POLL_S)
+                is_idle = not (self._sessions.next_probe() or self._sessions.next_audit())
+                links, frames = self._socket.poll(_POLL_S if is_idle else 0.0)
             end = self._socket
             for link in links:
                 if self._socket is end:  # else these are of one that was given up
@@ -267,6 +271,9 @@ class NodeService:
                 )
             self._carry_out(self._sessions.on_tick(now))
             # Frames that wait come first: a commit among them may have closed the round already.
+            audit = self._sessions.next_audit()
+            if audit is not None:
+                self._answer(*audit)
             wanted = self._sessions.next_probe() if not frames else None
             if wanted is not None:
                 self._probe(*wanted)
@@ -431,6 +438,16 @@ class NodeService:
         self.view.num_directions += probed.codes.size
         self.view.num_no_votes += probed.num_no_votes
         self._carry_out(self._sessions.on_probed(agent, round, probed.codes, probed.loss, time.monotonic()))
+
+    def _answer(self, agent: int, round: int, sample: int) -> None:
+        """Take the losses of a public audit, and tell them."""
+        session, trainer = self._sessions.by_agent[agent], self._trainer
+        assert session.replica is not None
+        assert trainer is not None
+        self._refresh()
+        with self._interruptible():
+            losses = trainer.audit(session.replica.weights, sample, agent)
+        self._carry_out(self._sessions.on_audited(agent, round, losses))
 
     def _applied(self, agent: int, applied: Applied) -> None:
         if applied.own_codes and agent in self._reported_at:

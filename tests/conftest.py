@@ -58,6 +58,7 @@ def make_manifest() -> MakeManifest:
             "codes",
             "schedule",
             "parity",
+            "audit",
         ):
             struct = getattr(manifest, section)
             mine = {name: given.pop(name) for name in struct.__struct_fields__ if name in given}

@@ -127,6 +127,14 @@ class Rotate(Message, frozen=True, tag=9):
     key: PublicKey
 
 
+class Answer(Message, frozen=True, tag=10):
+    """The answer to `Audit`: two losses on the manifest's public rows. Comes before the report of that round."""
+
+    round: Round
+    losses: Annotated[bytes, Meta(min_length=8, max_length=8)]
+    """Two float32, little-endian: at the weights plus epsilon times the direction, and minus."""
+
+
 # ---- from the coordinator ----------------------------------------------------------------------------------------
 
 
@@ -239,10 +247,18 @@ class Sealed(Message, frozen=True, tag=26):
     """Ed25519, under genesis, round and head (`transport.seals`)."""
 
 
-FromMember = Hello | Report | Progress | Leave | Fetch | Follow | Trace
+class Audit(Message, frozen=True, tag=27):
+    """Asks for the losses on the manifest's public rows at the weights of a round. Comes before the commit to it."""
+
+    round: Round
+    sample: Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
+    """Names the direction: (`zo.directions.AUDIT`, sample, agent)."""
+
+
+FromMember = Hello | Report | Progress | Leave | Fetch | Follow | Trace | Answer
 """What a node says in a run; the rest is about its key."""
 FromNode = FromMember | Redeem | Rotate
-ToMember = Welcome | Refuse | Commit | Brief | History | Resync | Identify | Finished | Piece | Sealed
+ToMember = Welcome | Refuse | Commit | Brief | History | Resync | Identify | Finished | Piece | Sealed | Audit
 FromCoordinator = ToMember | Admitted
 
 Extended = TypeVar("Extended", Report, Brief)
@@ -251,9 +267,11 @@ _encoder = msgspec.msgpack.Encoder()
 _EXTENSIONS: Final = frozenset((0xC7, 0xC8, 0xC9, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8))
 _extension = msgspec.msgpack.Decoder(msgspec.msgpack.Ext)
 # All but those that travel as extensions.
-_from_node = msgspec.msgpack.Decoder(Hello | Progress | Leave | Fetch | Follow | Trace | Redeem | Rotate)
+_from_node = msgspec.msgpack.Decoder(
+    Hello | Progress | Leave | Fetch | Follow | Trace | Answer | Redeem | Rotate
+)
 _from_coordinator = msgspec.msgpack.Decoder(
-    Welcome | Refuse | Commit | History | Resync | Identify | Finished | Piece | Sealed | Admitted
+    Welcome | Refuse | Commit | History | Resync | Identify | Finished | Piece | Sealed | Audit | Admitted
 )
 
 

@@ -25,6 +25,8 @@ from transport.messages import (
     PROTOCOL_VERSION,
     REPORT_ROUND_MODULUS,
     Admitted,
+    Answer,
+    Audit,
     Brief,
     Fetch,
     Finished,
@@ -194,6 +196,8 @@ class Session:
         """Whether the next piece decides if it is worth going on with the snapshot."""
         self._must_leap = False
         """Whether only a snapshot leads on: the ledger takes back entries that this node does not have."""
+        self._audit: Audit | None = None
+        """What the coordinator asks for; answered once this node is at that round."""
         self._sealed = 0
         """Rounds of the own chain that the coordinator's signature has proved in this process."""
         self._seen: Commit | None = None
@@ -271,6 +275,9 @@ class Session:
                 return self._history(frames)
             case Sealed():
                 return self._seal(message)
+            case Audit():
+                self._audit = message
+                return []
             case Resync(round, digest):
                 if round == 0:
                     self.stage = Stage.ENDED
@@ -326,6 +333,19 @@ class Session:
         self._resend_s = RESEND_S
         return self._send_report(now) if self.stage is Stage.FOLLOWING else []
 
+    def on_audited(self, round: int, losses: tuple[float, float]) -> list[Effect]:
+        """The audit that `next_audit` asked for is done.
+
+        Args:
+            round: the round it is for.
+            losses: plus and minus the direction; the coordinator is told them as float32.
+        """
+        audit, self._audit = self._audit, None
+        if audit is None or audit.round != round or self.stage is not Stage.FOLLOWING:
+            return []
+        with np.errstate(over="ignore"):
+            return [Transmit(Answer(round, np.array(losses, "<f4").tobytes()))]
+
     def on_tick(self, now: float) -> list[Effect]:
         """Time has passed."""
         if self.stage is Stage.REPORTED:
@@ -333,7 +353,7 @@ class Session:
                 return []
             self._resend_s = min(2 * self._resend_s, _RESEND_MAX_S)
             return self._send_report(now)
-        if self.stage in (Stage.CONNECTING, Stage.ENDED) or self.next_probe() is not None:
+        if self.stage in (Stage.CONNECTING, Stage.ENDED) or self.next_probe() or self.next_audit():
             return []
         if self.stage is Stage.FETCHING and self._greet_at is None:
             self._greet_at = now + _FETCH_PATIENCE_S
@@ -356,6 +376,8 @@ class Session:
         """(round, exponent) to probe now; None while there is something to catch up on or to wait for."""
         if self.stage is not Stage.FOLLOWING or self.replica is None or self._report is not None:
             return None
+        if self.next_audit() is not None:
+            return None  # its answer goes before the report, so that a round that has the one has the other
         round = self.replica.round
         if (
             self._lacks_seal
@@ -374,6 +396,15 @@ class Session:
         if self._walk_step is not None and self._walk_step[0] == round:
             return self._walk_step[1]
         return first_step(step_rule(self.manifest), round, exponent)
+
+    def next_audit(self) -> tuple[int, int] | None:
+        """(round, sample) to take the losses of a public audit for now; None if none is asked for."""
+        audit, manifest = self._audit, self.manifest
+        if audit is None or manifest is None or self.replica is None or not manifest.audit.rows:
+            return None
+        if self.stage is not Stage.FOLLOWING or self._lacks_seal or audit.round != self.replica.round:
+            return None
+        return audit.round, audit.sample
 
     @property
     def behind(self) -> int:
@@ -410,6 +441,7 @@ class Session:
                 return self._fail(Exit.REFUSED, f"this version cannot read the run's manifest: {error}")
         if manifest is None:
             return self._fail(Exit.REFUSED, "the coordinator sent no manifest")
+        self._audit = None  # who greets anew is not expected to answer
         self.stage = Stage.FOLLOWING
         self.node = welcome.node
         self._must_reach = welcome.round

@@ -131,6 +131,10 @@ class Sessions:
         self._probed_last = agent
         return self._of(agent, self.by_agent[agent].on_probed(round, codes, loss, now))
 
+    def on_audited(self, agent: int, round: int, losses: tuple[float, float]) -> list[AgentEffect]:
+        """An audit that `next_audit` asked for is done; arguments as of `Session.on_audited`."""
+        return self._of(agent, self.by_agent[agent].on_audited(round, losses))
+
     def on_tick(self, now: float) -> list[AgentEffect]:
         """Time has passed."""
         return [effect for agent, each in self._each() for effect in self._of(agent, each.on_tick(now))]
@@ -151,6 +155,13 @@ class Sessions:
             return None
         agent, (round, exponent) = min(ready, key=lambda each: (each[0] <= self._probed_last, each[0]))
         return agent, round, exponent
+
+    def next_audit(self) -> tuple[int, int, int] | None:
+        """(agent, round, sample) of a public audit to answer now; None if none is asked for."""
+        return next(
+            ((agent, *wanted) for agent, each in self._each() if (wanted := each.next_audit()) is not None),
+            None,
+        )
 
     @property
     def stage(self) -> Stage:

@@ -10,7 +10,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from zo.directions import INITIAL, MAX_NODE, SHARED
+from zo.directions import AUDIT, MAX_NODE, SHARED
 
 DIGEST_BYTES: Final = 16
 COMMIT_TAG: Final = 18
@@ -114,7 +114,7 @@ class Revert(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 def _check_voices(what: str, voices: tuple[int, ...]) -> None:
     if not _is_ascending(voices):
         raise ValueError(f"{what} must be ascending and distinct, got {voices}")
-    if voices and not (voices[0] >= 0 and (voices[-1] < INITIAL or voices[-1] == SHARED)):
+    if voices and not (voices[0] >= 0 and (voices[-1] < AUDIT or voices[-1] == SHARED)):
         raise ValueError(f"{what} must be within 0 and {MAX_NODE}, or groups, or everyone, got {voices}")
 
 

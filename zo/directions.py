@@ -18,8 +18,10 @@ SHARED: Final = 0xFFFF_FFFE
 """`node` of directions that all nodes share; `sample` is that of the round."""
 INITIAL: Final = 0xFFFF_FFFD
 """`node` of the run's frozen initial values (LoRA A); `sample` is the index of the module."""
+AUDIT: Final = 0xFFFF_FFFC
+"""`node` of the directions of public audits; `sample` is drawn by the coordinator."""
 GROUP_0: Final = 0xFFFF_FF00
-"""`node` of the directions of group 0; of group g `GROUP_0 + g`, up to `INITIAL`."""
+"""`node` of the directions of group 0; of group g `GROUP_0 + g`, up to `AUDIT`."""
 MAX_NODE: Final = 0xFFFF_FEFF
 """The largest number a real node can have."""
 

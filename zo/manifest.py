@@ -16,6 +16,7 @@ from zo.toml import explain
 
 RUN_ID_BYTES: Final = 16
 MAX_AGENTS: Final = 128
+MAX_AUDIT_CHARACTERS: Final = 32_768
 _MAX_SAMPLES: Final = 2**32
 TaskKind = Literal["text", "completion", "verbalizer", "head"]
 TEXT_PLACE: Final = "{text}"
@@ -28,7 +29,7 @@ Objective = Literal["cross-entropy", "accuracy", "token-f1", "exact-match", "cal
 Policy = Literal["private", "pool", "shared", "groups"]
 Combination = Literal["mean", "median", "trimmed", "majority"]
 DEFAULT_POOL: Final = 4096
-MAX_GROUPS: Final = 253
+MAX_GROUPS: Final = 252
 """As many names as are reserved for them (`directions.GROUP_0`)."""
 GENERATED: Final[frozenset[Objective]] = frozenset({"token-f1", "exact-match", "callable"})
 """Objectives that judge what the model says after a prompt."""
@@ -558,6 +559,31 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ]
 
 
+class Audits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Public rows on which all nodes can be asked for the same losses, and compared."""
+
+    rows: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=MAX_AUDIT_CHARACTERS)], ...],
+        Meta(
+            max_length=64,
+            description="Public rows, each an object in JSON as in a node's .jsonl data. At random rounds nodes tell "
+            "their two losses on all of them along a direction that the coordinator names. None: nobody is asked.",
+        ),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        """Check that the manifest stays small: it travels to every node.
+
+        Raises:
+            ValueError: the rows are too long together.
+        """
+        length = sum(map(len, self.rows))
+        if length > MAX_AUDIT_CHARACTERS:
+            raise ValueError(
+                f"rows must have at most {MAX_AUDIT_CHARACTERS:,} characters together, got {length:,}"
+            )
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All that every node of a run must share. Its hash is the run id, so it never changes."""
 
@@ -572,6 +598,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     codes: Coding = Coding()
     schedule: Schedule
     parity: Parity
+    audit: Audits = Audits()
 
     def __post_init__(self) -> None:
         """Check what the range of a single field cannot say.

@@ -7,7 +7,17 @@ import pytest
 
 from coordinator.conductor import Conductor, history_slice
 from coordinator.config import ServiceConfig
-from coordinator.effects import Effect, Enrol, Note, Persist, PersistCheckpoint, Quarantine, Send, SendPiece
+from coordinator.effects import (
+    Audited,
+    Effect,
+    Enrol,
+    Note,
+    Persist,
+    PersistCheckpoint,
+    Quarantine,
+    Send,
+    SendPiece,
+)
 from coordinator.membership import Member
 from coordinator.roster import Enrolment, Roster
 from transport.messages import Commit, History, Offer, Sealed, Welcome, decode_from_coordinator
@@ -34,6 +44,7 @@ class VirtualCoordinator:
         self.config = config or ServiceConfig()
         self.frames: list[bytes] = []
         self.seals: list[bytes] = []
+        self.audits: list[dict[int, tuple[float, float] | None]] = []
         self.checkpoints = {}
         self.enrolled = {}
         self.quarantined: set[int] = set()
@@ -67,8 +78,13 @@ class VirtualCoordinator:
             self.digests_between,
             self.now,
             partial(SIGNER.seal, self.manifest.run_id) if self.manifest.run.signer else None,
+            self.audit_sample,
         )
         self.settle()
+
+    def audit_sample(self, round: int) -> int | None:
+        """The sample of a public audit; tests may replace it."""
+        return None
 
     def offer_for(self, round: int) -> Offer | None:
         """What a node at this round is offered; tests may replace it."""
@@ -129,6 +145,8 @@ class VirtualCoordinator:
             case Enrol(node, key, name):
                 assert node not in self.enrolled
                 self.enrolled[node] = (key, name)
+            case Audited(losses_by_node):
+                self.audits.append(losses_by_node)
             case Quarantine(node):
                 self.quarantined.add(node)
             case SendPiece():

@@ -20,6 +20,8 @@ from transport.messages import (
     MAX_COORDINATOR_FRAME_BYTES,
     PROTOCOL_VERSION,
     Admitted,
+    Answer,
+    Audit,
     Brief,
     Fetch,
     Follow,
@@ -699,8 +701,45 @@ def test_a_node_whose_codes_are_out_of_line_is_shut_out_if_that_is_the_policy(sw
     assert 3 not in decode_entry(list(served.ledger.frames())[-1]).participants
     refused = [m for session, m in served.wire.sent if session == b"session 3" and isinstance(m, Refuse)]
     assert refused[0].cause == "quarantined"
-    assert "codes are out of line: 4" in refused[0].reason
+    assert "node 3 is out of line: 4" in refused[0].reason
     assert served.hello(3)[0].cause == "quarantined"
     served.start()
     assert served.hello(3)[0].cause == "quarantined"
+    served.ledger.close()
+
+
+def play_audited(served, rounds):
+    """Every round is audited; node 3 reports as all do, and tells losses of another model."""
+    rng = np.random.default_rng(0)
+    for _ in range(rounds):
+        round = served.service.conductors[0].round
+        for node in range(4):
+            losses = np.array([9.0, 9.0] if node == 3 else [4.5, 4.25], "<f4").tobytes()
+            served.say(node, Answer(round, losses))
+            served.say(node, Report(round % 256, rng.integers(-60, 60, DIRECTIONS).astype(np.int8).tobytes()))
+        served.service._enforce()
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("is_shut_out", [False, True])
+def test_a_node_whose_answers_are_far_is_shut_out_if_that_is_the_policy(tmp_path, make_manifest, is_shut_out):
+    manifest = make_manifest(size=SIZE, directions=DIRECTIONS, rounds=1000, rows=("{}",))
+    config = ServiceConfig(quorum=3, audit_every=1, quarantine_out_of_line=is_shut_out)
+    served = Served(tmp_path / "run", manifest, config)
+    for node in range(4):
+        served.hello(node)
+    play_audited(served, 8)
+    (event,) = served.noted("out-of-line")
+    assert event.text == "node 3 (n3): 4 of its 4 answers to public audits are far from the other nodes'"
+    assert any("node 3 (n3)" in alert for alert in read_status(served.manifest, served.ledger).alerts)
+    assert (3 in decode_entry(list(served.ledger.frames())[-1]).participants) is not is_shut_out
+    if is_shut_out:
+        assert served.hello(3)[0].cause == "quarantined"
+    served.ledger.close()
+
+
+def test_without_public_rows_nobody_is_asked(swarm_of_four):
+    served = swarm_of_four(audit_every=1)
+    play_audited(served, 3)
+    assert not any(isinstance(message, Audit) for _, message in served.wire.sent)
     served.ledger.close()

@@ -1,6 +1,7 @@
 """The bytes of every message. A failure here means that nodes in the field would no longer be understood."""
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +9,8 @@ from hypothesis import strategies as st
 from transport.messages import (
     MAX_NODE_FRAME_BYTES,
     Admitted,
+    Answer,
+    Audit,
     Brief,
     Fetch,
     Finished,
@@ -54,6 +57,7 @@ FROM_NODE = [
     (Trace(7, (ID,)), f"93 07 07 91 {ID_HEX}"),
     (Redeem(ID, KEY), f"93 08 {ID_HEX} c4 20 {KEY.hex()}"),
     (Rotate(KEY), f"92 09 c4 20 {KEY.hex()}"),
+    (Answer(300, np.array([4.5, 4.25], "<f4").tobytes()), "93 0a cd012c c4 08 0000904000008840"),
 ]
 FROM_COORDINATOR = [
     (Welcome(1, 5, b"\x80", 7, -3, None), "97 10 01 05 c4 01 80 07 fd c0"),
@@ -72,6 +76,7 @@ FROM_COORDINATOR = [
     (Resync(9, ID), f"93 14 09 {ID_HEX}"),
     (Identify(), "91 15"),
     (Finished(9, ID), f"93 16 09 {ID_HEX}"),
+    (Audit(300, 2**32 - 1), "93 1b cd012c ceffffffff"),
     (Sealed(300, ID, bytes(64)), f"94 1a cd012c {ID_HEX} c4 40 {bytes(64).hex()}"),
     (Admitted(KEY), f"92 19 c4 20 {KEY.hex()}"),
 ]
