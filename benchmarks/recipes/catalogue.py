@@ -97,7 +97,12 @@ TRIED: Final = {
         adam=FIRST_ORDER_RATES, adam_steps=1500, mezo=MEZO_RATES, short=0.03, whole=0.02, at_once=0
     ),
     BABYLLAMA: Tried(
-        adam=FIRST_ORDER_RATES, adam_steps=900, mezo=(3e-5, 1e-4, 3e-4), short=0.03, whole=None, at_once=2
+        adam=FIRST_ORDER_RATES,
+        adam_steps=900,
+        mezo=(3e-5, 1e-4, 3e-4, 1e-3),
+        short=0.03,
+        whole=None,
+        at_once=2,
     ),
 }
 
