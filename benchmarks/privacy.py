@@ -40,7 +40,7 @@ DELTA: Final = 1e-5
 BUDGETS: Final = (None, 16.0, 8.0, 4.0, 2.0, 1.0, 0.5)
 """Epsilons; None: not private."""
 CLIP: Final = 0.02
-SETTINGS: Final = Swarm(rounds=200, directions=4, sides=1, step=0.3, epsilon=0.01)
+SETTINGS: Final = Swarm(rounds=400, directions=4, sides=1, step=0.3, epsilon=0.01)
 NAME: Final = "privacy"
 
 
