@@ -90,7 +90,7 @@ def fill(directory: RunDirectory, commits: int, nodes: int, progress: Callable[[
             for number in range(first, min(first + _TRANSACTION, commits), every):
                 rows, checkpoint = filling.advance(every)
                 db.executemany("INSERT INTO commits VALUES (0, ?, ?, ?, ?, 0)", rows)
-                db.execute("INSERT INTO checkpoints VALUES (0, ?, ?, ?, ?)", checkpoint)
+                db.execute("INSERT INTO checkpoints VALUES (0, ?, ?, ?, ?, ?)", checkpoint)
                 tail = filling.num_bytes - last_bytes, filling.num_codes - last_codes
                 if is_due(last_num_bytes, *tail, manifest.adapter.size):
                     stored = directory.snapshots().save(
@@ -125,7 +125,9 @@ class _Filling:
         """The weights as they stand."""
         return Replica(self._manifest, self._weights, self._round, self._head)
 
-    def advance(self, rounds: int) -> tuple[list[tuple[int, bytes, int, int]], tuple[int, bytes, int, int]]:
+    def advance(
+        self, rounds: int
+    ) -> tuple[list[tuple[int, bytes, int, int]], tuple[int, bytes, int, int, int]]:
         """So many more rounds: rows of the table of commits, and one of that of checkpoints."""
         directions, num_nodes = self._manifest.probe.directions, len(self._participants)
         num_codes = num_nodes * directions
@@ -160,5 +162,6 @@ class _Filling:
             self.replica().digest(),
             self._scale.mean_square,
             self._scale.exponent,
+            self._scale.moves_exponent,
         )
         return rows, checkpoint

@@ -101,7 +101,8 @@ class LogisticTrainer:
             losses.append(loss)
             return encode(gradients, exponent, rng, self._manifest.codes.bits)
 
-        names = naming(self._manifest).of_round(node, samples(round, probing.directions), agent, importances)
+        drawn = samples(round, probing.directions, self._manifest.samples_per_round)
+        names = naming(self._manifest).of_round(node, drawn, agent, importances)
         codes = walk(measured, weights, key, names, probing.local_steps, walk_step)
         return Probed(codes, finite_mean(np.array(losses)))
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from coordinator.roster import Roster
 from transport import hub
 from transport.messages import PROTOCOL_VERSION, Hello, Refuse
-from zo.manifest import Manifest
+from zo.manifest import MOVES, Manifest
 
 
 def refusal(
@@ -57,11 +57,12 @@ def refusal(
             "tokenizer",
             f"this node's tokenizer has digest {hello.tokenizer.hex()}, the run's has {base.tokenizer_digest}",
         )
-    if hello.estimator and hello.estimator not in manifest.probe.estimators:
+    allowed = (*manifest.probe.estimators, *([MOVES] if manifest.moves.projections else ()))
+    if hello.estimator and hello.estimator not in allowed:
         return Refuse(
             "estimator",
-            f"this node measures slopes by {hello.estimator!r}; this run allows "
-            f"{', '.join(manifest.probe.estimators)}: choose one of them with --estimator",
+            f"this node measures by {hello.estimator!r}; this run allows {', '.join(allowed)}: choose one of them "
+            "with --estimator",
         )
     if hello.round > round or head_after(hello.round) != hello.head:
         return Refuse(

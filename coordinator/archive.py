@@ -16,7 +16,7 @@ from coordinator.snapshots import MAX_REPLAY_WORK, is_due, offer
 from transport.messages import Offer, Piece
 from zo.commit import Commit, decode_entry
 from zo.manifest import Manifest
-from zo.packing import codes_of
+from zo.packing import by_class
 from zo.replica import Replica
 from zo.snapshot import encode_snapshot
 from zo.steps import Scale, step_rule
@@ -62,7 +62,7 @@ def restore(
     start, scale = (checkpoint.round, checkpoint.scale) if checkpoint else (0, rule.start())
     for entry in ledger.entries(start, total):
         if isinstance(entry, Commit):
-            _, scale = rule.advance(scale, entry.round, codes_of(entry, manifest))
+            _, scale = rule.of_round(scale, entry.round, *by_class(entry, manifest))
     return Restored(replica, scale, origin)
 
 

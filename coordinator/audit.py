@@ -8,7 +8,7 @@ import msgspec
 from coordinator.ledger import Ledger, LedgerError
 from zo.commit import Commit, decode_entry
 from zo.manifest import Manifest
-from zo.packing import codes_of
+from zo.packing import by_class
 from zo.replica import Replica
 from zo.steps import step_rule
 
@@ -69,11 +69,12 @@ def audit(
             except (ValueError, ArithmeticError, LedgerError) as error:
                 raise AuditError(f"round {number}: {error}") from error
             if isinstance(entry, Commit):
-                step, scale = rule.advance(scale, number, codes_of(entry, manifest))
-                if entry.steps != (step,) or entry.exponents != (scale.exponent,):
+                steps, scale = rule.of_round(scale, number, *by_class(entry, manifest))
+                exponents = rule.exponents(scale)
+                if entry.steps != steps or entry.exponents != exponents:
                     raise AuditError(
-                        f"round {number}: step {entry.steps[0]} and exponent {entry.exponents[0]} are not those of the "
-                        f"manifest's rule, {step} and {scale.exponent}"
+                        f"round {number}: step {_listed(entry.steps)} and exponent {_listed(entry.exponents)} are not "
+                        f"those of the manifest's rule, {_listed(steps)} and {_listed(exponents)}"
                     )
             checkpoint = recorded.pop(initial.round, None)
             if checkpoint is not None:
@@ -98,3 +99,8 @@ def audit(
         digest=initial.digest().hex(),
         head=initial.head.hex(),
     )
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    """One for each class of codes."""
+    return ", ".join(map(str, numbers))

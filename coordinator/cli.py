@@ -60,6 +60,7 @@ from zo.manifest import (
     Estimator,
     Manifest,
     ManifestError,
+    Moves,
     Objective,
     Parity,
     Policy,
@@ -152,6 +153,24 @@ def init(
             help="How nodes may measure slopes, each for itself: two-sided, one-sided, forward or backward.",
         ),
     ] = ",".join(ESTIMATORS),
+    moves: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Let nodes that can train the base report moves instead of slopes: so many codes; 0: none may.",
+        ),
+    ] = 0,
+    updates: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Steps of the optimizer that make a move.", show_default="10"),
+    ] = None,
+    optimizer: Annotated[
+        Literal["adamw", "sgd"] | None,
+        typer.Option(metavar="adamw|sgd", help="What makes them.", show_default="adamw"),
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(metavar="X", help="Its learning rate.", show_default="0.003")
+    ] = None,
     local_steps: Annotated[
         int,
         typer.Option(
@@ -207,11 +226,13 @@ def init(
         ),
     ] = "uniform",
     full_votes: Annotated[
-        int,
+        int | None,
         typer.Option(
-            metavar="N", help="Directions of a round up to which each moves them by the whole step."
+            metavar="N",
+            help="Directions of a round up to which each moves them by the whole step.",
+            show_default="64 for each local step",
         ),
-    ] = 64,
+    ] = None,
     decay: Annotated[
         Decay,
         typer.Option(
@@ -409,7 +430,13 @@ def init(
     Reads the base's files without loading it. Nodes whose base differs from it are refused.
     """
     one_sided = "one-sided" in estimators.split(",")
+    given = {"updates": updates, "optimizer": optimizer, "rate": rate}
+    of_moves: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     with failures_explained():
+        if of_moves and not moves:
+            raise ManifestError(
+                f"--{next(iter(of_moves))} is for moves, and without --moves no node may report any"
+            )
         directory = RunDirectory(run)
         signing_key = secrets.token_bytes(32)
         found = hub.find(model)
@@ -495,6 +522,7 @@ def init(
                         local_steps=local_steps,
                         estimators=cast(tuple[Estimator, ...], tuple(estimators.split(","))),
                     ),
+                    moves=Moves(projections=moves, **of_moves),
                     codes=Coding(bits=code_bits),  # type: ignore[arg-type]  # validate() checks
                     schedule=Schedule(
                         step=_STEPS[train] if step is None else step,
@@ -504,7 +532,7 @@ def init(
                         normalised=normalised,
                         smoothing=2,
                         first_exponent=-4,
-                        full_votes=full_votes,
+                        full_votes=min(64 * local_steps, 65536) if full_votes is None else full_votes,
                         momentum=momentum,
                         weight_decay=weight_decay,
                     ),

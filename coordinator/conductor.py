@@ -56,8 +56,8 @@ from transport.messages import (
 from zo.codes import UNIT_BY_BITS
 from zo.combine import combined
 from zo.commit import Commit, chain_digest
-from zo.manifest import Manifest
-from zo.packing import bits_of_commits, pack, unpack
+from zo.manifest import MOVES, Manifest
+from zo.packing import bits_of_commits, of_classes, pack, unpack
 from zo.replica import Replica
 from zo.steps import Scale, step_rule
 
@@ -133,7 +133,7 @@ class Conductor:
             member.heard_at = now
         self._rule = step_rule(manifest)
         self._scale = scale
-        self._exponent_before: int | None = None
+        self._exponents_before: tuple[int, ...] = ()
         """Exponent of the codes of the round before; None after a restart, when late codes are dropped."""
         self._head_after = head_after
         self._digest_at = digest_at
@@ -164,7 +164,7 @@ class Conductor:
 
     @property
     def exponent(self) -> int:
-        """Exponent of the codes of the round in progress."""
+        """Exponent of the codes of slopes of the round in progress."""
         return self._scale.exponent
 
     @property
@@ -364,7 +364,8 @@ class Conductor:
         offer = self._offer_for(hello.round) if hello.round < self.round else None
         member.is_choosing = offer is not None
         manifest = b"" if hello.round or has_manifest else self.manifest.encode()
-        yield send(session, Welcome(PROTOCOL_VERSION, node, manifest, self.round, self.exponent, offer))
+        exponent = self._scale.moves_exponent if member.estimator == MOVES else self.exponent
+        yield send(session, Welcome(PROTOCOL_VERSION, node, manifest, self.round, exponent, offer))
         if offer is None:
             yield from self._sealed(session, hello.round, hello.head)
         yield from self._feed(member)
@@ -425,8 +426,10 @@ class Conductor:
         if number is None:
             return []  # from weights that are being replaced, long acknowledged, or never asked for
         member.acknowledge(number)
+        manifest = self.manifest
+        num = manifest.moves.projections if member.estimator == MOVES else manifest.probe.directions
         try:
-            codes = unpack(report.codes, self.manifest.probe.directions, self.manifest.codes.bits)
+            codes = unpack(report.codes, num, manifest.codes.bits)
         except ValueError as error:
             return [Note("misfit", member.node, f"round {number}: report of node {member.node}: {error}")]
         self._round, verdict, _ = receive(self._round, member.node, number, codes.tobytes())
@@ -544,30 +547,36 @@ class Conductor:
             return []
         effects = self.settle()
         closed = self._round
-        late = {} if self._exponent_before != self.exponent else closed.late_by_node
+        late = {node: codes for node, codes in closed.late_by_node.items() if self._is_current(codes)}
         codes_by_node = {**late, **closed.codes_by_node}
-        nodes = tuple(sorted(codes_by_node))
-        reported = b"".join(codes_by_node[node] for node in nodes)
+        movers = tuple(sorted(node for node, codes in codes_by_node.items() if self._is_of_moves(codes)))
+        nodes = tuple(sorted(codes_by_node.keys() - set(movers)))
+        reported, moved = (b"".join(codes_by_node[each] for each in group) for group in (nodes, movers))
         counted, notes = self._capped(nodes, reported)
-        participants, codes = combined(nodes, counted, self.manifest)
-        step, scale = self._rule.advance(self._scale, closed.number, codes)
+        moves, notes_of_movers = self._capped(movers, moved)
+        participants, slopes = combined(nodes, counted, self.manifest)
+        steps, scale = self._rule.of_round(self._scale, closed.number, slopes, moves)
+        if movers:  # then nothing is combined, and participants are nodes
+            participants = tuple(sorted(codes_by_node))
+        codes = of_classes(participants, movers, slopes, moves, self.manifest)
         commit = Commit(
             closed.number,
-            (step,),
-            (scale.exponent,),
+            steps,
+            self._rule.exponents(scale),
             participants,
             pack(codes, bits_of_commits(self.manifest)),
             self.replica.head,
             tuple(sorted(late)),
+            movers,
         )
         self.replica.check(commit)  # before anything has changed: a commit that overflows is never made
         # Late codes are in units of the round before: they count only where those are this round's too.
-        self._exponent_before, self._scale = self.exponent, scale
+        self._exponents_before, self._scale = self._rule.exponents(self._scale), scale
         frame = commit.encode()
         head = chain_digest(frame)
         seal = b"" if self._seal is None else self._seal(closed.number + 1, head)
-        effects.append(Persist(commit, frame, seal, nodes, reported))
-        effects.extend(notes)
+        effects.append(Persist(commit, frame, seal, nodes, reported, moved))
+        effects.extend([*notes, *notes_of_movers])
         answered = {
             node: each for node, each in self._losses_by_asked.items() if node in closed.codes_by_node
         }
@@ -593,6 +602,15 @@ class Conductor:
                 if seal and self._shows_digest(self.round):
                     effects.append(send(member.session, Sealed(self.round, head, seal)))
         return effects
+
+    def _is_of_moves(self, codes: bytes) -> bool:
+        """Whether the codes of a report are of moves: there are as many as the manifest says of these."""
+        return len(codes) == self.manifest.moves.projections
+
+    def _is_current(self, codes: bytes) -> bool:
+        """Whether codes for the round before are in the units of this round's."""
+        exponents, place = self._rule.exponents(self._scale), int(self._is_of_moves(codes))
+        return bool(self._exponents_before) and self._exponents_before[place] == exponents[place]
 
     def _capped(self, nodes: Sequence[int], reported: bytes) -> tuple[NDArray[np.int8], list[Note]]:
         """The codes that a round counts, of these nodes in their order, and whose were cut to their share."""

@@ -120,10 +120,10 @@ def check_capacity(config: ServiceConfig, manifest: Manifest) -> None:
     """
     if manifest.directions.are_combined:
         return  # a commit does not grow with the nodes, and one of all groups is far from that
-    per_node = most_bytes(manifest.probe.directions, manifest.codes.bits) + _BYTES_PER_NODE
+    per_node = most_bytes(manifest.samples_per_round, manifest.codes.bits) + _BYTES_PER_NODE
     most = (MAX_COORDINATOR_FRAME_BYTES - _BYTES_BESIDE) // per_node
     if config.capacity > most:
         raise ConfigError(
-            f"capacity = {config.capacity}: a commit of so many nodes with {manifest.probe.directions} directions each "
-            f"is larger than the {MAX_COORDINATOR_FRAME_BYTES:,} bytes that a node accepts; choose at most {most}"
+            f"capacity = {config.capacity}: a commit of so many nodes with {manifest.samples_per_round} directions "
+            f"each is larger than the {MAX_COORDINATOR_FRAME_BYTES:,} bytes that a node accepts; choose at most {most}"
         )

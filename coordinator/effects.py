@@ -24,9 +24,11 @@ class Persist(msgspec.Struct, frozen=True):
     seal: bytes
     """Signature under the chain's head with it; empty if the run is not signed."""
     nodes: tuple[int, ...]
-    """Who reported, ascending."""
+    """Who reported slopes, ascending."""
     reported: bytes
     """Their codes as they came, int8 in the order of nodes and of their samples."""
+    moved: bytes = b""
+    """The codes of the commit's movers as they came, likewise."""
 
 
 class PersistCheckpoint(msgspec.Struct, frozen=True):

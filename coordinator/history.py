@@ -22,7 +22,7 @@ from zo.commit import Commit, Entry, Revert, genesis
 from zo.directions import GROUP_0, MAX_NODE
 from zo.manifest import Manifest
 from zo.naming import naming, spoken
-from zo.packing import codes_of
+from zo.packing import by_class, codes_of
 from zo.poolfile import PoolFileError, encode_pool_file
 from zo.replica import Replica
 from zo.snapshot import encode_snapshot
@@ -205,7 +205,7 @@ def take_back(
     rule = step_rule(manifest)
     for each in ledger.entries(start, total):
         if isinstance(each, Commit):
-            _, scale = rule.advance(scale, each.round, codes_of(each, manifest))
+            _, scale = rule.of_round(scale, each.round, *by_class(each, manifest))
     ledger.checkpoint(Checkpoint(replica.round, replica.digest(), scale))
     directory.snapshots(ledger.agent).save(
         replica.round, encode_snapshot(replica, manifest, with_weights=False)

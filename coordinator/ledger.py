@@ -22,7 +22,7 @@ from zo.steps import Scale
 
 FORMAT: Final = "zo-ledger-3"
 _NO_ROUND: Final = 2**62
-_CHECKPOINT: Final = "round, digest, mean_square, exponent"
+_CHECKPOINT: Final = "round, digest, mean_square, exponent, moves_exponent"
 _EVENT: Final = "at, agent, round, kind, node, text"
 _SCHEMA: Final = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -32,7 +32,7 @@ CREATE TABLE commits (
 CREATE INDEX reverts ON commits (agent, round) WHERE is_revert;
 CREATE TABLE checkpoints (
     agent INTEGER NOT NULL, round INTEGER NOT NULL, digest BLOB NOT NULL, mean_square INTEGER NOT NULL,
-    exponent INTEGER NOT NULL, PRIMARY KEY (agent, round));
+    exponent INTEGER NOT NULL, moves_exponent INTEGER NOT NULL, PRIMARY KEY (agent, round));
 CREATE TABLE members (
     agent INTEGER NOT NULL, node INTEGER NOT NULL, key BLOB NOT NULL, name TEXT NOT NULL, enrolled_at REAL NOT NULL,
     is_quarantined INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (agent, node), UNIQUE (agent, key));
@@ -192,12 +192,13 @@ class Ledger:
         """Record the digest at a round. Raises StorageError."""
         round, digest, scale = checkpoint
         self._write(
-            "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?)",
             self.agent,
             round,
             digest,
             scale.mean_square,
             scale.exponent,
+            scale.moves_exponent,
         )
 
     def enrol(self, enrolment: Enrolment) -> None:
@@ -323,8 +324,8 @@ class Ledger:
             first,
             _NO_ROUND if last is None else last,
         )
-        for round, digest, mean_square, exponent in rows:
-            yield Checkpoint(round, digest, Scale(mean_square, exponent))
+        for round, digest, *scale in rows:
+            yield Checkpoint(round, digest, Scale(*scale))
 
     def last_checkpoint(self) -> Checkpoint | None:
         """The newest recorded digest."""
@@ -332,7 +333,7 @@ class Ledger:
             f"SELECT {_CHECKPOINT} FROM checkpoints WHERE agent = ? ORDER BY round DESC LIMIT 1", self.agent
         )
         row = next(iter(rows), None)
-        return None if row is None else Checkpoint(row[0], row[1], Scale(row[2], row[3]))
+        return None if row is None else Checkpoint(row[0], row[1], Scale(*row[2:]))
 
     def digest_at(self, round: int) -> bytes | None:
         """The recorded digest after `round` commits, if there is one."""

@@ -398,10 +398,11 @@ class Service:
             case SendPiece(session, content, offset):
                 piece = track.archive.piece(content, offset, track.conductor.replica)
                 self._send(agent, session, "Piece", encode(piece))
-            case Persist(commit, frame, seal, nodes, reported):
+            case Persist(commit, frame, seal, nodes, reported, moved):
                 ledger.append(commit, frame, seal)
                 one_sided = {each.node for each in track.conductor.present if each.estimator == "one-sided"}
                 findings = track.influence.observe(nodes, np.frombuffer(reported, np.int8), one_sided)
+                findings += track.influence.observe(commit.movers, np.frombuffer(moved, np.int8))
                 self._findings += [(agent, finding) for finding in findings]
             case Audited(losses_by_node):
                 findings = track.consensus.observe(losses_by_node)

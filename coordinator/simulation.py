@@ -45,12 +45,13 @@ from transport.session import Applied, End, Jumped, Keep, Open, Session, StartOv
 from transport.sessions import AgentEffect as SessionEffect
 from transport.sessions import Sessions
 from zo.commit import COMMIT_TAG, Commit, Entry, decode_entry
-from zo.manifest import Audits, Manifest, validate
+from zo.manifest import MOVES, Audits, Manifest, validate
 from zo.packing import expressible
 from zo.replica import Replica
 
 _RECONNECT_S: Final = 0.5
 _TICK_S: Final = 1.0
+_USUAL: Final = 55
 _SIZE: Final = 64
 _REMEMBERED_ENTRIES: Final = 1024
 
@@ -116,6 +117,8 @@ class _Node:
     key: bytes
     probe_s: float
     is_witness: bool
+    moves: bool
+    """Whether it reports moves instead of slopes."""
     agents: tuple[int, ...] | None
     """Those that it names; None where every node trains all."""
     sessions: Sessions | None = None
@@ -151,6 +154,8 @@ class _World:
             VirtualTrack(self.manifest, agent, self.fail) for agent in range(self.manifest.agents.count)
         ]
         self._expressible = expressible(self.manifest.codes.bits)
+        # Nothing normalises moves, and made-up codes do not shrink as the exponent grows: these have an RMS near 32.
+        self._usual = self._expressible[np.abs(self._expressible.astype(np.int16)) <= _USUAL]
         self.is_calm = False
         self.is_served = True
         self.at_the_end: list[_Node] = []
@@ -252,7 +257,7 @@ class _World:
                 if node is not None:
                     self._deliver(node, address(frame, agent))
             case Persist(commit=commit, frame=frame, nodes=nodes):
-                self._persist(self.tracks[agent], commit, frame, len(nodes))
+                self._persist(self.tracks[agent], commit, frame, len(nodes) + len(commit.movers))
             case PersistCheckpoint(round, digest, scale):
                 self.tracks[agent].checkpoint(round, digest, scale)
             case Enrol(node_number, key, name):
@@ -302,6 +307,7 @@ class _World:
                 key=number.to_bytes(32, "big"),
                 probe_s=self.scenario.probe_s * speed,
                 is_witness=number < self.scenario.witnesses,
+                moves=bool(self.manifest.moves.projections) and number % 3 == 1,
                 agents=self._chosen_agents(number),
             )
             self.nodes.append(node)
@@ -341,6 +347,7 @@ class _World:
                 node.saved.get(agent),
                 decode=self._decode_entry,
                 agent=agent,
+                estimator=MOVES if node.moves else "",
             )
 
         return make
@@ -484,8 +491,10 @@ class _World:
             node.is_probing = False
             if not node.is_up or node.sessions is not sessions:
                 return
-            drawn = np.frombuffer(self.rng.randbytes(self.manifest.probe.directions), np.uint8)
-            codes = self._expressible[drawn.astype(np.int64) % self._expressible.size]
+            num = self.manifest.moves.projections if node.moves else self.manifest.probe.directions
+            drawn = np.frombuffer(self.rng.randbytes(num), np.uint8)
+            votes = self._usual if node.moves else self._expressible
+            codes = votes[drawn.astype(np.int64) % votes.size]
             self._node_does(node, sessions.on_probed(agent, round, codes, 4.0, self.now))
 
         self.at(node.probe_s * (0.8 + 0.4 * self.rng.random()), probed)

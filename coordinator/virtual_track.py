@@ -13,7 +13,7 @@ from coordinator.snapshots import KEPT_NEWEST, Stored, offer
 from transport.messages import PIECE_BYTES, Piece
 from zo.commit import Commit, chain_digest, decode_entry
 from zo.manifest import Manifest
-from zo.packing import codes_of
+from zo.packing import by_class, codes_of
 from zo.pool import Pool
 from zo.replica import Replica
 from zo.snapshot import content_address, encode_snapshot
@@ -98,7 +98,7 @@ class VirtualTrack:
         for number in range(known, len(self.frames)):
             entry = decode_entry(self.frames[number])
             assert isinstance(entry, Commit)
-            _, scale = rule.advance(scale, number, codes_of(entry, self._manifest))
+            _, scale = rule.of_round(scale, number, *by_class(entry, self._manifest))
         truth = self.truth
         return Conductor(
             self._manifest,

@@ -15,7 +15,9 @@ from zo.manifest import Estimator, Manifest
 if TYPE_CHECKING:
     from node.rehearsal import Rehearsal
 
-Wanted = Literal["auto", Estimator]
+Choice = Literal[Estimator, "moves"]
+"""An estimator of slopes, or moves instead of them."""
+Wanted = Literal["auto", Choice]
 FIRST_ORDER: Final[frozenset[Estimator]] = frozenset({"forward", "backward"})
 """Those that need a derivative of the loss."""
 SLOWEST: Final = 4.0
@@ -40,6 +42,11 @@ class Trial:
     """Why it cannot be had; empty if it can."""
 
 
+def allowed(manifest: Manifest) -> tuple[Choice, ...]:
+    """What nodes of a run may measure by."""
+    return (*manifest.probe.estimators, "moves") if manifest.moves.projections else manifest.probe.estimators
+
+
 def check(wanted: Wanted, manifest: Manifest) -> None:
     """Check that the run allows an estimator, and that it can work there at all.
 
@@ -48,9 +55,9 @@ def check(wanted: Wanted, manifest: Manifest) -> None:
     """
     if wanted == "auto":
         return
-    allowed = manifest.probe.estimators
-    if wanted not in allowed:
-        raise EstimatorError(f"this run allows the estimators {', '.join(allowed)}; got --estimator {wanted}")
+    if wanted not in allowed(manifest):
+        names = ", ".join(allowed(manifest))
+        raise EstimatorError(f"this run allows the estimators {names}; got --estimator {wanted}")
     if wanted in FIRST_ORDER and manifest.task.objective != "cross-entropy":
         raise EstimatorError(
             f"--estimator {wanted} needs a derivative, and this run's objective, {manifest.task.objective}, has none"
@@ -69,15 +76,15 @@ def is_right(trial: Trial, rehearsal: Rehearsal) -> bool:
 
 def choose(
     usual: Estimator,
-    allowed: Sequence[Estimator],
-    trials: Mapping[Estimator, Trial],
+    allowed: Sequence[Choice],
+    trials: Mapping[Choice, Trial],
     rehearsal: Rehearsal,
     num_directions: int,
-) -> tuple[Estimator, str]:
+) -> tuple[Choice, str]:
     """The best estimator that works here, and why, in words.
 
-    A gradient gives all slopes of a step at the price of about three forward passes and more memory. Forward mode costs
-    more than differences, and is worth it only where these drown in noise.
+    Moves learn most. A gradient gives all slopes of a step at the price of about three forward passes and more memory.
+    Forward mode costs more than differences, and is worth it only where these drown in noise.
 
     Args:
         usual: the run's.
@@ -88,7 +95,8 @@ def choose(
     """
     usual_s = rehearsal.seconds * num_directions
     reasons = []
-    for estimator in ("backward", "forward"):
+    order: tuple[Choice, ...] = ("moves", "backward", "forward")
+    for estimator in order:
         if estimator not in allowed or (trial := trials.get(estimator)) is None:
             continue
         if trial.why_not:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,11 +17,22 @@ from node.calibration import Row, calibrate
 from node.completions import read_completions
 from node.curvature import Curvature
 from node.data import Sequences, read_windows
-from node.estimators import FIRST_ORDER, EstimatorError, Wanted, check, choose, is_right
+from node.estimators import (
+    FIRST_ORDER,
+    Choice,
+    EstimatorError,
+    Trial,
+    Wanted,
+    allowed,
+    check,
+    choose,
+    is_right,
+)
 from node.labelled import read_labelled
 from node.losses import evaluate
 from node.memory import PROBING, memory_explained
 from node.mixture import Mixture
+from node.moves import Mover
 from node.objectives import objective
 from node.privacy import Mechanism
 from node.probe import Probe, Probed
@@ -34,7 +46,7 @@ from transport.adapter_files import Start
 from zo import kernels
 from zo.directions import AUDIT, Direction, run_key
 from zo.initial import initial_weights
-from zo.manifest import Manifest, Task, usual_estimator
+from zo.manifest import MOVES, Manifest, Task, usual_estimator
 from zo.naming import naming
 from zo.spsa import one_sided, two_sided
 
@@ -77,6 +89,8 @@ class LanguageTrainer:
         """
         kernels.set_threads(threads)
         self._manifest = manifest
+        self._windows = windows
+        self._mover: Mover | None = None
         self._warn = warn
         self._held_out = held_out
         self._objective = objective(manifest.task, base, windows, score, warn)
@@ -96,6 +110,7 @@ class LanguageTrainer:
             local_steps=manifest.probe.local_steps,
             bits=manifest.codes.bits,
             naming=naming(manifest),
+            samples_per_round=manifest.samples_per_round,
             objective=self._objective,
             mechanism=mechanism,
         )
@@ -143,6 +158,8 @@ class LanguageTrainer:
     @property
     def estimator(self) -> str:
         """How slopes are measured, where that is not as the run's manifest says; else empty."""
+        if self._mover is not None:
+            return MOVES
         estimator = self._probe.estimator
         return "" if estimator == usual_estimator(self._manifest) else estimator
 
@@ -170,14 +187,18 @@ class LanguageTrainer:
         weights, why = self.initial_weights(), ""
         if wanted == "auto":
             has_gradient = manifest.task.objective == "cross-entropy"
-            tried = [each for each in FIRST_ORDER if has_gradient and each in manifest.probe.estimators]
-            trials = {each: try_out(probe, weights, each) for each in tried}
-            directions = manifest.probe.directions
-            wanted, why = choose(
-                usual_estimator(manifest), manifest.probe.estimators, trials, rehearsal, directions
-            )
-        elif wanted in FIRST_ORDER:
-            trial = try_out(probe, weights, wanted)
+            may = allowed(manifest)
+            trials: dict[Choice, Trial] = {}
+            if has_gradient and {"backward", "moves"} & set(may):
+                trials["backward"] = try_out(probe, weights, "backward")
+                trials["moves"] = self._of_a_move(trials["backward"])
+            if has_gradient and "forward" in may:
+                trials["forward"] = try_out(probe, weights, "forward")
+            wanted, why = choose(usual_estimator(manifest), may, trials, rehearsal, manifest.probe.directions)
+        elif wanted in FIRST_ORDER or wanted == "moves":
+            trial = try_out(probe, weights, "forward" if wanted == "forward" else "backward")
+            if wanted == "moves":
+                trial = self._of_a_move(trial)
             if trial.why_not:
                 raise EstimatorError(trial.why_not)
             if not is_right(trial, rehearsal):
@@ -186,6 +207,10 @@ class LanguageTrainer:
                     f"{rehearsal.signal:.2g}: this machine computes one of them wrongly"
                 )
             why = f"{trial.seconds:.2g} s a round"
+        self._mover = None
+        if wanted == "moves":
+            self._mover = Mover(self._adapter, self._windows, manifest, probe.key, probe.seed)
+            return f"{wanted} ({why})"
         probe.estimator = wanted
         probe.curvature = Curvature() if wanted == "one-sided" and manifest.probe.directions > 1 else None
         return f"{wanted} ({why})" if why else wanted
@@ -233,10 +258,17 @@ class LanguageTrainer:
         importances: NDArray[np.int32] | None = None,
     ) -> Probed:
         """The codes of an agent's round."""
+        if self._mover is not None:
+            return self._mover.probe(weights, round, node, exponent, agent)
         before = self._probe.curvature
         probed = self._probe.probe(weights, round, node, exponent, agent, walk_step, importances)
         self._tell_of(before, self._probe.curvature)
         return probed
+
+    def _of_a_move(self, trial: Trial) -> Trial:
+        """What a round of moves takes, from what one of backward slopes does."""
+        updates = self._manifest.moves.updates / self._manifest.probe.local_steps
+        return replace(trial, seconds=trial.seconds * updates)
 
     def _tell_of(self, before: Curvature | None, after: Curvature | None) -> None:
         if before is None or after is None or before.needs_both_sides == after.needs_both_sides:

@@ -79,6 +79,7 @@ class Probe:
         local_steps: int = 1,
         bits: int = 8,
         naming: Naming = PRIVATE,
+        samples_per_round: int | None = None,
         objective: Objective = row_losses,
         at_once: int = 0,
         mechanism: Mechanism | None = None,
@@ -99,6 +100,7 @@ class Probe:
                 (`zo.walk`); divides `directions`.
             bits: of a code.
             naming: of the run's directions.
+            samples_per_round: as of the manifest; None for as many as directions.
             objective: what the loss is; `node.objectives.objective` gives that of a task.
             at_once: see the attribute.
             mechanism: makes slopes differentially private; None: they are as measured. With it batches and noise are
@@ -116,6 +118,7 @@ class Probe:
         self.local_steps = local_steps
         self.bits = bits
         self.naming = naming
+        self.samples_per_round = samples_per_round
         self.objective = objective
         self.at_once = at_once
         self.mechanism = mechanism
@@ -139,7 +142,7 @@ class Probe:
         walk_step: int = 0,
         importances: NDArray[np.int32] | None = None,
     ) -> Probed:
-        """The codes of one round: direction i of a round is the sample round × directions + i of the node.
+        """The codes of one round: direction i of a round is the sample round × samples_per_round + i of the node.
 
         Args:
             weights: of this round, int32 (adapter.size,); left as they are.
@@ -183,7 +186,8 @@ class Probe:
     def _names(
         self, round: int, node: int, agent: int, importances: NDArray[np.int32] | None = None
     ) -> list[Direction]:
-        return self.naming.of_round(node, samples(round, self.directions), agent, importances)
+        drawn = samples(round, self.directions, self.samples_per_round)
+        return self.naming.of_round(node, drawn, agent, importances)
 
     def slopes_along(
         self, weights: NDArray[np.int32], names: Sequence[Direction]

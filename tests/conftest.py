@@ -55,6 +55,7 @@ def make_manifest() -> MakeManifest:
             "agents",
             "directions",
             "probe",
+            "moves",
             "codes",
             "schedule",
             "parity",

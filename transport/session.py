@@ -50,9 +50,9 @@ from transport.messages import (
 from transport.seals import is_sealed
 from zo import pool as pools
 from zo.commit import Commit, Entry, decode_entry, genesis
-from zo.manifest import Manifest, ManifestError, decode_manifest, run_id
+from zo.manifest import MOVES, Manifest, ManifestError, decode_manifest, run_id
 from zo.naming import naming
-from zo.packing import codes_of, pack
+from zo.packing import by_class, pack
 from zo.replica import ChainError, HistoryNeeded, Replica
 from zo.snapshot import SnapshotError, decode_snapshot
 from zo.steps import step_rule
@@ -617,12 +617,13 @@ class Session:
 
     def _remember_scale(self, commit: Commit, manifest: Manifest) -> None:
         """What the next round's codes are in units of, and how far they lead on a walk."""
-        before, exponent = self._exponent, commit.exponents[0]
+        moves = self._estimator == MOVES and len(commit.exponents) > 1
+        before, exponent = self._exponent, commit.exponents[int(moves)]
         self._exponent = commit.round + 1, exponent
         self._walk_step = None
-        if manifest.probe.local_steps > 1 and before is not None and before[0] == commit.round:
-            codes = codes_of(commit, manifest)
-            step = next_step(step_rule(manifest), commit, codes, exponent - before[1])
+        if manifest.probe.local_steps > 1 and not moves and before is not None and before[0] == commit.round:
+            slopes, _ = by_class(commit, manifest)
+            step = next_step(step_rule(manifest), commit, slopes, exponent - before[1])
             self._walk_step = commit.round + 1, step
 
     def _applied(self, commit: Commit) -> Applied:

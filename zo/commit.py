@@ -26,7 +26,7 @@ class Commit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 
     round: int
     steps: tuple[int, ...]
-    """One int32 per class of codes (one class: measured slopes)."""
+    """One int32 per class of codes: of slopes, and of moves in a run that allows them."""
     exponents: tuple[int, ...]
     """Exponents for the codes of the *next* round, one per class."""
     participants: tuple[int, ...]
@@ -38,6 +38,8 @@ class Commit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     """Digest of the commit before, (16,) bytes."""
     late: tuple[int, ...] = ()
     """Participants whose codes are for the samples of the round before: they came too late for it (staleness one)."""
+    movers: tuple[int, ...] = ()
+    """Participants whose codes are projections of moves, as many as the manifest says of these; others' are slopes."""
 
     def __post_init__(self) -> None:
         """Check what a type cannot say.
@@ -47,17 +49,22 @@ class Commit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
         """
         if self.round < 0:
             raise ValueError(f"round must not be negative, got {self.round}")
-        if len(self.steps) != 1 or len(self.exponents) != 1:
+        if not 1 <= len(self.steps) == len(self.exponents) <= 2:
             raise ValueError(
-                f"one class of codes is known, got {len(self.steps)} steps, {len(self.exponents)} exponents"
+                f"one or two classes of codes are known, got {len(self.steps)} steps, {len(self.exponents)} exponents"
             )
-        if not 0 <= self.steps[0] <= STEP_MAX:
-            raise ValueError(f"step must be within 0 and {STEP_MAX}, got {self.steps[0]}")
-        if not -64 <= self.exponents[0] <= 63:
-            raise ValueError(f"exponent must be within -64 and 63, got {self.exponents[0]}")
+        for step, exponent in zip(self.steps, self.exponents, strict=True):
+            if not 0 <= step <= STEP_MAX:
+                raise ValueError(f"step must be within 0 and {STEP_MAX}, got {step}")
+            if not -64 <= exponent <= 63:
+                raise ValueError(f"exponent must be within -64 and 63, got {exponent}")
         _check_voices("participants", self.participants)
         if self.late and not (_is_ascending(self.late) and set(self.late) <= set(self.participants)):
             raise ValueError(f"late must be ascending participants, got {self.late}")
+        if self.movers and not (_is_ascending(self.movers) and set(self.movers) <= set(self.participants)):
+            raise ValueError(f"movers must be ascending participants, got {self.movers}")
+        if self.movers and len(self.steps) == 1:
+            raise ValueError(f"there are movers, {self.movers}, and no step for moves")
         if self.late and self.round == 0:
             raise ValueError("round 0 has no round before it to be late for")
         if bool(self.participants) != bool(self.codes):

@@ -25,6 +25,8 @@ Decay = Literal["constant", "linear", "cosine", "halving"]
 Estimator = Literal["two-sided", "one-sided", "forward", "backward"]
 """How a node measures slopes: from losses on both sides, or on one; exactly by forward mode, or by a backward pass."""
 ESTIMATORS: Final[tuple[Estimator, ...]] = get_args(Estimator)
+MOVES: Final = "moves"
+"""What a node measures by that reports moves, where the run allows them."""
 Objective = Literal["cross-entropy", "accuracy", "token-f1", "exact-match", "callable"]
 Policy = Literal["private", "pool", "shared", "groups"]
 Combination = Literal["mean", "median", "trimmed", "majority"]
@@ -544,6 +546,27 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             )
 
 
+class Moves(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How nodes that can train the base say where some steps of their own lead to, instead of slopes."""
+
+    projections: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=4096,
+            description="Directions on which a node projects its move of a round; one code each. 0: no node may.",
+        ),
+    ] = 0
+    updates: Annotated[
+        int, Meta(ge=1, le=65536, description="Steps of the optimizer that make a move, each on a batch.")
+    ] = 10
+    optimizer: Annotated[
+        Literal["adamw", "sgd"],
+        Meta(description="What makes them; it starts anew in every round."),
+    ] = "adamw"
+    rate: Annotated[float, Meta(gt=0, le=10, description="Its learning rate.")] = 0.003
+
+
 class Parity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How nodes prove that they hold the same weights."""
 
@@ -595,6 +618,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     agents: Agents = Agents()
     directions: Directions = Directions()
     probe: Probing
+    moves: Moves = Moves()
     codes: Coding = Coding()
     schedule: Schedule
     parity: Parity
@@ -649,10 +673,27 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 f"{self.run.staleness} and {self.codes.bits}: a late code was drawn by other importances, and signs "
                 "have no magnitude"
             )
-        num_samples = self.run.rounds * self.probe.directions
-        if num_samples > _MAX_SAMPLES:
+        if self.moves.projections and self.moves.projections == self.probe.directions:
             raise ValueError(
-                f"run.rounds = {self.run.rounds} times probe.directions = {self.probe.directions} must be at most "
+                f"moves.projections = {self.moves.projections} must differ from probe.directions: how many codes there "
+                "are tells slopes from moves"
+            )
+        if self.moves.projections and self.task.objective != "cross-entropy":
+            raise ValueError(
+                f"moves.projections = {self.moves.projections} needs a gradient, and objective = "
+                f"{self.task.objective!r} has none"
+            )
+        if self.moves.projections and self.directions.policy != "private":
+            raise ValueError(
+                f"moves.projections = {self.moves.projections} needs directions.policy = 'private', got "
+                f"{self.directions.policy!r}: a move is projected on a node's own directions"
+            )
+        num_samples = self.run.rounds * self.samples_per_round
+        if num_samples > _MAX_SAMPLES:
+            is_of_moves = self.moves.projections > self.probe.directions
+            what = "moves.projections" if is_of_moves else "probe.directions"
+            raise ValueError(
+                f"run.rounds = {self.run.rounds} times {what} = {self.samples_per_round} must be at most "
                 f"{_MAX_SAMPLES}, got {num_samples}: a sample's number is a uint32"
             )
 
@@ -660,6 +701,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def num_vectors(self) -> int:
         """How many vectors of the weights' size a replica holds. In a pool run momentum and decay are the pool's."""
         return 1 if self.directions.policy == "pool" else self.schedule.num_vectors
+
+    @property
+    def samples_per_round(self) -> int:
+        """How many samples of a node a round takes up: the names of as many directions as it has of either class."""
+        return max(self.probe.directions, self.moves.projections)
 
     def encode(self) -> bytes:
         """The canonical bytes, MessagePack in field order: what travels and what the run id is the hash of."""

@@ -8,12 +8,13 @@ many of them share a byte. Every array of codes has one packed form, so that equ
     1 bit:  set for +32, the first code in the lowest bit; if any code is no vote, as many bytes more that mark these
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zo.codes import NO_VOTE, UNIT_BY_BITS
+from zo.codes import NO_VOTE, UNIT_BY_BITS, coefficients
 from zo.commit import Commit
 from zo.manifest import Manifest
 
@@ -101,13 +102,60 @@ def bits_of_commits(manifest: Manifest) -> int:
     return manifest.codes.bits
 
 
+def num_codes_each(
+    participants: Sequence[int], movers: Sequence[int], manifest: Manifest
+) -> NDArray[np.int64]:
+    """How many codes each participant of a round has, (participants,)."""
+    each = np.where(np.isin(participants, movers), manifest.moves.projections, manifest.probe.directions)
+    return each.astype(np.int64)
+
+
+def are_moves(participants: Sequence[int], movers: Sequence[int], manifest: Manifest) -> NDArray[np.bool_]:
+    """Which codes of a round are of moves, (n,), in their order."""
+    return np.repeat(np.isin(participants, movers), num_codes_each(participants, movers, manifest))
+
+
+def by_class(commit: Commit, manifest: Manifest) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+    """The codes of a commit that are slopes, and those that are of moves. Raises ValueError, as `codes_of`."""
+    codes = codes_of(commit, manifest)
+    of_moves = are_moves(commit.participants, commit.movers, manifest)
+    return codes[~of_moves], codes[of_moves]
+
+
+def of_classes(
+    participants: Sequence[int],
+    movers: Sequence[int],
+    slopes: NDArray[np.int8],
+    moves: NDArray[np.int8],
+    manifest: Manifest,
+) -> NDArray[np.int8]:
+    """The codes of a commit from those of each class: (n,), in the order of participants. The inverse of `by_class`."""
+    if not movers:
+        return slopes
+    of_moves = are_moves(participants, movers, manifest)
+    codes = np.empty(of_moves.size, np.int8)
+    codes[of_moves], codes[~of_moves] = moves, slopes
+    return codes
+
+
+def coefficients_of(commit: Commit, manifest: Manifest) -> NDArray[np.int32]:
+    """What each code of a commit moves the weights by, (n,). Raises ValueError, as `codes_of`."""
+    codes = codes_of(commit, manifest)
+    found = coefficients(codes, commit.steps[0])
+    if not commit.movers:
+        return found
+    of_moves = are_moves(commit.participants, commit.movers, manifest)
+    found[of_moves] = coefficients(codes[of_moves], commit.steps[1])
+    return found
+
+
 def codes_of(commit: Commit, manifest: Manifest) -> NDArray[np.int8]:
-    """The codes of a commit, (participants × directions,) int8, in the order of participants and of their samples.
+    """The codes of a commit, (n,) int8, in the order of participants and of their samples.
 
     Raises:
         ValueError: they are not as many as the manifest says, or not in their packed form.
     """
-    num = len(commit.participants) * manifest.probe.directions
+    num = int(num_codes_each(commit.participants, commit.movers, manifest).sum())
     try:
         return unpack(commit.codes, num, bits_of_commits(manifest))
     except ValueError as error:

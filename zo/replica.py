@@ -9,7 +9,6 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from zo import codes as code_rules
 from zo import kernels
 from zo import pool as pools
 from zo.commit import Commit, Entry, Revert, chain_digest, genesis
@@ -17,7 +16,7 @@ from zo.directions import run_key
 from zo.inverse import History, Part, inverse
 from zo.manifest import Manifest
 from zo.naming import naming, pool_names
-from zo.packing import codes_of
+from zo.packing import codes_of, coefficients_of, num_codes_each
 from zo.pool import Pool
 from zo.weights import Bound, WeightsOverflow, digest
 
@@ -37,9 +36,16 @@ class HistoryNeeded(Exception):  # noqa: N818 — not a fault: it says what is n
     """An entry that takes back earlier ones, where they are not at hand; a snapshot after it serves as well."""
 
 
-def samples(round: int, directions: int) -> range:
-    """The samples of a round: direction i of round r is sample r × directions + i, for every node alike."""
-    return range(round * directions, (round + 1) * directions)
+def samples(round: int, num: int, per_round: int | None = None) -> range:
+    """The samples of a round: direction i of round r is sample r × per_round + i, for every node alike.
+
+    Args:
+        round: from 0.
+        num: how many directions it has.
+        per_round: how many a round may have; None for as many.
+    """
+    first = round * (num if per_round is None else per_round)
+    return range(first, first + num)
 
 
 class Replica:
@@ -91,7 +97,7 @@ class Replica:
         self._key = run_key(manifest.run_id)
         self._naming = naming(manifest)
         self._rounds = manifest.run.rounds
-        self._directions = manifest.probe.directions
+        self._num_classes = 2 if manifest.moves.projections else 1
         self._staleness = manifest.run.staleness
         self.pool = pools.start(manifest) if pool is None else pool
         if pool is None and self.pool is not None and round:
@@ -122,7 +128,7 @@ class Replica:
         return self.weights if self._aim is None else self._aim
 
     def check(self, commit: Commit) -> NDArray[np.int32]:
-        """The commit's coefficients, (participants × directions,) int32, if it can be applied next.
+        """The commit's coefficients, (n,) int32, if it can be applied next.
 
         Raises:
             ChainError: another round is due, the run has no more rounds, the chain does not match, or participants or
@@ -134,12 +140,15 @@ class Replica:
             raise ChainError(f"commit of round {commit.round}, but the run ends after {self._rounds} rounds")
         if commit.late and not self._staleness:
             raise ChainError(f"commit of round {commit.round} has late codes, which the manifest forbids")
+        if len(commit.steps) != self._num_classes:
+            raise ChainError(
+                f"commit of round {commit.round} has {len(commit.steps)} classes of codes, the run {self._num_classes}"
+            )
         try:
             self._naming.check(commit.participants)
-            codes = codes_of(commit, self._manifest)
+            coefficients = coefficients_of(commit, self._manifest)
         except ValueError as error:
             raise ChainError(str(error)) from error
-        coefficients = code_rules.coefficients(codes, commit.steps[0])
         if self.pool is None:
             self._bound.check(self._moved, coefficients)
         else:
@@ -232,13 +241,14 @@ class Replica:
     def _names(
         self, commit: Commit, importances: NDArray[np.int32] | None
     ) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-        """Whose each direction of a commit is, (participants × directions,), and its name, in the order of codes."""
+        """Whose each direction of a commit is, (n,), and its name, in the order of codes."""
         voices = np.asarray(commit.participants, np.int64)
         rounds = np.full(voices.size, commit.round, np.int64)
         rounds[np.isin(voices, commit.late)] -= 1
-        first_samples = rounds[:, np.newaxis] * self._directions  # of `samples(round, directions)`
-        in_order = (first_samples + np.arange(self._directions)).ravel()
-        voices = np.repeat(voices, self._directions)
+        num = num_codes_each(commit.participants, commit.movers, self._manifest)
+        firsts = rounds * self._manifest.samples_per_round  # of `samples(round, num, samples_per_round)`
+        in_order = np.repeat(firsts - np.cumsum(num) + num, num) + np.arange(num.sum())
+        voices = np.repeat(voices, num)
         return voices, self._naming.names(voices, in_order, self.agent, importances)
 
     def _pool_after(self, pool: Pool, commit: Commit, coefficients: NDArray[np.int32]) -> Pool:
@@ -322,7 +332,7 @@ class Replica:
     def _move(self, commit: Commit, part: Part, importances: NDArray[np.int32] | None) -> Move:
         """A commit's directions and their coefficients times the factor of each participant, where that is not 0."""
         voices, names = self._names(commit, importances)
-        coefficients = code_rules.coefficients(codes_of(commit, self._manifest), commit.steps[0])
+        coefficients = coefficients_of(commit, self._manifest)
         moves = coefficients.astype(np.int64) * part.factors_of(voices)
         if moves.size and np.abs(moves).max() > _INT32_MAX:
             raise WeightsOverflow(

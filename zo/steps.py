@@ -37,6 +37,8 @@ _CUT_OFF_MOVE: Final = 2
 _RAW_BITS: Final = 60
 # Of a code's unit: `coefficient = (code × step) >> 8`.
 _CODE_BITS: Final = 8
+# Of −m·z, where the first round's moves are some tenths of a unit in 10^4 weights; it adapts.
+_MOVES_EXPONENT: Final = -4
 
 
 class Scale(msgspec.Struct, frozen=True):
@@ -47,6 +49,8 @@ class Scale(msgspec.Struct, frozen=True):
     codes were cut off."""
     exponent: int
     """Exponent of the codes of the round in progress."""
+    moves_exponent: int = 0
+    """Of its codes of moves; 0 in a run without them."""
 
 
 class StepRule(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,10 +69,16 @@ class StepRule(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the step is divided by the RMS of the codes; else it is raw: it multiplies slopes as they are."""
     limit: int = LIMIT
     """Of a code that was cut off."""
+    size: int = 0
+    """Number of weights, where the run has moves; else 0."""
 
     def start(self) -> Scale:
         """The scale before round 0."""
-        return Scale(mean_square=0, exponent=self.first_exponent)
+        return Scale(
+            mean_square=0,
+            exponent=self.first_exponent,
+            moves_exponent=_MOVES_EXPONENT if self.size else 0,
+        )
 
     def scheduled(self, round: int) -> int:
         """The step of a round by the schedule alone, in the units of `step`; 0 past the end of some decays."""
@@ -116,11 +126,44 @@ class StepRule(msgspec.Struct, frozen=True, kw_only=True):
         move = _exponent_move(smoothed)
         if is_cut_off:
             exponent = min(scale.exponent + max(move, _CUT_OFF_MOVE), EXPONENT_MAX)
-            return step, Scale(mean_square=0, exponent=exponent)
+            return step, Scale(0, exponent, scale.moves_exponent)
         exponent = min(max(scale.exponent + move, EXPONENT_MIN), EXPONENT_MAX)
         moved = exponent - scale.exponent
         rescaled = smoothed >> (2 * moved) if moved >= 0 else smoothed << (-2 * moved)
-        return step, Scale(mean_square=rescaled, exponent=exponent)
+        return step, Scale(rescaled, exponent, scale.moves_exponent)
+
+    def exponents(self, scale: Scale) -> tuple[int, ...]:
+        """Of the codes of each class, as a commit has them."""
+        return (scale.exponent, scale.moves_exponent) if self.size else (scale.exponent,)
+
+    def of_round(
+        self, scale: Scale, round: int, slopes: NDArray[np.int8], moves: NDArray[np.int8]
+    ) -> tuple[tuple[int, ...], Scale]:
+        """The step of each class of codes of a round, and the scale for the next round.
+
+        Moves have no schedule and no RMS: n codes −m·z along random z are summed up to an estimate of the mean move,
+        and what is best of it is a share 1 / (n + size) of Σ (m·z) z for each of them. So step = 2^(exponent + 36) /
+        (n + size), in integers: 2^28 weights to a unit, and 2^8 for the shift of `codes.coefficients`.
+
+        Args:
+            scale: what the last round left.
+            round: 0 ≤ round.
+            slopes: (n,) int8, all codes of slopes.
+            moves: (m,) int8, all codes of moves; none in a run without them.
+        """
+        step, after = self.advance(scale, round, slopes)
+        if not self.size:
+            return (step,), after
+        shift = FRACTION_BITS + _CODE_BITS + scale.moves_exponent
+        of_moves = min((1 << max(shift, 0)) // ((moves.size + self.size) << max(-shift, 0)), STEP_MAX)
+        votes = moves[moves != NO_VOTE].astype(np.int64)
+        if votes.size == 0:
+            return (step, 0), after
+        move = _exponent_move(int(votes @ votes) * _ONE // votes.size)
+        if int(np.count_nonzero(np.abs(votes) == self.limit)) * _CUT_OFF_SHARE > votes.size:
+            move = max(move, _CUT_OFF_MOVE)
+        exponent = min(max(scale.moves_exponent + move, EXPONENT_MIN), EXPONENT_MAX)
+        return (step, of_moves), msgspec.structs.replace(after, moves_exponent=exponent)
 
 
 def _exponent_move(mean_square: int) -> int:
@@ -149,12 +192,13 @@ def step_rule(manifest: Manifest) -> StepRule:
         half_life=schedule.half_life,
         normalised=schedule.normalised,
         limit=CUT_OFF_BY_BITS[bits_of_commits(manifest)],
+        size=manifest.adapter.size if manifest.moves.projections else 0,
     )
 
 
-def replay_scale(rule: StepRule, rounds: Iterable[tuple[int, NDArray[np.int8]]]) -> Scale:
-    """The scale after the given (round, codes), from the start: what a restarted coordinator goes on with."""
+def replay_scale(rule: StepRule, rounds: Iterable[tuple[int, NDArray[np.int8], NDArray[np.int8]]]) -> Scale:
+    """The scale after the given (round, codes of slopes, codes of moves): what a restarted coordinator goes on with."""
     scale = rule.start()
-    for number, codes in rounds:
-        _, scale = rule.advance(scale, number, codes)
+    for number, slopes, moves in rounds:
+        _, scale = rule.of_round(scale, number, slopes, moves)
     return scale

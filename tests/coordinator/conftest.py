@@ -24,7 +24,7 @@ from transport.messages import Commit, History, Offer, Sealed, Welcome, decode_f
 from transport.seals import Signer
 from zo.commit import chain_digest, decode_entry
 from zo.manifest import Manifest
-from zo.packing import codes_of
+from zo.packing import by_class
 from zo.replica import Replica
 from zo.steps import replay_scale, step_rule
 from zo.weights import zeros
@@ -57,7 +57,7 @@ class VirtualCoordinator:
     def start(self) -> None:
         """Start, or start again, from what is durable."""
         replica = self.replay()
-        codes = ((n, codes_of(decode_entry(f), self.manifest)) for n, f in enumerate(self.frames))
+        codes = ((n, *by_class(decode_entry(f), self.manifest)) for n, f in enumerate(self.frames))
         self.conductor = Conductor(
             self.manifest,
             self.config,
@@ -134,7 +134,7 @@ class VirtualCoordinator:
                 assert kind == type(message).__name__
                 self.check_durable(message)
                 self.outbox.append((session, message))
-            case Persist(commit, frame, seal, _, _):
+            case Persist(commit, frame, seal):
                 self.seals.append(seal)
                 assert commit.round == len(self.frames)
                 assert frame == commit.encode()

@@ -84,7 +84,9 @@ def test_init_says_what_it_made_and_what_comes_next(base, tmp_path):
 def test_what_init_takes_unless_told_otherwise(base, tmp_path, options, sides, step):
     assert run("init", tmp_path / "run", "--model", base, *options).exit_code == 0
     manifest = RunDirectory(tmp_path / "run").manifest()
-    assert (manifest.probe.sides, manifest.schedule.step, manifest.schedule.full_votes) == (sides, step, 64)
+    assert (manifest.probe.sides, manifest.schedule.step) == (sides, step)
+    assert manifest.schedule.full_votes == 64 * manifest.probe.local_steps
+    assert not manifest.moves.projections
 
 
 @pytest.mark.parametrize(
@@ -114,6 +116,9 @@ def test_a_schedule_is_written_into_the_manifest(base, tmp_path, options, expect
             ["--sides", "2", "--estimators", "forward"],
             ("probe.estimators = ['forward'] must name 'two-sided'",),
         ),
+        (["--rate", "0.1"], ("--rate is for moves, and without --moves no node may report any",)),
+        (["--moves", "4"], ("moves.projections = 4 must differ from probe.directions",)),
+        (["--moves", "8", "--optimizer", "sgd", "--updates", "0"], ("moves.updates = 0",)),
         (["--local-steps", "3"], ("probe.local_steps = 3 must divide probe.directions = 4",)),
         (["--sides", "1", "--directions", "1"], ("probe.sides = 1 needs probe.directions to be at least 2",)),
         (["--epsilon", "0"], ("probe.epsilon = 0.0",)),

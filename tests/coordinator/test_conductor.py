@@ -203,7 +203,7 @@ def test_long_histories_come_in_several_messages(start):
         (
             "estimator",
             {"estimator": "magic"},
-            "this node measures slopes by 'magic'; this run allows two-sided, one-sided, forward, backward",
+            "this node measures by 'magic'; this run allows two-sided, one-sided, forward, backward",
         ),
         (
             "fork",
@@ -1021,3 +1021,69 @@ def test_a_commit_that_would_overflow_is_never_made(start):
     with pytest.raises(WeightsOverflow):
         run.report(0, number)
     assert len(run.frames) == number
+
+
+# ---- moves --------------------------------------------------------------------------------------------------------
+
+
+MOVE = bytes([10, 246, 20, 30, 200])
+
+
+def test_a_round_of_slopes_and_moves_becomes_a_commit_with_both(start):
+    run = start(projections=5, quorum=2)
+    run.hello(0)
+    welcome = next(m for m in run.hello(1, estimator="moves") if isinstance(m, Welcome))
+    assert welcome.exponent == -4
+    run.report(0, 0)
+    run.report(1, 0, MOVE)
+    (commit,) = run.commits
+    assert commit.participants == (0, 1)
+    assert commit.movers == (1,)
+    assert commit.codes == b"\x10\xf0" + MOVE
+    assert len(commit.steps) == len(commit.exponents) == 2
+    assert commit.steps[1] == 2 ** (28 + 8 - 4) // (5 + 500)
+
+
+def test_who_moves_and_who_does_not_is_told_its_own_exponent_after_a_restart(start):
+    run = start(projections=5)
+    for node, estimator in ((0, ""), (1, "moves")):
+        run.hello(node, estimator=estimator)
+    run.report(1, 0, bytes([2] * 5))
+    run.report(0, 0, b"\x20\xe0")
+    assert run.commits[0].exponents == (-4, -8)
+    run.coordinator.start()
+    welcomes = [
+        next(m for m in run.hello(node, round=1, estimator=each) if isinstance(m, Welcome))
+        for node, each in ((0, ""), (1, "moves"))
+    ]
+    assert [each.exponent for each in welcomes] == [-4, -8]
+
+
+def test_a_report_of_the_wrong_class_is_a_misfit(start):
+    run = start(projections=5)
+    run.hello(0)
+    run.hello(1, estimator="moves")
+    run.report(0, 0, MOVE)
+    run.report(1, 0, b"\x10\xf0")
+    assert not run.commits
+    assert len(run.noted("misfit")) == 2
+
+
+def test_where_the_run_allows_no_moves_a_node_that_reports_them_is_refused(start):
+    (refusal,) = start().hello(0, estimator="moves")
+    assert refusal.cause == "estimator"
+    assert "this node measures by 'moves'; this run allows two-sided" in refusal.reason
+
+
+def test_a_late_move_counts_while_the_exponent_of_moves_stays(start):
+    run = start(projections=5, staleness=1, quorum=1)
+    run.hello(0)
+    run.hello(1, estimator="moves")
+    run.report(0, 0, b"\x20\xe0")
+    run.tick(100.0)
+    (first,) = run.commits
+    assert first.movers == ()
+    run.report(1, 0, MOVE)
+    run.report(0, 1, b"\x20\xe0")
+    run.tick(200.0)
+    assert run.commits[1].movers == run.commits[1].late == (1,)

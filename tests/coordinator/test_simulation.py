@@ -52,6 +52,13 @@ def test_a_swarm_with_several_agents_in_a_storm(make_manifest, seed, assignment)
     assert result.nodes_at_the_end > 10
 
 
+def test_a_swarm_in_which_some_report_moves_in_a_storm(make_manifest):
+    manifest = virtual(make_manifest(directions=4, projections=7, bits=4, staleness=1), SMALL)
+    result = simulate(manifest, SMALL, lambda done, total: None)
+    assert result.rounds == 80
+    assert result.reports_counted > 80 * 10
+
+
 @pytest.mark.parametrize("bits", [4, 1])
 def test_a_swarm_with_narrow_codes_in_a_storm(make_manifest, bits):
     manifest = virtual(make_manifest(directions=5, bits=bits, staleness=1), SMALL)

@@ -14,13 +14,20 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.soak_node import LogisticTrainer
+import numpy as np
+
+from benchmarks.soak_node import LogisticTrainer, Probed
 from node.base import read_digest, read_tokenizer_digest
 from node.service import NodeError, NodeService
 from node.state import StateDirectory
 from transport import sockets
 from transport.session import Stage
 from transport.ticket import parse_ticket
+from zo import kernels
+from zo.codes import encode
+from zo.directions import run_key, stack
+from zo.naming import naming
+from zo.replica import samples
 
 FREEZE_AT = {
     "connecting": lambda view: view.stage is Stage.CONNECTING,
@@ -30,6 +37,28 @@ FREEZE_AT = {
     "probing": lambda view: False,  # the trainer knows
     "reported": lambda view: view.stage is Stage.REPORTED,
 }
+
+
+class MovingTrainer(LogisticTrainer):
+    """Walks a few steps of gradient descent on the logistic loss, and reports the move."""
+
+    estimator = "moves"
+
+    def probe(self, weights, round, node, exponent, agent=0, walk_step=0, importances=None):
+        self._before_probe(round)
+        manifest, settings = self._manifest, self._manifest.moves
+        values = weights * 2.0**-28
+        walked = values.copy()
+        for _ in range(settings.updates):
+            margins = self._labels * (self._rows @ walked)
+            walked += settings.rate * (self._rows.T @ (self._labels / (1 + np.exp(margins)))) / len(margins)
+        names = naming(manifest).of_round(
+            node, samples(round, settings.projections, manifest.samples_per_round), agent
+        )
+        moved = (walked - values).astype(np.float32)
+        projected = -kernels.projections(moved, run_key(manifest.run_id), stack(names))
+        rng = np.random.default_rng([self._seed, round])
+        return Probed(encode(projected, exponent, rng), self.loss(values.astype(np.float32)))
 
 
 class GatedTrainer(LogisticTrainer):
@@ -55,6 +84,7 @@ def main():
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--gate", type=Path)
     parser.add_argument("--agents", type=lambda text: [int(each) for each in text.split(",")])
+    parser.add_argument("--moves", action="store_true", help="report moves instead of slopes")
     parser.add_argument("--broken", action="store_true", help="every loss is NaN")
     parser.add_argument("--freeze-at", choices=FREEZE_AT, help="stop with SIGSTOP as soon as it is there")
     parser.add_argument("--heartbeat-ms", type=int, help="notice dead connections sooner")
@@ -90,7 +120,11 @@ def main():
             state,
             read_digest(arguments.base),
             read_tokenizer_digest(arguments.base),
-            lambda manifest: GatedTrainer(manifest, seed, wait_at_gate, arguments.broken),
+            lambda manifest: (
+                MovingTrainer(manifest, seed, wait_at_gate)
+                if arguments.moves
+                else GatedTrainer(manifest, seed, wait_at_gate, arguments.broken)
+            ),
             name=arguments.state.name,
             connect_timeout_s=120.0,
             evaluate_every=0,

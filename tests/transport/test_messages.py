@@ -69,7 +69,7 @@ FROM_COORDINATOR = [
     (Refuse("base", "no"), "93 11 a4 62617365 a2 6e6f"),
     (
         Commit(9, (70_000,), (-4,), (1, 3), b"\x01\xff", ID),
-        f"98 12 09 91 ce00011170 91 fc 92 01 03 c4 02 01ff {ID_HEX} 90",
+        f"99 12 09 91 ce00011170 91 fc 92 01 03 c4 02 01ff {ID_HEX} 90 90",
     ),
     (Brief(255, b"\x01\xff"), "d5 ff 01 ff"),
     (History((b"\x01", b"\x02\x03")), "92 13 92 c4 01 01 c4 02 0203"),
@@ -164,7 +164,9 @@ def test_what_is_no_message_from_a_node_is_said(frame, reason):
     ("commit", "reason"),
     [
         ([18, -1, [1], [0], [0], b"a", ID], "round"),
-        ([18, 0, [], [0], [0], b"a", ID], "one class"),
+        ([18, 0, [], [0], [0], b"a", ID], "one or two classes"),
+        ([18, 0, [1], [0], [0], b"a", ID, [], [0]], "no step for moves"),
+        ([18, 0, [1, 1], [0, 0], [0], b"a", ID, [], [1]], "movers must be ascending participants"),
         ([18, 0, [2**31], [0], [0], b"a", ID], "step must"),
         ([18, 0, [1], [64], [0], b"a", ID], "exponent must"),
         ([18, 0, [1], [0], [1, 0], b"ab", ID], "ascending"),

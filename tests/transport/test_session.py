@@ -419,6 +419,18 @@ def test_a_commit_with_participants_that_the_policy_does_not_have_ends_the_node(
     assert "everyone is no participant of a run with policy = 'private'" in end.reason
 
 
+def test_who_moves_takes_the_exponent_of_moves(make_manifest):
+    rig = Rig(make_manifest(projections=3)).in_stage(Stage.FOLLOWING)
+    rig.session.declare("moves")
+    rig.get(rig.welcome(exponent=-7))
+    assert rig.session.next_probe() == (0, -7)
+    codes = np.array([1, 2, 3], np.int8)
+    assert rig.session.on_probed(0, codes, 1.0, 0.0) == [Transmit(Report(0, codes.tobytes()))]
+    commit = Commit(0, (5, 6), (-3, -9), (0, 1), bytes(5), rig.truth.head, (), (1,))
+    rig.get(commit)
+    assert rig.session.next_probe() == (1, -9)
+
+
 def test_a_report_is_sent_again_on_a_new_connection(reported):
     session = reported.session
     session.on_link_down()

@@ -62,7 +62,7 @@ def test_any_manifest_survives_its_toml(make_manifest, name, epsilon, step, alph
 def test_every_field_of_the_toml_is_explained(make_manifest):
     lines = documented_toml(make_manifest(), "A run.").splitlines()
     fields = [index for index, line in enumerate(lines) if " = " in line and not line.startswith("#")]
-    assert len(fields) == 57
+    assert len(fields) == 61
     assert all(lines[index - 1].startswith("# ") for index in fields)
     tables = [index for index, line in enumerate(lines) if line.startswith("[")]
     assert all(lines[index - 1].startswith("# ") for index in tables)
@@ -146,6 +146,13 @@ OUT_OF_RANGE = [
     ("probe", "local_steps", 0),
     ("probe", "estimators", ()),
     ("codes", "bits", 2),
+    ("moves", "projections", -1),
+    ("moves", "projections", 4097),
+    ("moves", "updates", 0),
+    ("moves", "updates", 65537),
+    ("moves", "optimizer", "lion"),
+    ("moves", "rate", 0.0),
+    ("moves", "rate", 11.0),
     ("schedule", "step", 0.0),
     ("schedule", "step", -0.1),
     ("schedule", "step", 4.5),
@@ -213,6 +220,20 @@ def test_local_steps_share_the_directions_and_one_sided_there_are_two_in_each(ma
         make_manifest(directions=6, local_steps=4)
     with pytest.raises(ValueError, match=r"at least 12, got 6: two in each local step"):
         make_manifest(directions=6, local_steps=6, sides=1)
+
+
+def test_moves_need_a_number_of_their_own_private_directions_and_a_gradient(make_manifest):
+    manifest = make_manifest(projections=5)
+    assert manifest.samples_per_round == 5
+    assert make_manifest(projections=1).samples_per_round == 2
+    with pytest.raises(ValueError, match=r"moves.projections = 2 must differ from probe.directions"):
+        make_manifest(projections=2)
+    with pytest.raises(ValueError, match=r"needs directions.policy = 'private', got 'shared'"):
+        make_manifest(projections=5, policy="shared")
+    with pytest.raises(ValueError, match=r"needs a gradient, and objective = 'accuracy' has none"):
+        make_manifest(projections=5, objective="accuracy")
+    with pytest.raises(ValueError, match=r"times moves.projections = 4096 must be at most"):
+        make_manifest(projections=4096, rounds=100_000_000)
 
 
 def test_messages_say_what_would_be_right(make_manifest):
@@ -403,7 +424,7 @@ def test_manifests_differ_in_their_ids_by_any_field(make_manifest):
 
 
 GOLDEN_BYTES = (
-    "8ca870726f746f636f6c01a372756e85a46e616d65a474657374a6726f756e647314a97374616c656e65737300a56e6f6e63"
+    "8da870726f746f636f6c01a372756e85a46e616d65a474657374a6726f756e647314a97374616c656e65737300a56e6f6e63"
     "65d9203031323334353637383961626364656630313233343536373839616263646566a67369676e6572a0a46261736588a4"
     "6e616d65a46e6f6e65a87265766973696f6ea0a6646967657374d92062306230623062306230623062306230623062306230"
     "62306230623062306230b0746f6b656e697a65725f646967657374d920373037303730373037303730373037303730373037"
@@ -417,10 +438,11 @@ GOLDEN_BYTES = (
     "636f6d62696e65a46d65616ea47472696d00a9706f6f6c5f73697a65cd1000a9706f6f6c5f64726177a7756e69666f726da5"
     "70726f626587a7657073696c6f6ecb3f847ae147ae147baa646972656374696f6e7302aa62617463685f73697a6508af7365"
     "7175656e63655f6c656e677468cc80a5736964657302ab6c6f63616c5f737465707301aa657374696d61746f727394a97477"
-    "6f2d7369646564a96f6e652d7369646564a7666f7277617264a86261636b77617264a5636f64657381a46269747308a87363"
-    "686564756c658aa473746570cb3f947ae147ae147ba56465636179a66c696e656172a77761726d5f757000a968616c665f6c"
-    "69666500aa6e6f726d616c69736564c3a9736d6f6f7468696e6703ae66697273745f6578706f6e656e74fcaa66756c6c5f76"
-    "6f74657301a86d6f6d656e74756d00ac7765696768745f646563617900a670617269747982ac6469676573745f6576657279"
-    "04aa73686172655f6c6f7373c3a5617564697481a4726f777390"
+    "6f2d7369646564a96f6e652d7369646564a7666f7277617264a86261636b77617264a56d6f76657384ab70726f6a65637469"
+    "6f6e7300a7757064617465730aa96f7074696d697a6572a56164616d77a472617465cb3f689374bc6a7efaa5636f64657381"
+    "a46269747308a87363686564756c658aa473746570cb3f947ae147ae147ba56465636179a66c696e656172a77761726d5f75"
+    "7000a968616c665f6c69666500aa6e6f726d616c69736564c3a9736d6f6f7468696e6703ae66697273745f6578706f6e656e"
+    "74fcaa66756c6c5f766f74657301a86d6f6d656e74756d00ac7765696768745f646563617900a670617269747982ac646967"
+    "6573745f657665727904aa73686172655f6c6f7373c3a5617564697481a4726f777390"
 )
-GOLDEN_RUN_ID = "a37b670b17177035d5711eaeb389c880"
+GOLDEN_RUN_ID = "2eb8bdbcec8ea16c637e239dcfe93dcb"

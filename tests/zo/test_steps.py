@@ -219,9 +219,60 @@ def test_few_codes_cut_off_do_not_count():
 
 def test_replay_scale_is_what_advancing_left():
     rng = np.random.default_rng(1)
-    rounds = [(number, rng.integers(-128, 128, 6).astype(np.int8)) for number in range(30)]
-    scale = RULE.start()
-    for number, round_codes in rounds:
-        _, scale = RULE.advance(scale, number, round_codes)
-    assert replay_scale(RULE, rounds) == scale
+    rule = msgspec.structs.replace(RULE, size=500)
+    draw = [(number, *rng.integers(-128, 128, (2, 6)).astype(np.int8)) for number in range(30)]
+    rounds = [(number, slopes, moves) for number, slopes, moves in draw]
+    scale = rule.start()
+    for number, slopes, moves in rounds:
+        _, scale = rule.of_round(scale, number, slopes, moves)
+    assert replay_scale(rule, rounds) == scale
     assert replay_scale(RULE, []) == RULE.start()
+
+
+MOVING = msgspec.structs.replace(RULE, size=10_000)
+NOBODY = np.empty(0, np.int8)
+
+
+def test_moves_have_the_step_of_the_best_shrinkage():
+    """A code of c is c × 2^e of −m·z: the weights are to go by (m·z) z / (n + size), in units of 2^-28."""
+    moves = np.array([20, -40, 30, -31] * 64, np.int8)
+    scale = msgspec.structs.replace(MOVING.start(), moves_exponent=-3)
+    (_, step), after = MOVING.of_round(scale, 0, codes(3), moves)
+    assert step == 2 ** (28 + 8 - 3) // (256 + 10_000)
+    assert coefficients(np.array([40], np.int8), step)[0] == pytest.approx(
+        40 * 2**-3 * 2**28 / (256 + 10_000), rel=1e-5
+    )
+    assert after.moves_exponent == -3  # an RMS of about 32
+    assert after.exponent == RULE.advance(RULE.start(), 0, codes(3))[1].exponent
+
+
+@pytest.mark.parametrize(("code", "moved"), [(32, 0), (2, -4), (1, -5), (100, 2), (127, 2), (NO_VOTE, 0)])
+def test_the_exponent_of_moves_follows_their_size_alone(code, moved):
+    (_, step), after = MOVING.of_round(MOVING.start(), 0, codes(3), np.full(64, code, np.int8))
+    assert after.moves_exponent == MOVING.start().moves_exponent + moved
+    assert (step == 0) == (code == NO_VOTE)
+
+
+def test_a_round_without_movers_and_one_without_slopes_leave_the_other_class_alone():
+    (step, of_moves), after = MOVING.of_round(MOVING.start(), 0, codes(3), NOBODY)
+    assert step > 0 == of_moves
+    assert after.moves_exponent == MOVING.start().moves_exponent
+    (step, of_moves), after = MOVING.of_round(MOVING.start(), 0, NOBODY, codes(3))
+    assert step == 0 < of_moves
+    assert after.exponent == RULE.first_exponent
+
+
+def test_a_run_without_moves_has_one_class():
+    steps, after = RULE.of_round(RULE.start(), 0, codes(3), NOBODY)
+    assert (steps, after) == (
+        (RULE.advance(RULE.start(), 0, codes(3))[0],),
+        RULE.advance(RULE.start(), 0, codes(3))[1],
+    )
+    assert len(RULE.exponents(after)) == 1
+    assert MOVING.exponents(MOVING.start()) == (RULE.first_exponent, -4)
+
+
+@pytest.mark.parametrize(("exponent", "step"), [(63, 2**31 - 1), (-64, 0), (-40, 0)])
+def test_the_step_of_moves_stays_in_its_range(exponent, step):
+    scale = msgspec.structs.replace(MOVING.start(), moves_exponent=exponent)
+    assert MOVING.of_round(scale, 0, codes(3), codes(3))[0][1] == step
