@@ -28,11 +28,13 @@ from node.probe import Probe
 from zo import kernels
 from zo import manifest as manifests
 from zo.codes import NO_VOTE
+from zo.combine import combined
 from zo.commit import Commit
 from zo.directions import run_key
 from zo.initial import initial_weights
 from zo.layout import lora_layout
-from zo.packing import pack
+from zo.naming import naming
+from zo.packing import bits_of_commits, pack
 from zo.replica import Replica, samples
 from zo.steps import StepRule, step_rule
 from zo.walk import first_step, next_step
@@ -40,6 +42,7 @@ from zo.weights import digest
 
 FLOAT_BYTES: Final = 4
 TEXT: Final = manifests.Task()
+PRIVATE: Final = manifests.Directions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,10 @@ class Swarm:
     """In which a node measures its directions of a round."""
     full_votes: int = 1
     """Up to so many votes of a round add a whole step each."""
+    policy: manifests.Directions = PRIVATE
+    """Which directions nodes measure, and how codes for the same one are combined; not with scalars in floats."""
+    bits: Literal[8, 4, 1] = 8
+    """Of a code."""
     agents: int = 1
     """Adapters, each probed by every node; they predict by the mean of their probabilities."""
     at_once: int = 0
@@ -107,6 +114,8 @@ def train(
             seed=seed * 1000 + node,
             sides=settings.sides,
             local_steps=settings.local_steps,
+            bits=settings.bits,
+            naming=naming(manifest),
             objective=objective(problem.task, base, windows),
             at_once=settings.at_once,
         )
@@ -129,7 +138,7 @@ def train(
     for number in range(settings.rounds):
         losses.append(float(np.nanmean([each.round(number, probes) for each in trainers])))
         done = (number + 1) * a_round
-        course.reached(settings.sides * done, kind.bytes_each * done)
+        course.reached(settings.sides * done, kind.bytes_each * done * settings.bits // 8)
     return Trained(
         course=course,
         digest=digest(settings.rounds, trainers[0].weights).hex(),
@@ -184,6 +193,8 @@ def make_manifest(
                 full_votes=settings.full_votes,
             ),
             agents=manifests.Agents(count=settings.agents),
+            directions=settings.policy,
+            codes=manifests.Coding(bits=settings.bits),
             parity=manifests.Parity(digest_every=16, share_loss=True),
         )
     )
@@ -205,7 +216,7 @@ class Exact:
 
     def __init__(self, manifest: manifests.Manifest, weights: NDArray[np.int32], agent: int) -> None:
         self._agent = agent
-        self._bits = manifest.codes.bits
+        self._manifest = manifest
         self._rule = step_rule(manifest)
         self._scale = self._rule.start()
         self._walk_step = first_step(self._rule, 0, self._scale.exponent)
@@ -219,25 +230,25 @@ class Exact:
 
     def round(self, number: int, probes: list[Probe]) -> float:
         """One round of all nodes; their mean loss."""
-        probed = [
-            probe.probe(self.weights, number, node, self._scale.exponent, self._agent, self._walk_step)
-            for node, probe in enumerate(probes)
-        ]
-        codes: NDArray[np.int8] = np.concatenate([each.codes for each in probed])
+        pool = self._replica.pool
+        by = self._scale.exponent, self._agent, self._walk_step, None if pool is None else pool.importances
+        probed = [probe.probe(self.weights, number, node, *by) for node, probe in enumerate(probes)]
+        reported: NDArray[np.int8] = np.concatenate([each.codes for each in probed])
+        participants, codes = combined(range(len(probes)), reported, self._manifest)
         exponent = self._scale.exponent
         step, self._scale = self._rule.advance(self._scale, number, codes)
         commit = Commit(
             round=number,
             steps=(step,),
             exponents=(self._scale.exponent,),
-            participants=tuple(range(len(probes))),
-            codes=pack(codes, self._bits),
+            participants=participants,
+            codes=pack(codes, bits_of_commits(self._manifest)),
             previous=self._replica.head,
         )
         self._replica.apply(commit)
         self._walk_step = next_step(self._rule, commit, codes, self._scale.exponent - exponent)
         self.ledger_bytes += len(commit.encode())
-        self.num_no_votes += int(np.count_nonzero(codes == NO_VOTE))
+        self.num_no_votes += int(np.count_nonzero(reported == NO_VOTE))
         return float(np.nanmean([each.loss for each in probed]))
 
 
