@@ -86,6 +86,8 @@ def targets(rows: Sequence[Row], metric: str) -> Iterator[str]:
             if mezo.forwards < LEAST_LENGTH * ours.forwards:
                 continue  # it was for choosing the rate
             lowest = min(mezo.points, key=lambda point: point.metric)
+            if not lowest.forwards:
+                continue  # it never was below its start
             its = f"MeZO's lowest, {lowest.metric:.3f} after {lowest.forwards:,} at rate {mezo.settings['rate']:g}"
             found = [needed for row in codes if (needed := forwards_to(row, lowest.metric)) is not None]
             if found:

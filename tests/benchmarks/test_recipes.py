@@ -165,6 +165,10 @@ def test_errors_are_compared_in_points(end, verdict):
     assert line.startswith(f"- {verdict}: a, {end:.1%} wrong, by first order 21.0%: ")
 
 
+def test_a_run_that_only_diverged_is_nothing_to_be_compared_with():
+    assert list(page.targets([row("swarm, int8", end=3.0), row("MeZO", end=4.5)], "loss")) == []
+
+
 def test_a_metric_that_the_swarm_never_came_to_is_a_target_not_met():
     (line,) = page.targets([row("swarm, int8", end=3.0), row("MeZO", end=2.9)], "loss")
     assert line == "- **not met**: a, MeZO's lowest, 2.900 after 100 at rate 0.01, was not reached"
