@@ -253,6 +253,10 @@ class PrivateTrainer:
         """The weights of round 0."""
         return self._trainer.initial_weights()
 
+    def audit(self, weights: NDArray[np.int32], sample: int, agent: int = 0) -> tuple[float, float]:
+        """Losses on the manifest's public rows: they say nothing of this node's own, and cost nothing."""
+        return self._trainer.audit(weights, sample, agent)
+
     def evaluate(self, weights: NDArray[np.int32]) -> float | None:
         """Held-out loss, for this node alone."""
         return self._trainer.evaluate(weights)
@@ -273,7 +277,8 @@ class PrivateTrainer:
             BudgetSpentError: what they would cost is no more there.
             StateError: what is spent cannot be written.
         """
-        query = _query(weights, round, node, exponent, agent, walk_step)
+        pool = b"" if importances is None else importances.tobytes()
+        query = _query(weights, pool, round, node, exponent, agent, walk_step)
         guard = self._guard
         known = guard.account.answer(agent, query)
         if known is not None:
@@ -300,7 +305,7 @@ class PrivateTrainer:
         return probed
 
 
-def _query(weights: NDArray[np.int32], *asked: int) -> bytes:
+def _query(weights: NDArray[np.int32], pool: bytes, *asked: int) -> bytes:
     """All that codes depend on but data and chance, the weights and some numbers: (16,) bytes."""
-    text = ",".join(map(str, asked)).encode() + digest(0, weights)
+    text = ",".join(map(str, asked)).encode() + digest(0, weights) + pool
     return hashlib.blake2b(text, digest_size=16, person=b"zo-query").digest()

@@ -12,7 +12,7 @@ from node.accountant import Cost, epsilon, num_affordable
 from node.budget import Account, Guard, PrivateTrainer, plan
 from node.privacy import Budget
 from node.records import DataError
-from node.service import BudgetSpentError, NodeError
+from node.service import BudgetSpentError, NodeError, Trainer
 from node.state import StateError
 from transport.exits import Exit
 from zo.weights import zeros
@@ -58,8 +58,8 @@ class Node:
         self.trainer = PrivateTrainer(self.measuring, self.guard, self.told.append)
         return self
 
-    def codes(self, round, *, weights=WEIGHTS, exponent=-4, agent=0, walk_step=0):
-        return self.trainer.probe(weights, round, 0, exponent, agent, walk_step).codes.tolist()
+    def codes(self, round, *, weights=WEIGHTS, exponent=-4, agent=0, walk_step=0, importances=None):
+        return self.trainer.probe(weights, round, 0, exponent, agent, walk_step, importances).codes.tolist()
 
     @property
     def releases(self):
@@ -89,7 +89,15 @@ def test_a_round_asked_for_again_has_the_same_codes_and_costs_nothing(node):
 
 
 @pytest.mark.parametrize(
-    "other", [{"weights": zeros(500) + 1}, {"exponent": -5}, {"agent": 1}, {"walk_step": 3}], ids=str
+    "other",
+    [
+        {"weights": zeros(500) + 1},
+        {"exponent": -5},
+        {"agent": 1},
+        {"walk_step": 3},
+        {"importances": zeros(4)},
+    ],
+    ids=str,
 )
 def test_another_question_about_a_round_is_another_release(node, other):
     """Weights of round 0 that are others: a coordinator may say so, or have lost its ledger."""
@@ -164,6 +172,14 @@ def test_whatever_happens_no_codes_are_seen_that_are_not_paid_for(tmp_path_facto
     if seen:
         assert node.releases >= 2 * len(seen)
         assert node.begin().guard.epsilon <= 3.0
+
+
+def test_a_private_trainer_does_all_that_a_trainer_does(node):
+    asked = {name for name in vars(Trainer) if not name.startswith("_")}
+    assert asked <= set(dir(PrivateTrainer))
+    node.measuring.audit = lambda weights, sample, agent: (1.0, 2.0)
+    assert node.trainer.audit(WEIGHTS, 3) == (1.0, 2.0)
+    assert not node.path.exists(), "public rows cost nothing"
 
 
 def test_a_measurement_past_the_mechanism_is_never_said(node):
