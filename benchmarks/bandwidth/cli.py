@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from benchmarks import machine
 from benchmarks.bandwidth import link, runs, scale, wire
 from benchmarks.bandwidth.network import Network, NetworkError, network
 from benchmarks.bandwidth.results import DIRECTORY, Results, ResultsError, Row, bare
@@ -308,6 +309,43 @@ def target_command(
         for row in target.best(rows):
             table.add_row(*target.cells(row))
         _finish(rows, failed, table, json)
+
+
+@app.command("report", epilog="Example: zo-bench report --results docs/results/bandwidth")
+def report_command(
+    results: Annotated[
+        Path, typer.Option("--results", metavar="DIR", help="Where rows were kept with --out.")
+    ] = DIRECTORY,
+    out_directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="DIR", help="Where report.md and report.html go.", show_default="beside the rows"
+        ),
+    ] = None,
+) -> None:
+    """One page of Markdown and one of HTML, with plots, of everything that has been measured."""
+    with failures_explained():
+        from benchmarks.bandwidth import report
+
+        rows_by_part = report.load(results)
+        if not any(rows_by_part.values()):
+            raise ResultsError(f"{results} holds no results; measure some with --out {results}")
+        for part in report.PARTS:
+            foreign = Results(part, results).foreign()
+            if foreign:
+                err.print(
+                    f"{part}: rows of other commits: {', '.join(foreign)}", style="yellow", highlight=False
+                )
+        found, lines = report.sections(rows_by_part), report.provenance(rows_by_part)
+        place = out_directory or results
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "report.md").write_text(report.markdown(found, lines), "utf-8")
+        (place / "report.html").write_text(report.page(found, lines), "utf-8")
+        if results.resolve() == (machine.ROOT / DIRECTORY).resolve():
+            readme = machine.ROOT / "README.md"
+            made = report.inserted(readme.read_text("utf-8"), report.wire_table(rows_by_part["wire"]))
+            readme.write_text(made, "utf-8")
+        out.print(f"{place / 'report.md'} and {place / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +60,8 @@ def environment(cache: Path = _CACHE) -> Path:
         done.touch()
     # Written every time: another tree may have used the environment before.
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    ours = f"{machine.ROOT}\n{sysconfig.get_paths()['purelib']}\n"
+    packages = [each for each in sys.path if each.endswith("-packages")]
+    ours = "\n".join([str(machine.ROOT), *packages, ""])
     (folder / "lib" / version / "site-packages" / "zo-bench.pth").write_text(ours)
     return folder / "bin"
 

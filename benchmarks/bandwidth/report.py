@@ -1,0 +1,524 @@
+"""The results for people: one page of Markdown, and one of HTML with its plots inside, that can be sent to anybody.
+
+Decides what is shown of which rows; measures nothing. A part without results is named, and left out.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.bandwidth import link, scale
+from benchmarks.bandwidth.results import Results, Row
+
+PARTS: Final = ("wire", "session", "scale", "link", "target")
+BEGIN: Final = "<!-- made by `zo-bench report`; edit nothing here -->"
+END: Final = "<!-- end of what `zo-bench report` made -->"
+UNUSABLE_S: Final = 86_400.0
+"""A system that takes longer than a day to the target is of no use over a link."""
+_INK, _SOFT, _ACCENTS = (
+    "#1f2933",
+    "#7b8794",
+    ("#2f6f9f", "#d97706", "#4d7c0f", "#9d174d", "#6d28d9", "#0f766e", "#b45309"),
+)
+_LAYER_COLOURS: Final = {
+    "payload": "#2f6f9f",
+    "ZMTP and CURVE": "#8fb8d4",
+    "TCP, IP, Ethernet, ACKs": "#d9dee4",
+}
+_STYLE: Final = """
+body { font: 16px/1.55 system-ui, -apple-system, 'Segoe UI', sans-serif; color: #1f2933; max-width: 62rem;
+  margin: 3rem auto; padding: 0 1.2rem }
+h1 { font-size: 1.9rem; margin-bottom: .2rem }
+h2 { margin-top: 2.6rem; border-bottom: 1px solid #d9dee4; padding-bottom: .25rem }
+p.lead, figcaption, th { color: #52606d }
+figure { margin: 1.4rem 0 }
+figure img { width: 100% }
+figcaption { font-size: .9rem }
+table { border-collapse: collapse; font-size: .88rem; margin: 1rem 0; font-variant-numeric: tabular-nums;
+  display: block; overflow-x: auto }
+th, td { padding: .28rem .7rem; text-align: right; border-bottom: 1px solid #e4e7eb; white-space: nowrap }
+th { font-weight: 600 }
+th:first-child, td:first-child { text-align: left }
+code { background: #f1f4f7; padding: .05rem .3rem; border-radius: 3px; font-size: .9em }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what there is to say, a table and a plot."""
+
+    title: str
+    text: str
+    headings: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    plot: bytes | None = None
+    """PNG."""
+    caption: str = ""
+
+
+def sections(rows_by_part: dict[str, list[Row]]) -> list[Section]:
+    """What the report consists of, in order."""
+    makers: dict[str, Callable[[list[Row]], list[Section]]] = {
+        "target": lambda rows: _target(rows, rows_by_part["link"]),
+        "wire": _wire,
+        "session": _session,
+        "link": _link,
+        "scale": _scale,
+    }
+    found: list[Section] = []
+    for part, maker in makers.items():
+        rows = rows_by_part[part]
+        found += maker(rows) if rows else [Section(part, f"Not measured yet: `zo-bench {part} --out DIR`.")]
+    return found
+
+
+def load(directory: Path) -> dict[str, list[Row]]:
+    """The rows of every part in a directory. Raises ResultsError."""
+    return {part: list(Results(part, directory).rows.values()) for part in PARTS}
+
+
+def provenance(rows_by_part: dict[str, list[Row]]) -> list[str]:
+    """On what, when and how the rows were measured, a line each."""
+    measured = [row["measured"] for rows in rows_by_part.values() for row in rows]
+    if not measured:
+        return ["Nothing has been measured yet."]
+
+    def distinct(name: str) -> list[str]:
+        return sorted({str(each[name]) for each in measured})
+
+    versions = sorted(
+        {f"{name} {found}" for each in measured for name, found in each["versions"].items() if found}
+    )
+    machines = sorted({f"{each['cpu']}, {each['num_cores']} cores" for each in measured})
+    loads = [each["load"] for each in measured]
+    commits = distinct("commit")
+    return [
+        f"Machine: {'; '.join(machines)}; load {min(loads):g} to {max(loads):g}: bytes do not depend on "
+        "it, times do.",
+        f"Commit{'s' if len(commits) > 1 else ''}: {', '.join(commits)}"
+        + (". Rows of different commits stand side by side." if len(commits) > 1 else "."),
+        f"Versions: {', '.join(versions)}.",
+        f"Measured on {', '.join(distinct('date'))}; by: {'; '.join(f'`{each}`' for each in distinct('command'))}.",
+    ]
+
+
+def markdown(found: Sequence[Section], lines: Sequence[str]) -> str:
+    """The page without plots."""
+    out = ["# What a byte buys: results", "", *(f"- {line}" for line in lines), ""]
+    for section in found:
+        out += [f"## {section.title}", "", section.text, ""]
+        if section.rows:
+            out += [*table(section.headings, section.rows), ""]
+    return "\n".join(out)
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown, the first column to the left."""
+    marks = ["---", *["--:"] * (len(headings) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (headings, marks, *rows)]
+
+
+def page(found: Sequence[Section], lines: Sequence[str]) -> str:
+    """The page as HTML, with nothing that must be loaded from elsewhere."""
+    body = [
+        "<h1>What a byte buys</h1>",
+        '<p class="lead">zo-swarm beside other systems, every byte counted.</p>',
+    ]
+    for section in found:
+        body += [f"<h2>{_inline(section.title)}</h2>", f"<p>{_inline(section.text)}</p>"]
+        if section.plot is not None:
+            image = base64.b64encode(section.plot).decode()
+            body.append(
+                f'<figure><img alt="{html.escape(section.title)}" src="data:image/png;base64,{image}">'
+                f"<figcaption>{_inline(section.caption)}</figcaption></figure>"
+            )
+        if section.rows:
+            heads = "".join(f"<th>{html.escape(each)}</th>" for each in section.headings)
+            lines_ = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in section.rows]
+            body.append(f"<table><tr>{heads}</tr>{''.join(f'<tr>{each}</tr>' for each in lines_)}</table>")
+    body.append("<h2>Machine, commit, versions, commands</h2>")
+    body.append(f"<ul>{''.join(f'<li>{_inline(line)}</li>' for line in lines)}</ul>")
+    head = f'<meta charset="utf-8"><title>What a byte buys</title><style>{_STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
+
+
+def _inline(text: str) -> str:
+    """Text with `code` in it, as HTML."""
+    parts = html.escape(text).split("`")
+    return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
+
+
+# ---- sections -------------------------------------------------------------------------------------------------------
+
+
+def wire_table(rows: Sequence[Row]) -> list[str]:
+    """The README's table: one node and sixteen, int8 codes, each node's own directions, with CURVE."""
+    plain = [
+        row for row in _usual(rows) if row["codes"] == "int8" and row["policy"] == "private" and row["curve"]
+    ]
+    chosen = [row for row in plain if row["nodes"] in (1, 16)]
+    headings = (
+        "nodes",
+        "directions",
+        "report: payload",
+        "socket",
+        "wire",
+        "per direction",
+        "commit: payload",
+        "socket",
+        "wire",
+    )
+    return table(headings, [_wire_cells(row) for row in chosen])
+
+
+def inserted(text: str, lines: Sequence[str]) -> str:
+    """A document with these lines between the marks.
+
+    Raises:
+        ValueError: it has no marks.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the document lacks the marks {BEGIN} and {END}")
+    return "\n".join([before + begin, "", *lines, "", end + after])
+
+
+def _usual(rows: Sequence[Row]) -> list[Row]:
+    """Rows with nodes that compute, in namespaces, in the order of their size."""
+    chosen = [row for row in rows if row["think_ms"] >= 40 and not row["on"].startswith("LOOPBACK")]
+    return sorted(
+        chosen,
+        key=lambda row: (
+            row["policy"],
+            -len(row["codes"]),
+            not row["curve"],
+            row["nodes"],
+            row["directions"],
+        ),
+    )
+
+
+def _wire_cells(row: Row) -> list[str]:
+    up, down = (
+        [f"{row[f'{layer}_{way}']:,.0f}" for layer in ("payload", "zmtp", "wire")] for way in ("up", "down")
+    )
+    return [
+        str(row["nodes"]),
+        str(row["directions"]),
+        *up,
+        f"{row['wire_up'] / row['directions']:.2f}",
+        *down,
+    ]
+
+
+def _wire(rows: list[Row]) -> list[Section]:
+    chosen = _usual(rows) or rows
+    headings = (
+        "policy",
+        "codes",
+        "CURVE",
+        "nodes",
+        "directions",
+        "payload up",
+        "socket",
+        "wire",
+        "a direction",
+        "down",
+        "socket",
+        "wire",
+    )
+    cells = [
+        [row["policy"], row["codes"], "on" if row["curve"] else "off", *_wire_cells(row)] for row in chosen
+    ]
+    text = (
+        "Bytes per node and round. Up: a report, and the acknowledgement of the commit. Down: the commit. Measured "
+        "with a real coordinator and the real session, by an interface; payloads are within 5 % of theory. Rows "
+        "without CURVE are the same frames over bare sockets: the product has no such mode."
+    )
+    caption = "Bytes of a round by layer: up (left) and down (right), int8, private directions, with CURVE."
+    return [Section("A round on the wire", text, headings, cells, _plot_layers(chosen), caption)]
+
+
+def _session(rows: list[Row]) -> list[Section]:
+    headings = (
+        "what",
+        "payload up",
+        "socket up",
+        "wire up",
+        "payload down",
+        "socket down",
+        "wire down",
+        "wire, B/s",
+    )
+    cells = []
+    for row in rows:
+        counts = [
+            f"{row[f'{layer}_{way}']:,.0f}" for way in ("up", "down") for layer in ("payload", "tcp", "wire")
+        ]
+        rate = (
+            f"{(row['wire_up'] + row['wire_down']) / row['seconds']:.1f}"
+            if row["what"].startswith("idle")
+            else ""
+        )
+        cells.append([row["what"], *counts, rate])
+    text = (
+        "Bytes of one node. To join with a ticket takes three connections: the node's own key, which is not admitted "
+        "yet, the ticket's, and its own again. Payload and socket are those of the last; the wire has all."
+    )
+    return [Section("Joining, being idle, leaving", text, headings, cells)]
+
+
+def _link(rows: list[Row]) -> list[Section]:
+    ordered = sorted(rows, key=lambda row: (row["bits_per_s"], row["loss"]))
+    text = (
+        f"{link.NODES} nodes, {link.DIRECTIONS} codes a report, each node behind a link of its own, emulated in user "
+        "space. Nodes report at once, so rounds an hour are what the link allows. Bytes are per node and round, with "
+        "what TCP sends again."
+    )
+    return [Section("Thin, slow and lossy links", text, link.HEADINGS, [link.cells(row) for row in ordered])]
+
+
+def _scale(rows: list[Row]) -> list[Section]:
+    ordered = sorted(rows, key=lambda row: row["nodes"])
+    text = "Light nodes with real sockets on the coordinator's machine, a round a second; bytes are per node and round."
+    caption = "The coordinator's processor time a round, and its memory."
+    return [
+        Section(
+            "How many nodes",
+            text,
+            scale.HEADINGS,
+            [scale.cells(row) for row in ordered],
+            _plot_scale(ordered),
+            caption,
+        )
+    ]
+
+
+def _target(rows: list[Row], links: list[Row]) -> list[Section]:
+    from benchmarks.bandwidth import target
+
+    found = []
+    for recipe, quick, rank in sorted({(row["recipe"], row["quick"], row["rank"]) for row in rows}):
+        mine = [row for row in rows if (row["recipe"], row["quick"], row["rank"]) == (recipe, quick, rank)]
+        chosen = target.best(mine)
+        short = " (a short form, which shows that all of it works and no more)" if quick else ""
+        text = (
+            f"Recipe {recipe}{short}: held-out loss {chosen[0]['target']:g}, {chosen[0]['nodes']} nodes, an adapter of "
+            f"{chosen[0]['parameters']:,} parameters. Bytes are per node, joining included; passes are of all nodes. "
+            + verdict(chosen)
+        )
+        cells = [[*target.cells(row), row["good_at"]] for row in chosen]
+        title = f"To the same loss, {chosen[0]['parameters']:,} parameters" + (", short" if quick else "")
+        caption = (
+            "Held-out loss against bytes that a node sends (left) and forward passes of all nodes (right)."
+        )
+        found.append(
+            Section(title, text, (*target.HEADINGS, "good at"), cells, _plot_courses(chosen), caption)
+        )
+        if links and any(row["reached"] for row in chosen):
+            says = (
+                "Ours from rounds that were measured over each link; the others computed from the bytes they took: "
+                "they would need at least as long. Nobody's computing is in it. The line is a day."
+            )
+            found.append(
+                Section(
+                    "Time to the target over thin links",
+                    says,
+                    *_times(chosen, links),
+                    _plot_times(chosen, links),
+                    says,
+                )
+            )
+    return found
+
+
+def verdict(chosen: Sequence[Row]) -> str:
+    """Who needs fewer bytes and who fewer passes, in a sentence; empty unless ours and Flower both got there."""
+    ours = [row for row in chosen if row["system"].startswith("ours") and row["reached"]]
+    theirs = [row for row in chosen if "Flower" in row["system"] and row["reached"]]
+    if not ours or not theirs:
+        return ""
+    mine = min((row["reached"] for row in ours), key=lambda hit: hit["wire_up"])
+    other = theirs[0]["reached"]
+    return (
+        f"Ours needs {other['wire_up'] / mine['wire_up']:.1f} times fewer bytes up than FedAvg with Flower, and "
+        f"{mine['forwards'] / other['forwards']:.0f} times as many forward passes (FedAvg has as many backward)."
+    )
+
+
+def _course_times(row: Row, links: Sequence[Row]) -> list[tuple[int, float]]:
+    """(bits per second, seconds to the target) of a system over every link without loss."""
+    hit = row["reached"]
+    if hit is None:
+        return []
+    found = []
+    for each in sorted((each for each in links if not each["loss"]), key=lambda each: each["bits_per_s"]):
+        way = link.Way(bits_per_s=each["bits_per_s"], round_trip_s=each["round_trip_s"], loss=0.0)
+        if row["system"].startswith("ours"):
+            seconds = link.seconds_to(hit["exchange"], each)
+        else:
+            seconds = link.seconds_computed(hit["wire_up"], hit["wire_down"], hit["exchange"], way)
+        found.append((each["bits_per_s"], seconds))
+    return found
+
+
+def _times(chosen: Sequence[Row], links: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    rates = sorted({each["bits_per_s"] for each in links if not each["loss"]})
+    cells = []
+    for row in chosen:
+        times = dict(_course_times(row, links))
+        if times:
+            cells.append([row["system"], *(duration(times[rate]) if rate in times else "" for rate in rates)])
+    return ["system", *(link.rate_text(rate) for rate in rates)], cells
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    for limit, unit, size in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86_400:.0f} days"
+
+
+# ---- plots ----------------------------------------------------------------------------------------------------------
+
+
+def _figure(panels: int, width: float = 9.6, height: float = 3.7) -> tuple[Any, Any, Any]:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": _SOFT,
+            "axes.labelcolor": _INK,
+            "xtick.color": _SOFT,
+            "ytick.color": _SOFT,
+            "axes.grid": True,
+            "grid.color": "#eceff2",
+            "axes.axisbelow": True,
+            "legend.frameon": False,
+        }
+    )
+    figure, axes = plt.subplots(1, panels, figsize=(width, height), layout="constrained", squeeze=False)
+    return plt, figure, list(axes[0])
+
+
+def _png(plt: Any, figure: Any) -> bytes:
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=170, metadata={"Software": None})
+    plt.close(figure)
+    return sink.getvalue()
+
+
+def _plot_courses(rows: Sequence[Row]) -> bytes:
+    plt, figure, (left, right) = _figure(2)
+    for panel, axis, label in (
+        (left, "wire_up", "bytes up per node, on the wire"),
+        (right, "forwards", "forward passes, all nodes"),
+    ):
+        for row, colour in zip(rows, _ACCENTS * 3, strict=False):
+            points = [point for point in row["points"] if point[axis] > 0]
+            xs, ys = [point[axis] for point in points], [point["loss"] for point in points]
+            panel.plot(xs, ys, color=colour, marker="o", markersize=3.2, linewidth=1.6, label=row["system"])
+        panel.axhline(rows[0]["target"], color=_SOFT, linewidth=0.9, linestyle=":")
+        panel.annotate(
+            "target",
+            (0.995, rows[0]["target"]),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            color=_SOFT,
+        )
+        panel.set_xscale("log")
+        panel.set_xlabel(label)
+    left.set_ylabel("held-out loss, nats per token")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    return _png(plt, figure)
+
+
+def _plot_layers(rows: Sequence[Row]) -> bytes | None:
+    chosen = [row for row in rows if row["codes"] == "int8" and row["policy"] == "private" and row["curve"]]
+    if not chosen:
+        return None
+    most = max(row["nodes"] for row in chosen if row["nodes"] <= 16)
+    chosen = [row for row in chosen if row["nodes"] == most]
+    plt, figure, (left, right) = _figure(2, height=3.4)
+    names = [f"{row['directions']}" for row in chosen]
+    for panel, way, title in ((left, "up", "report, up"), (right, "down", "commit, down")):
+        bottom = [0.0] * len(chosen)
+        layers = (
+            [row[f"payload_{way}"] for row in chosen],
+            [row[f"zmtp_{way}"] for row in chosen],
+            [row[f"wire_{way}"] for row in chosen],
+        )
+        parts = (
+            layers[0],
+            *([b - a for a, b in zip(low, high, strict=True)] for low, high in pairwise(layers)),
+        )
+        for (name, colour), heights in zip(_LAYER_COLOURS.items(), parts, strict=True):
+            panel.bar(names, heights, 0.6, bottom=bottom, color=colour, label=name)
+            bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+        for x, total in enumerate(bottom):
+            panel.annotate(f"{total:,.0f}", (x, total), ha="center", va="bottom", color=_INK, fontsize=8)
+        panel.set_title(f"{title}, {most} nodes", fontsize=9, color=_INK)
+        panel.set_xlabel("directions of a node in a round")
+        panel.grid(visible=False, axis="x")
+    left.set_ylabel("bytes per node and round")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return _png(plt, figure)
+
+
+def _plot_scale(rows: Sequence[Row]) -> bytes:
+    plt, figure, (left, right) = _figure(2, height=3.0)
+    xs = [row["nodes"] for row in rows]
+    for panel, ys, label in (
+        (left, [row["cpu_ms_per_round"] for row in rows], "processor time a round, ms"),
+        (right, [row["memory_bytes"] / 1e6 for row in rows], "memory, MB"),
+    ):
+        panel.plot(xs, ys, color=_ACCENTS[0], marker="o", markersize=4)
+        panel.set_xscale("log")
+        panel.set_xticks(xs, [f"{x:,}" for x in xs])
+        panel.minorticks_off()
+        panel.set_ylim(bottom=0)
+        panel.set_xlabel("nodes")
+        panel.set_ylabel(label)
+    return _png(plt, figure)
+
+
+def _plot_times(rows: Sequence[Row], links: Sequence[Row]) -> bytes:
+    plt, figure, (panel,) = _figure(1, width=7.2)
+    for row, colour in zip(rows, _ACCENTS * 3, strict=False):
+        times = _course_times(row, links)
+        if times:
+            is_ours = row["system"].startswith("ours")
+            label = row["system"] + ("" if is_ours else " (computed)")
+            panel.plot(
+                *zip(*times, strict=True),
+                color=colour,
+                marker="o",
+                markersize=4,
+                linestyle="-" if is_ours else "--",
+                label=label,
+            )
+    panel.axhline(UNUSABLE_S, color=_SOFT, linewidth=0.9, linestyle=":")
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xlabel("bits a second of a node's link")
+    panel.set_ylabel("seconds to the target")
+    figure.legend(loc="outside lower center", ncols=3)
+    return _png(plt, figure)

@@ -1,0 +1,156 @@
+"""The report of the bandwidth suite: what it shows of which rows, and that the documents' table is true."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.bandwidth import cli, report
+from benchmarks.bandwidth.results import DIRECTORY, Results
+
+ROOT = Path(__file__).parent.parent.parent
+LAYERS = ("payload", "zmtp", "wire")
+
+
+def wire_row(
+    nodes=4, directions=8, codes="int8", curve=True, policy="private", on="network namespaces", think_ms=60
+):
+    settings = {"nodes": nodes, "directions": directions, "codes": codes, "curve": curve, "policy": policy}
+    counts = {
+        f"{layer}_{way}": 10.0 * (index + 1) + directions
+        for way in ("up", "down")
+        for index, layer in enumerate(LAYERS)
+    }
+    return {**settings, "on": on, "think_ms": think_ms}, counts
+
+
+def target_row(system, losses, wire_up, forwards, **more):
+    points = [
+        {
+            "exchange": i,
+            "seconds": 1.0 * i,
+            "payload_up": 10.0 * i,
+            "wire_up": wire_up * i,
+            "wire_down": wire_up * i,
+            "forwards": forwards * i,
+            "backwards": 0,
+            "loss": loss,
+        }
+        for i, loss in enumerate(losses)
+    ]
+    hit = next((point for point in points if point["loss"] <= 3.75), None)
+    settings = {"recipe": 1, "quick": False, "rank": 4, "system": system, **more}
+    found = {
+        "nodes": 8,
+        "parameters": 23120,
+        "target": 3.75,
+        "points": points,
+        "reached": hit,
+        "end": losses[-1],
+    }
+    return settings, {**found, "good_at": "a thing"}
+
+
+def link_row(bits_per_s, loss=0.0, rounds_per_hour=900.0):
+    settings = {"bits_per_s": bits_per_s, "round_trip_s": 0.6, "loss": loss}
+    found = {
+        "rounds_per_hour": rounds_per_hour,
+        "disconnects": 0,
+        "joined_s": 20.0,
+        "wire_up": 190.0,
+        "wire_down": 300.0,
+    }
+    return settings, found
+
+
+@pytest.fixture
+def results(tmp_path):
+    for part, rows in {
+        "wire": [
+            wire_row(),
+            wire_row(nodes=16, directions=64),
+            wire_row(curve=False),
+            wire_row(codes="1 bit"),
+        ],
+        "target": [
+            target_row("ours, 16 local steps", [4.8, 4.2, 3.7], 200.0, 256),
+            target_row("ours, 16 local steps", [4.8, 4.7, 4.6], 200.0, 256, candidate=2),
+            target_row("FedAvg, Flower", [4.8, 3.3, 3.1], 100_000.0, 80),
+        ],
+        "link": [link_row(1_200), link_row(1_000_000, rounds_per_hour=6000.0), link_row(1_200, loss=0.1)],
+    }.items():
+        kept = Results(part, tmp_path)
+        for settings, found in rows:
+            kept.add(settings, found)
+    return tmp_path
+
+
+def test_both_pages_have_every_part_and_say_what_is_missing(results):
+    outcome = CliRunner().invoke(cli.app, ["report", "--results", str(results)])
+    assert outcome.exit_code == 0, outcome.output
+    text, page = (results / "report.md").read_text("utf-8"), (results / "report.html").read_text("utf-8")
+    for each in (text, page):
+        assert (
+            "500.0 times fewer bytes up than FedAvg with Flower, and 6 times as many forward passes"
+            not in each
+        )
+        assert (
+            "250.0 times fewer bytes up than FedAvg with Flower, and 6 times as many forward passes" in each
+        )
+        assert "Not measured yet" in each
+        assert "Machine:" in each
+    assert page.count("data:image/png;base64,") == 3
+    assert not re.search(r"""(src|href)=["']?(https?:|/)""", page)
+    assert "1.2 kbit/s" in text
+
+
+def test_the_time_over_a_link_is_measured_for_ours_and_computed_for_others(results):
+    rows = report.load(results)
+    ours, flower = rows["target"][0], rows["target"][2]
+    assert report._course_times(ours, rows["link"]) == [(1_200, 28.0), (1_000_000, 21.2)]
+    (thin, _) = report._course_times(flower, rows["link"])
+    assert thin == (1_200, pytest.approx(8 * 200_000 / 1200 + 0.6))
+    assert [report.duration(each) for each in (90, 600, 10_000, 10**6)] == [
+        "90 s",
+        "10 min",
+        "3 h",
+        "12 days",
+    ]
+
+
+def test_the_documents_table_leaves_out_loopback_and_nodes_that_do_not_compute():
+    rows = [
+        {**settings, **found}
+        for settings, found in (
+            wire_row(nodes=1),
+            wire_row(nodes=4),
+            wire_row(nodes=16, on="LOOPBACK, counted by TCP_INFO"),
+            wire_row(nodes=16, think_ms=0),
+            wire_row(nodes=16, curve=False),
+        )
+    ]
+    assert len(report.wire_table(rows)) == 3
+    assert report.wire_table(rows)[2] == "| 1 | 8 | 18 | 28 | 38 | 4.75 | 18 | 28 | 38 |"
+
+
+def test_what_is_made_stands_between_its_marks():
+    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    made = report.inserted(text, ["new"])
+    assert made == f"before\n{report.BEGIN}\n\nnew\n\n{report.END}\nafter\n"
+    assert report.inserted(made, ["new"]) == made
+    with pytest.raises(ValueError, match="lacks the marks"):
+        report.inserted("nothing", ["new"])
+
+
+def test_a_report_of_nothing_is_refused(tmp_path):
+    outcome = CliRunner().invoke(cli.app, ["report", "--results", str(tmp_path)])
+    assert outcome.exit_code == 3
+    assert "holds no results" in outcome.stderr
+
+
+def test_the_readmes_table_is_that_of_the_committed_results():
+    text = (ROOT / "README.md").read_text("utf-8")
+    rows = report.load(ROOT / DIRECTORY)["wire"]
+    assert len(report.wire_table(rows)) == 2 + 8
+    assert report.inserted(text, report.wire_table(rows)) == text
