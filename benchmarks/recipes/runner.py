@@ -8,6 +8,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from time import perf_counter
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -16,9 +17,17 @@ from benchmarks.recipes.baselines import FirstOrder, Mezo, first_order, mezo
 from benchmarks.recipes.course import Course, Show
 from benchmarks.recipes.problem import Problem
 from benchmarks.recipes.results import Results, Row, key_of
-from benchmarks.recipes.swarm import Swarm, train
+from benchmarks.recipes.swarm import PRIVATE, Swarm, train
 
-_USUAL = (("agents", 1), ("at_once", 0), ("full_votes", 1), ("local_steps", 1), ("on_all", False))
+_USUAL = (
+    ("agents", 1),
+    ("at_once", 0),
+    ("bits", 8),
+    ("full_votes", 1),
+    ("local_steps", 1),
+    ("on_all", False),
+    ("policy", PRIVATE),
+)
 """Settings that go without saying: rows from before they could be made are still the same rows."""
 
 Method = Swarm | Mezo | FirstOrder
@@ -46,7 +55,11 @@ class Runner:
         """The row of a method on a problem, from the results or from a run."""
         digest = self._digests.setdefault(subject, problem.digest)
         form = asdict(problem.form) | {"targets": list(problem.form.targets)}  # as JSON gives it back
-        how = {name: value for name, value in asdict(settings).items() if (name, value) not in _USUAL}
+        how = {
+            name: msgspec.to_builtins(value)
+            for name, value in asdict(settings).items()
+            if (name, value) not in _USUAL
+        }
         key = key_of(self._recipe, digest, form, settings.method, how, seed)
         is_new = key not in self.keys
         self.keys.append(key)
