@@ -20,6 +20,7 @@ from coordinator.rundir import RunDirectory
 from coordinator.snapshots import is_due
 from node import embedded
 from transport.keys import new_key_pair
+from transport.seals import Signer
 from zo import kernels
 from zo.codes import coefficients
 from zo.commit import Commit, chain_digest
@@ -78,7 +79,7 @@ def fill(directory: RunDirectory, commits: int, nodes: int, progress: Callable[[
     every = manifest.parity.digest_every
     if commits % every:
         raise ValueError(f"commits must be a multiple of {every}, where digests are recorded, got {commits}")
-    filling = _Filling(manifest, directory.initial(manifest), nodes)
+    filling = _Filling(manifest, directory.initial(manifest), nodes, directory.signer(manifest))
     last_num_bytes = last_bytes = last_codes = 0
     with closing(sqlite3.connect(directory.ledger_path, isolation_level=None)) as db:
         db.executemany(
@@ -89,7 +90,7 @@ def fill(directory: RunDirectory, commits: int, nodes: int, progress: Callable[[
             db.execute("BEGIN")
             for number in range(first, min(first + _TRANSACTION, commits), every):
                 rows, checkpoint = filling.advance(every)
-                db.executemany("INSERT INTO commits VALUES (0, ?, ?, ?, ?, 0)", rows)
+                db.executemany("INSERT INTO commits VALUES (0, ?, ?, ?, ?, 0, ?)", rows)
                 db.execute("INSERT INTO checkpoints VALUES (0, ?, ?, ?, ?, ?)", checkpoint)
                 tail = filling.num_bytes - last_bytes, filling.num_codes - last_codes
                 if is_due(last_num_bytes, *tail, manifest.adapter.size):
@@ -109,9 +110,11 @@ def fill(directory: RunDirectory, commits: int, nodes: int, progress: Callable[[
 class _Filling:
     """The coordinator's state between two digests."""
 
-    def __init__(self, manifest: Manifest, initial: Replica, nodes: int) -> None:
+    def __init__(self, manifest: Manifest, initial: Replica, nodes: int, signer: Signer | None) -> None:
         self.num_bytes = self.num_codes = 0
         self._manifest = manifest
+        self._signer = signer
+        self._genesis = initial.head
         self._rule: StepRule = step_rule(manifest)
         self._scale = self._rule.start()
         self._weights: NDArray[np.int32] = initial.weights.copy()
@@ -127,7 +130,7 @@ class _Filling:
 
     def advance(
         self, rounds: int
-    ) -> tuple[list[tuple[int, bytes, int, int]], tuple[int, bytes, int, int, int]]:
+    ) -> tuple[list[tuple[int, bytes, int, int, bytes]], tuple[int, bytes, int, int, int]]:
         """So many more rounds: rows of the table of commits, and one of that of checkpoints."""
         directions, num_nodes = self._manifest.probe.directions, len(self._participants)
         num_codes = num_nodes * directions
@@ -145,9 +148,12 @@ class _Filling:
                 self._head,
             )
             frame = commit.encode()
-            rows.append((self._round, frame, self.num_bytes, self.num_codes))
-            moves[index] = coefficients(codes[index], step)
             self._head = chain_digest(frame)
+            seal = (
+                b"" if self._signer is None else self._signer.seal(self._genesis, self._round + 1, self._head)
+            )
+            rows.append((self._round, frame, self.num_bytes, self.num_codes, seal))
+            moves[index] = coefficients(codes[index], step)
             self._round += 1
             self.num_bytes += len(frame)
             self.num_codes += num_codes
