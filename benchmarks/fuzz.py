@@ -42,6 +42,8 @@ from transport.keys import KeyFileError, KeyPair, load_key
 from transport.messages import (
     PROTOCOL_VERSION,
     Admitted,
+    Answer,
+    Audit,
     Brief,
     Fetch,
     Finished,
@@ -407,6 +409,7 @@ def messages() -> tuple[list[FromNode], list[FromCoordinator]]:
         Trace(1, (truth.digest(),)),
         Redeem(run.run_id, bytes(32)),
         Rotate(bytes(32)),
+        Answer(1, bytes(8)),
     ], [
         Welcome(PROTOCOL_VERSION, 0, run.encode(), 0, -4, None),
         commit,
@@ -420,6 +423,7 @@ def messages() -> tuple[list[FromNode], list[FromCoordinator]]:
         Finished(1, truth.digest()),
         Refuse("run", "this is another run"),
         Admitted(bytes(32)),
+        Audit(1, 0),
     ]
 
 
