@@ -32,9 +32,10 @@ def report_bytes(directions: int, bits: int) -> int:
 def commit_bytes(nodes: int, directions: int, bits: int, policy: str) -> int:
     """Payload of a commit for a node that has the one before: an extension of step, exponent and codes.
 
-    With the policy `shared` it has the codes of one node. Codes out of thin air cannot be squeezed.
+    With the policy `shared` it has the means of all nodes' codes, which are of 8 bits whatever theirs are. Codes out of
+    thin air cannot be squeezed.
     """
-    num = directions if policy == "shared" else nodes * directions
+    num, bits = (directions, 8) if policy == "shared" else (nodes * directions, bits)
     return extension_bytes(_STEP_AND_EXPONENT_BYTES + packed_bytes(num, bits))
 
 
