@@ -78,30 +78,39 @@ def _best_rate(rows: Sequence[Row]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """What a language model is trained with; of a base with more parameters in a layer, each wants a smaller step."""
+    """What a language model is trained with; a base with more parameters wants smaller rates of MeZO."""
 
     adam: tuple[float, ...]
     adam_steps: int | None
     """More than were tried; None if not."""
     mezo: tuple[float, ...]
+    mezo_steps: int
+    """More than were tried, at the two best rates: a constant one that is best at first may be too large later on."""
     short: float
     """The swarm's step for 125 rounds."""
-    whole: float | None
-    """The swarm's step for 625 rounds; None if that is not run."""
+    whole: float
+    """The swarm's step for 625 rounds."""
     at_once: int
     """Directions in a forward pass, by what `benchmarks.probing` measures."""
 
 
 TRIED: Final = {
     "stories260K-pad64": Tried(
-        adam=FIRST_ORDER_RATES, adam_steps=1500, mezo=MEZO_RATES, short=0.03, whole=0.02, at_once=0
+        adam=FIRST_ORDER_RATES,
+        adam_steps=1500,
+        mezo=MEZO_RATES,
+        mezo_steps=10_000,
+        short=0.03,
+        whole=0.02,
+        at_once=0,
     ),
     BABYLLAMA: Tried(
         adam=FIRST_ORDER_RATES,
         adam_steps=900,
         mezo=(3e-5, 1e-4, 3e-4, 1e-3),
+        mezo_steps=2000,
         short=0.03,
-        whole=None,
+        whole=0.02,
         at_once=2,
     ),
 }
@@ -111,7 +120,7 @@ def shakespeare(run: Runner, quick: bool) -> None:
     """Two story models in NF4 and int8, eight nodes, a text whose kind they never saw.
 
     Rates are chosen on short runs. All methods are compared over a fifth of the length in NF4, where a forward pass
-    takes half as long; the whole of it is run there on the first base. The runs in int8 are about the scalars.
+    takes half as long; the swarm's whole run is in NF4 as well. The runs in int8 are about the scalars.
     """
     text = fold(assets.data("tinyshakespeare", "input.txt").read_text("utf-8"))
     if quick:
@@ -139,14 +148,9 @@ def shakespeare(run: Runner, quick: bool) -> None:
             continue
         if tried.adam_steps is not None:
             run(subject, problem, FirstOrder(steps=tried.adam_steps, rate=_best_rate(first)))
-        rates = [each for each in tried.mezo if each <= _best_rate(mezo)][-1:]
-        if tried.whole is not None:
-            swarm = replace(swarm, rounds=625, step=tried.whole)
-            run(subject, problem, swarm)
-            # A constant rate that is best at first may be too large later on.
-            rates = [each for each in tried.mezo if each <= _best_rate(mezo)][-2:]
-        for rate in rates:
-            run(subject, problem, Mezo(steps=4 * swarm.rounds * swarm.directions, rate=rate))
+        run(subject, problem, replace(swarm, rounds=625, step=tried.whole))
+        for rate in [each for each in tried.mezo if each <= _best_rate(mezo)][-2:]:
+            run(subject, problem, Mezo(steps=tried.mezo_steps, rate=rate))
 
 
 def instructions(run: Runner, quick: bool) -> None:
