@@ -369,7 +369,7 @@ def _replayed(
     manifest = run.manifest()
     with run.ledger(manifest, read_only=True) as ledger:
         status = read_status(manifest, ledger)
-        members = status.agents[0].members
+        members = status.of_agent(0)
         payload = sum(each.payload_bytes_up for each in members) / len(members) / system.exchanges
 
     def values(round: int) -> NDArray[np.float32]:
