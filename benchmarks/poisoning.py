@@ -340,7 +340,7 @@ def page(rows: Sequence[Row], settings: Swarm, command: str) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Held-out loss by round, a panel for each attack."""
+    """Held-out loss by round, a panel for each attack; what rises far above the start leaves its panel."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -350,13 +350,19 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure, panels = plt.subplots(
         1, len(attacks), figsize=(4.4 * len(attacks), 4), sharey=True, layout="constrained"
     )
+    start, lowest = rows[0].points[0][1], min(point[1] for row in rows for point in row.points)
+    top = start + (start - lowest)
     for panel, attack in zip(panels, attacks, strict=True):
+        panel.set_ylim(lowest - 0.1 * (start - lowest), top)
         for row in rows:
             if row.attack in ("none", "absent", attack):
                 label = {"none": "no attackers", "absent": "twelve nodes"}.get(row.attack, row.defence)
                 style = "--" if row.attack in ("none", "absent") else "-"
                 numbers, losses, _ = zip(*row.points, strict=True)
-                panel.plot(numbers, losses, linestyle=style, marker=".", label=label)
+                (line,) = panel.plot(numbers, losses, linestyle=style, marker=".", label=label)
+                if losses[-1] > top:
+                    where = {"xy": (1, 0.98), "xycoords": "axes fraction", "ha": "right", "va": "top"}
+                    panel.annotate(f"up to {max(losses):.1f} ", **where, color=line.get_color())
         panel.set_title(f"{attack} codes")
         panel.set_xlabel("round")
         panel.grid(alpha=0.3)

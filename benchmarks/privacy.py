@@ -177,6 +177,7 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     plain = 100 * mean([row.accuracy for row in rows if row.budget is None])
     panel.axhline(plain, color="C7", linestyle="--", label="not private")
     panel.set_xscale("log", base=2)
+    panel.set_xticks(budgets, [f"{each:g}" for each in budgets])
     panel.set_xlabel(f"ε of each node, at δ = {figures['delta']:g}")
     panel.set_ylabel("accuracy on held-out rows, %")
     panel.grid(alpha=0.3)
