@@ -26,6 +26,7 @@ from benchmarks import machine
 from benchmarks.recipes import problem as problems
 from benchmarks.recipes.catalogue import sentiment_problem
 from benchmarks.recipes.problem import HeldOut, Problem
+from benchmarks.recipes.runner import described
 from benchmarks.recipes.swarm import Exact, Swarm, make_manifest
 from node.accountant import Cost, epsilon, noise_for
 from node.language import adapt
@@ -207,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problem = sentiment_problem(options.quick, options.nodes)
     path = None if options.out is None else options.out / f"{NAME}.json"
     about = {
-        "settings": asdict(settings),
+        "settings": described(settings),
         "delta": DELTA,
         "nodes": len(problem.private),
         "rows_per_node": problem.private[0].num_windows,

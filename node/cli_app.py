@@ -196,9 +196,10 @@ EstimatorOption = Annotated[
     Wanted | None,
     typer.Option(
         "--estimator",
-        metavar="|".join(get_args(Wanted)),
-        help="How to measure slopes: from losses on both sides or on one, exactly by forward mode, or exactly by "
-        "backpropagation, which takes its memory; auto: what is best here, as measured.",
+        metavar="HOW",
+        help="How to measure slopes: two-sided or one-sided, from losses; forward, exactly, by forward mode; backward, "
+        "exactly, by backpropagation, which takes its memory; moves: not slopes, but where own training leads, if the "
+        "run allows it; auto: what is best here, as measured.",
         show_default="as the run says",
     ),
 ]

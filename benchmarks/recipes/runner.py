@@ -33,6 +33,15 @@ _USUAL = (
 Method = Swarm | Mezo | FirstOrder
 
 
+def described(settings: Method) -> dict[str, object]:
+    """A method's settings as JSON gives them back, without those that go without saying."""
+    return {
+        name: msgspec.to_builtins(value)
+        for name, value in asdict(settings).items()
+        if (name, value) not in _USUAL
+    }
+
+
 class Runner:
     """One call of a recipe: its rows so far are `keys`, in the order they were asked for."""
 
@@ -55,11 +64,7 @@ class Runner:
         """The row of a method on a problem, from the results or from a run."""
         digest = self._digests.setdefault(subject, problem.digest)
         form = asdict(problem.form) | {"targets": list(problem.form.targets)}  # as JSON gives it back
-        how = {
-            name: msgspec.to_builtins(value)
-            for name, value in asdict(settings).items()
-            if (name, value) not in _USUAL
-        }
+        how = described(settings)
         key = key_of(self._recipe, digest, form, settings.method, how, seed)
         is_new = key not in self.keys
         self.keys.append(key)

@@ -11,6 +11,7 @@ from coordinator.config import ServiceConfig
 from transport.messages import (
     MAX_NODE_FRAME_BYTES,
     PROTOCOL_VERSION,
+    Answer,
     Fetch,
     Follow,
     FromMember,
@@ -49,6 +50,7 @@ MESSAGES = {
     ),
     Report: st.builds(Report, st.integers(0, 255), st.binary(min_size=1, max_size=4096)),
     Progress: st.builds(Progress, ROUNDS, DIGESTS, st.none() | st.integers(0, 2**32)),
+    Answer: st.builds(Answer, ROUNDS, st.binary(min_size=8, max_size=8)),
     Leave: st.builds(Leave),
     Fetch: st.builds(Fetch, DIGESTS, st.integers(0, 2**40)),
     Follow: st.builds(Follow, ROUNDS, DIGESTS),
