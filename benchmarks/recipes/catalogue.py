@@ -110,7 +110,7 @@ TRIED: Final = {
         mezo=(3e-5, 1e-4, 3e-4, 1e-3),
         mezo_steps=2000,
         short=0.03,
-        whole=0.02,
+        whole=0.01,
         at_once=2,
     ),
 }

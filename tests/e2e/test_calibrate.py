@@ -24,7 +24,7 @@ def test_a_run_is_made_with_an_epsilon_that_was_measured(tmp_path):
         str(notes),
     ]
     options = ["--model", str(embedded.path()), "--batch-size", "1", "--sequence-length", "16"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=150, check=False)
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     epsilon = RunDirectory(tmp_path / "run").manifest().probe.epsilon
     assert epsilon in EPSILONS
