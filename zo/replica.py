@@ -127,14 +127,18 @@ class Replica:
         """What coefficients are added to."""
         return self.weights if self._aim is None else self._aim
 
-    def check(self, commit: Commit) -> NDArray[np.int32]:
-        """The commit's coefficients, (n,) int32, if it can be applied next.
+    def check(self, commit: Commit) -> None:
+        """Check that a commit can be applied next.
 
         Raises:
             ChainError: another round is due, the run has no more rounds, the chain does not match, or participants or
                 codes are not as the manifest says.
             WeightsOverflow: it would move a weight out of range. Nothing has changed then.
         """
+        self._checked(commit)
+
+    def _checked(self, commit: Commit) -> tuple[NDArray[np.int32], Pool | None]:
+        """The (n,) coefficients of a commit that can be applied next, and the pool after it. Raises as `check`."""
         self._check_follows(commit)
         if commit.round >= self._rounds:
             raise ChainError(f"commit of round {commit.round}, but the run ends after {self._rounds} rounds")
@@ -151,11 +155,10 @@ class Replica:
             raise ChainError(str(error)) from error
         if self.pool is None:
             self._bound.check(self._moved, coefficients)
-        else:
-            self._bound.check(
-                self.weights, self.pool.way_to(self._pool_after(self.pool, commit, coefficients))[1]
-            )
-        return coefficients
+            return coefficients, None
+        pool = self._pool_after(self.pool, commit, coefficients)
+        self._bound.check(self.weights, self.pool.way_to(pool)[1])
+        return coefficients, pool
 
     def apply(self, entry: Entry, frame: bytes | None = None, history: History | None = None) -> None:
         """Move on by one entry of the ledger.
@@ -175,15 +178,15 @@ class Replica:
             self._aim = None if self._aim is None else self.weights.copy()
             self._bound = Bound(self.weights)
         else:
-            coefficients = self.check(entry)
-            if self.pool is None:
+            coefficients, pool = self._checked(entry)
+            if self.pool is None or pool is None:
                 _, names = self._names(entry, None)
                 voting = coefficients != 0
                 names, amounts = names[voting], coefficients[voting]
             else:
-                before, self.pool = self.pool, self._pool_after(self.pool, entry, coefficients)
-                changed, amounts = before.way_to(self.pool)
+                changed, amounts = self.pool.way_to(pool)
                 names = pool_names(changed, self.agent)
+                self.pool = pool
             kernels.apply(self._moved, self._key, names, amounts)
             self._bound.grow(amounts)
             if self._start is not None:
