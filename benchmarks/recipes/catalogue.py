@@ -81,8 +81,8 @@ class Tried:
     """What a language model is trained with; a base with more parameters wants smaller rates of MeZO."""
 
     adam: tuple[float, ...]
-    adam_steps: int | None
-    """More than were tried; None if not."""
+    adam_steps: int
+    """More than were tried."""
     mezo: tuple[float, ...]
     mezo_steps: int
     """More than were tried, at the two best rates: a constant one that is best at first may be too large later on."""
@@ -146,8 +146,7 @@ def shakespeare(run: Runner, quick: bool) -> None:
             run(subject, problem, replace(swarm, scalars=scalars))
         if quick or kind != kinds[0]:
             continue
-        if tried.adam_steps is not None:
-            run(subject, problem, FirstOrder(steps=tried.adam_steps, rate=_best_rate(first)))
+        run(subject, problem, FirstOrder(steps=tried.adam_steps, rate=_best_rate(first)))
         run(subject, problem, replace(swarm, rounds=625, step=tried.whole))
         for rate in [each for each in tried.mezo if each <= _best_rate(mezo)][-2:]:
             run(subject, problem, Mezo(steps=tried.mezo_steps, rate=rate))
