@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -329,36 +330,24 @@ def _ours(network: Network, contest: Contest, system: System) -> Found:
         {**system.settings, "run": {"rounds": system.exchanges}, "parity": {"digest_every": 16}},
     )
     run = runs.make(place / "run", manifest, contest.nodes, [], base)
-    children = []
-    with runs.serving(network, run, errors) as (ticket, _):
-        try:
-            for node in range(contest.nodes):
-                arguments = [
-                    "join",
-                    str(ticket),
-                    "--model",
-                    contest.model,
-                    "--data",
-                    str(contest.text_path(node)),
-                ]
-                state = ["--state", str(place / f"node-{node}")]
-                children.append(network.python("nodes", "node.cli", *arguments, *state, errors=errors))
-            directory = RunDirectory(run.path)
-            with directory.ledger(directory.manifest(), read_only=True) as ledger:
-                seen = _watch(
-                    network,
-                    system.exchanges,
-                    ledger.num_commits,
-                    lambda: all(child.poll() in (None, 0) for child in children),
-                    among_nodes=False,
-                )
-        except Unmeasured as error:
-            raise Unmeasured(f"{error}: {errors.read_text()[-400:]}") from error
-        finally:
-            for child in children:
-                with contextlib.suppress(Exception):
-                    child.wait(10)
-                network.stop(child)
+    children: list[subprocess.Popen[str]] = []
+    with runs.serving(network, run, errors) as (ticket, _), _attended(network, children, errors):
+        for node in range(contest.nodes):
+            arguments = [
+                "join",
+                str(ticket),
+                "--model",
+                contest.model,
+                "--data",
+                str(contest.text_path(node)),
+            ]
+            state = ["--state", str(place / f"node-{node}")]
+            children.append(network.python("nodes", "node.cli", *arguments, *state, errors=errors))
+        directory = RunDirectory(run.path)
+        with directory.ledger(directory.manifest(), read_only=True) as ledger:
+            seen = _watch(
+                network, system.exchanges, ledger.num_commits, lambda: _are_well(children), among_nodes=False
+            )
     return _replayed(run, contest, manifest, system, seen)
 
 
@@ -424,12 +413,17 @@ def _gloo(network: Network, contest: Contest, system: System, folder: Path, erro
         )
         for rank in range(contest.nodes)
     ]
+    with _attended(network, children, errors):
+        return _watch(
+            network, system.exchanges, lambda: _latest(folder), lambda: _are_well(children), among_nodes=True
+        )
 
-    def is_alive() -> bool:
-        return all(child.poll() in (None, 0) for child in children)
 
+@contextlib.contextmanager
+def _attended(network: Network, children: Sequence[subprocess.Popen[str]], errors: Path) -> Iterator[None]:
+    """Where something goes wrong, what the children said last is told with it; none of them stays behind."""
     try:
-        return _watch(network, system.exchanges, lambda: _latest(folder), is_alive, among_nodes=True)
+        yield
     except Unmeasured as error:
         raise Unmeasured(f"{error}: {errors.read_text()[-400:]}") from error
     finally:
@@ -437,6 +431,11 @@ def _gloo(network: Network, contest: Contest, system: System, folder: Path, erro
             with contextlib.suppress(Exception):
                 child.wait(10)
             network.stop(child)
+
+
+def _are_well(children: Sequence[subprocess.Popen[str]]) -> bool:
+    """Whether all of them run, or have ended in good order."""
+    return all(child.poll() in (None, 0) for child in children)
 
 
 def _latest(folder: Path) -> int:
