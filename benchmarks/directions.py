@@ -1,10 +1,11 @@
-"""Which directions, and codes of how many bits: what each learns, for the same forward passes.
+"""Policies, widths, estimators, local steps and numbers of nodes: what each learns from the same number of passes.
 
-Runs swarms of virtual nodes over the code path of real ones (`benchmarks.recipes.swarm`), one for each policy, width
-and number of nodes, on one text. What is done is kept in the output file after each run: the same command goes on.
+Runs swarms of virtual nodes over the code path of real ones (`benchmarks.recipes.swarm`) on recipes 1 to 3, and shows
+the held-out metric against forward passes, payload and wire bytes. What is done is kept after each run: the same
+command goes on. Needs ZO_TEST_ASSETS, as recipes do.
 
     python -m benchmarks.directions --quick
-    python -m benchmarks.directions --model DIR --data FILE --nodes 1 4 16 --out directions.json
+    python -m benchmarks.directions --out
 """
 
 from __future__ import annotations
@@ -12,149 +13,165 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from pydoc_data.topics import topics
 from time import perf_counter
-from typing import Any, Final, Literal
+from typing import Any, Final
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import machine
-from benchmarks.recipes.catalogue import fold, text_problem
-from benchmarks.recipes.problem import Form
+from benchmarks.recipes import comparison
+from benchmarks.recipes.assets import AssetMissing
+from benchmarks.recipes.baselines import FirstOrder, first_order
+from benchmarks.recipes.comparison import Row
+from benchmarks.recipes.problem import Problem
+from benchmarks.recipes.results import key_of
+from benchmarks.recipes.runner import described
 from benchmarks.recipes.swarm import Swarm, train
-from node import embedded
+from benchmarks.recipes.variants import Subject, Variant, subject, variants
 from transport.durable import write_atomically
-from zo.manifest import Directions
 
-_QUICK_TEXT: Final = 8_000
-
-
-def _swarm(policy: Directions, bits: Literal[8, 4, 1] = 8) -> Swarm:
-    return Swarm(rounds=300, directions=1, sides=2, step=0.002, full_votes=64, policy=policy, bits=bits)
-
-
-VARIANTS: Final[dict[str, Swarm]] = {
-    "private, 8 bits": _swarm(Directions()),
-    "private, 4 bits": _swarm(Directions(), 4),
-    "private, 1 bit": _swarm(Directions(), 1),
-    "pool of 4096": _swarm(Directions(policy="pool")),
-    "pool of 4096 by importance": _swarm(Directions(policy="pool", pool_draw="importance")),
-    "shared, mean": _swarm(Directions(policy="shared")),
-    "shared, median": _swarm(Directions(policy="shared", combine="median")),
-    "shared, majority, 1 bit": _swarm(Directions(policy="shared", combine="majority"), 1),
-    "4 groups, median": _swarm(Directions(policy="groups", groups=4, combine="median")),
-}
+MARKS: Final = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+_NOT_HERE: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One run."""
+class Job:
+    """One run that is to be."""
 
-    variant: str
-    nodes: int
-    rounds: int
-    step: float
-    held_out_start: float
-    """Nats per token."""
-    held_out_end: float
-    forwards: int
-    """Of all nodes together."""
-    code_bytes_up: int
-    """Of all nodes together, without framing."""
-    ledger_bytes: int
-    """All commits as encoded: what one node receives, without framing."""
-    seconds: float
+    recipe: int
+    subject: Subject
+    variant: Variant
+    settings: Swarm | FirstOrder
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """What makes it the same as another, apart from the data."""
+        variant = self.variant
+        how = (self.settings.method, described(self.settings), variant.nodes, variant.every)
+        return key_of(self.recipe, self.subject.title, *how, self.seed)
 
 
-def measured(variant: str, nodes: int, options: argparse.Namespace) -> Row:
-    """Train once.
+def jobs(recipes: Sequence[int], quick: bool, seed: int) -> Iterator[Job]:
+    """All runs of some recipes."""
+    for recipe in recipes:
+        of = subject(recipe, quick)
+        for variant in variants(of):
+            for settings in variant.tried:
+                yield Job(recipe=recipe, subject=of, variant=variant, settings=settings, seed=seed)
 
-    Shared directions make fewer votes, which are better known: their step is larger by the root of how many nodes share
-    one, so that the codes' noise moves the weights as far as with private ones.
-    """
-    how = VARIANTS[variant]
-    if how.policy.are_combined:
-        how = replace(how, step=how.step * max(1.0, nodes / how.policy.groups) ** 0.5)
-    how = replace(how, rounds=options.rounds)
-    form = Form(batch_size=options.batch_size, sequence_length=options.sequence_length, train="B")
-    problem = text_problem(Path(options.model), fold(_text(options)), form, nodes)
-    began = perf_counter()
-    trained = train(problem, how, options.seed, marks=(0.0, 1.0))
-    start, end = trained.course.points
+
+def measured(job: Job, problem: Problem) -> Row:
+    """Run it."""
+    variant, settings, began = job.variant, job.settings, perf_counter()
+    problem = replace(problem, private=problem.private[:: variant.every])
+    nodes = len(problem.private)
+    if isinstance(settings, Swarm):
+        trained = train(problem, settings, job.seed, marks=MARKS)
+        course, traffic = trained.course, trained.traffic
+        backwards = sum(
+            settings.passes(node)
+            for node in range(nodes)
+            if settings.estimator(node) in ("backward", "moves")
+        )
+        exchanges = settings.rounds
+        counts = traffic.payload_up, traffic.payload_down, traffic.wire_up, traffic.wire_down
+    else:
+        course = first_order(problem, settings, job.seed, lambda *_: None)
+        backwards, exchanges, counts = course.points[-1].forwards, 1, (0.0, 0.0, 0.0, 0.0)
     return Row(
-        variant=variant,
+        key=job.key,
+        recipe=job.recipe,
+        group=variant.group,
+        name=variant.name,
         nodes=nodes,
-        rounds=how.rounds,
-        step=how.step,
-        held_out_start=round(start.metric, 4),
-        held_out_end=round(end.metric, 4),
-        forwards=end.forwards,
-        code_bytes_up=end.up_bytes,
-        ledger_bytes=trained.ledger_bytes,
+        settings=described(settings),
+        points=tuple((point.forwards, point.metric) for point in course.points),
+        backwards=backwards * exchanges,
+        rounds=exchanges if isinstance(settings, Swarm) else settings.steps,
+        payload_up=counts[0],
+        payload_down=counts[1],
+        wire_up=counts[2],
+        wire_down=counts[3],
+        seed=job.seed,
         seconds=round(perf_counter() - began, 1),
+        date=datetime.now(UTC).date().isoformat(),
+        commit=machine.commit(),
+        cpu=machine.cpu(),
     )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows in Markdown."""
-    lines = [
-        "| directions and codes | nodes | step | held-out loss | forward passes | codes up, all | commits down, each |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    lines += [
-        f"| {row.variant} | {row.nodes} | {row.step:.4g} | {row.held_out_start:.3f} → {row.held_out_end:.3f} | "
-        f"{row.forwards:,} | {row.code_bytes_up:,} | {row.ledger_bytes:,} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is not in the output file yet, and print the table."""
+    """Run what is not among the results yet, and write the page and its plots."""
     options = _options(arguments)
-    rows: list[Row] = []
-    if options.out is not None and options.out.exists():
-        kept = json.loads(options.out.read_text("utf-8"))
-        if kept["settings"] != _settings(options):
-            print(f"{options.out} is of other settings: choose another file", file=sys.stderr)
-            return 3
-        rows = [Row(**each) for each in kept["rows"]]
-    done = {(row.variant, row.nodes) for row in rows}
-    wanted = [(variant, nodes) for nodes in options.nodes for variant in VARIANTS]
-    for number, (variant, nodes) in enumerate(wanted):
-        if (variant, nodes) in done:
-            continue
-        print(f"{number + 1} of {len(wanted)}: {variant}, {nodes} nodes", file=sys.stderr, flush=True)
-        rows.append(measured(variant, nodes, options))
-        if options.out is not None:
-            write_atomically(options.out, json.dumps(_figures(options, rows), indent=1).encode())
-    print(table(rows))
+    err = Console(stderr=True)
+    name = "directions-quick" if options.quick else "directions"
+    path = options.out / f"{name}.json"
+    try:
+        known = {row.key: row for row in load(path)}
+    except (ValueError, TypeError, KeyError, msgspec.ValidationError) as error:
+        err.print(f"{path} holds no results of this benchmark ({error}); name another --out", style="red")
+        return _NOT_HERE
+    try:
+        wanted = list(jobs(options.recipe, options.quick, options.seed))
+        run(wanted, known, path, err)
+    except AssetMissing as error:
+        err.print(f"benchmarks.directions: {error}", style="red", highlight=False, soft_wrap=True)
+        return _NOT_HERE
+    rows = [known[job.key] for job in wanted]
+    titles = {job.recipe: (job.subject.title, job.subject.metric) for job in wanted}
+    command = f"python -m benchmarks.directions{' --quick' * options.quick}"
+    for recipe in titles:
+        comparison.plot([row for row in rows if row.recipe == recipe], titles[recipe], _picture(path, recipe))
+    pictures = {recipe: _picture(path, recipe).name for recipe in titles}
+    text = comparison.markdown(rows, titles, pictures, command)
+    path.with_suffix(".md").write_text(text, "utf-8")
+    print(json.dumps([asdict(row) for row in rows]) if options.json else text)
     return 0
 
 
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("rounds", "batch_size", "sequence_length", "seed", "data", "quick")
-    return {name: getattr(options, name) for name in names} | {"base": Path(options.model).name}
+def run(wanted: Sequence[Job], known: dict[str, Row], path: Path, err: Console) -> None:
+    """Run all that is not known, and keep each."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    left = [job for job in wanted if job.key not in known]
+    made: dict[int, Any] = {}
+    with Progress(*columns, console=err, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=len(wanted), completed=len(wanted) - len(left))
+        for job in left:
+            bar.update(task, description=f"recipe {job.recipe}: {job.variant.name}")
+            problem_of = made.setdefault(job.recipe, cache(job.subject.problem))
+            known[job.key] = row = measured(job, problem_of(job.variant.nodes))
+            save(path, list(known.values()))
+            bar.advance(task)
+            err.print(
+                f"recipe {row.recipe}: {row.name}, {row.start:.3f} → {row.end:.3f}, {row.forwards:,} forward passes, "
+                f"{row.seconds:.0f} s",
+                highlight=False,
+            )
 
 
-def _figures(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
-    return {
-        "benchmark": "directions",
-        "date": datetime.now(UTC).date().isoformat(),
-        "cpu": machine.cpu(),
-        "commit": machine.commit(),
-        "settings": _settings(options),
-        "rows": [asdict(row) for row in rows],
-    }
+def load(path: Path) -> list[Row]:
+    """What was run already. Raises ValueError, TypeError or KeyError if the file is of something else."""
+    if not path.exists():
+        return []
+    return [Row(**row) for row in json.loads(path.read_text("utf-8"))["rows"]]
 
 
-def _text(options: argparse.Namespace) -> str:
-    if options.data is not None:
-        return Path(options.data).read_text("utf-8")
-    text = "".join(topics[name] for name in sorted(topics))
-    return text[:_QUICK_TEXT] if options.quick else text
+def save(path: Path, rows: Sequence[Row]) -> None:
+    """Keep all rows, at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps({"rows": [asdict(row) for row in rows]}, indent=1) + "\n").encode())
+
+
+def _picture(path: Path, recipe: int) -> Path:
+    return path.with_name(f"{path.stem}-{recipe}.png")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -162,22 +179,21 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.directions", description=__doc__.partition("\n")[0]
     )
     parser.add_argument(
-        "--model", default=str(embedded.path()), help="directory of a base (the embedded one)"
+        "--recipe", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], help="which (1 2 3)"
     )
-    parser.add_argument("--data", help="text file (the language reference that help() shows)")
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 4, 16], metavar="N", help="(1 4 16)")
-    parser.add_argument("--rounds", type=int, default=300, help="(300)")
-    parser.add_argument("--batch-size", type=int, default=8, help="(8)")
-    parser.add_argument("--sequence-length", type=int, default=128, help="(128)")
     parser.add_argument("--seed", type=int, default=1, help="(1)")
+    parser.add_argument("--quick", action="store_true", help="very short runs: whether it works")
+    parser.add_argument("--json", action="store_true", help="print the rows instead of the page")
     parser.add_argument(
-        "--quick", action="store_true", help="a few short rounds of 4 nodes: whether it works"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        nargs="?",
+        const=Path("docs/results"),
+        default=Path("directions-out"),
+        help="where results are kept (docs/results); without it, in directions-out",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to keep, and to go on from")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.nodes, options.rounds, options.batch_size, options.sequence_length = [4], 6, 2, 32
-    return options
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

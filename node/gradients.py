@@ -6,6 +6,7 @@ is asked, on which batch, and what becomes of the slopes, is the caller's busine
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Final
 
 import bitsandbytes as bnb
@@ -18,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from node.adapter import Adapter
 from node.data import AnyBatch
 from node.estimators import EstimatorError
+from node.frozen import Answers, frozen_backbone, once_per_batch
 from node.losses import loss_with_graph
 
 _INSIDE: Final = "model"
@@ -36,6 +38,8 @@ class Gradients:
         self._adapter = adapter
         hold_as_floats(adapter.model)
         self._loss = _Loss(adapter.model)
+        self._backbone = frozen_backbone(adapter)
+        self._answers: Answers = deque(maxlen=1)
 
     def gradient(self, values: NDArray[np.float32], drawn: AnyBatch) -> tuple[float, NDArray[np.float32]]:
         """The loss of a batch and its gradient, (size,), by one backward pass.
@@ -83,7 +87,8 @@ class Gradients:
             )
             for each in self._adapter.layout.parameters
         }
-        found: torch.Tensor = functional_call(self._loss, parameters, (drawn,))
+        with once_per_batch(self._backbone, self._answers):
+            found: torch.Tensor = functional_call(self._loss, parameters, (drawn,))
         return found
 
 

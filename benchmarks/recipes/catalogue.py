@@ -152,18 +152,17 @@ def shakespeare(run: Runner, quick: bool) -> None:
             run(subject, problem, Mezo(steps=tried.mezo_steps, rate=rate))
 
 
-def instructions(run: Runner, quick: bool) -> None:
-    """Sixteen nodes, each with one client's task of its own; every client's held-out completions count alike."""
+def instructions_problem(form: Form, num_clients: int) -> Problem:
+    """Completions of clients of natural-instructions, a node for each."""
     model = assets.model(BABYLLAMA)
-    form = Form(quantize="nf4", batch_size=4, sequence_length=256)
     tokenizer = bases.load_base(model, threads=1).tokenizer
     folder = assets.data("natural-instructions")
 
     def rows(*names: str) -> Completions:
         return read_completions([folder / name for name in names], tokenizer, form.sequence_length)
 
-    clients = [f"client{number:02}" for number in range(4 if quick else 16)]
-    problem = Problem(
+    clients = [f"client{number:02}" for number in range(num_clients)]
+    return Problem(
         model=str(model),
         form=form,
         task=Task(kind="completion"),
@@ -171,8 +170,14 @@ def instructions(run: Runner, quick: bool) -> None:
         pooled=rows(*(f"{client}.train.jsonl" for client in clients)),
         held_out=[rows(f"{client}.test.jsonl") for client in clients],
     )
+
+
+def instructions(run: Runner, quick: bool) -> None:
+    """Sixteen nodes, each with one client's task of its own; every client's held-out completions count alike."""
+    clients = 4 if quick else 16
+    problem = instructions_problem(Form(quantize="nf4", batch_size=4, sequence_length=256), clients)
     swarm = Swarm(rounds=10 if quick else 80, directions=4, sides=1, step=0.05, epsilon=0.003, at_once=2)
-    subject = f"{model.name} in nf4, {len(clients)} tasks"
+    subject = f"{BABYLLAMA} in nf4, {clients} tasks"
     few, many = (30, None) if quick else (100, 500)
     _compare(run, subject, problem, swarm, few, many, adam_rates=(0.003, 0.01), mezo_rates=(1e-4, 3e-4))
     run(subject, problem, replace(swarm, rounds=max(swarm.rounds // 4, 1), agents=4))

@@ -17,7 +17,7 @@ from benchmarks.recipes.baselines import FirstOrder, Mezo, first_order, mezo
 from benchmarks.recipes.course import Course, Show
 from benchmarks.recipes.problem import Problem
 from benchmarks.recipes.results import Results, Row, key_of
-from benchmarks.recipes.swarm import PRIVATE, Swarm, train
+from benchmarks.recipes.swarm import NO_MOVES, PRIVATE, Swarm, train
 
 _USUAL = (
     ("agents", 1),
@@ -27,6 +27,9 @@ _USUAL = (
     ("local_steps", 1),
     ("on_all", False),
     ("policy", PRIVATE),
+    ("estimators", ()),
+    ("moves", NO_MOVES),
+    ("max_share", 0.0),
 )
 """Settings that go without saying: rows from before they could be made are still the same rows."""
 
