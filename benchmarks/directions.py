@@ -50,6 +50,8 @@ class Job:
     variant: Variant
     settings: Swarm | FirstOrder
     seed: int
+    marks: Sequence[float] = MARKS
+    """Shares of the run after which it is measured."""
 
     @property
     def key(self) -> str:
@@ -65,7 +67,10 @@ def jobs(recipes: Sequence[int], quick: bool, seed: int) -> Iterator[Job]:
         of = subject(recipe, quick)
         for variant in variants(of):
             for settings in variant.tried:
-                yield Job(recipe=recipe, subject=of, variant=variant, settings=settings, seed=seed)
+                marks = (0.0, 1.0) if quick else MARKS
+                yield Job(
+                    recipe=recipe, subject=of, variant=variant, settings=settings, seed=seed, marks=marks
+                )
 
 
 def measured(job: Job, problem: Problem) -> Row:
@@ -74,7 +79,7 @@ def measured(job: Job, problem: Problem) -> Row:
     problem = replace(problem, private=problem.private[:: variant.every])
     nodes = len(problem.private)
     if isinstance(settings, Swarm):
-        trained = train(problem, settings, job.seed, marks=MARKS)
+        trained = train(problem, settings, job.seed, marks=job.marks)
         course, traffic = trained.course, trained.traffic
         backwards = sum(
             settings.passes(node)

@@ -82,8 +82,9 @@ def markdown(
         "# Directions, codes, estimators, local steps",
         "",
         f"`{command} --out`: swarms of virtual nodes in one process, over the code path of real ones (probe, codes, "
-        "cap, step rule, commit, replica). Everybody of a recipe has about the same number of forward passes, and the "
-        "same number of steps tried; the best is here, and held-out rows chose it. One seed. Frames are "
+        "cap, step rule, commit, replica). Everybody of a recipe has about the same number of forward passes. Steps "
+        "follow one rule: so much for each vote, three times as much on a direction that all share, twice on one of a "
+        "group; they were not tuned one by one. Of settings with several tries the best counts. One seed. Frames are "
         "made as the transport makes them; what is around them on the wire is computed by the formula that `zo-bench "
         "wire` confirms on an interface. Bytes are of one node, over the whole run.",
         "",
