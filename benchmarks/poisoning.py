@@ -4,7 +4,8 @@ python -m benchmarks.poisoning --out docs/results
 
 Sixteen nodes in one process, over probe, codes, cap, step rule, commit and replica as they are in the field; four of
 them send inverted, constant or maximal codes. Who is found out, by the tallies of codes or by public audits, reports no
-more. What was run already is not run again.
+more. Then the same attackers where nodes share directions, and codes are combined. What was run already is not run
+again.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from benchmarks.recipes import problem as problems
 from benchmarks.recipes.catalogue import sentiment_problem
 from benchmarks.recipes.problem import HeldOut, Problem
 from benchmarks.recipes.results import key_of
+from benchmarks.recipes.runner import described
 from benchmarks.recipes.swarm import Swarm, make_manifest
 from coordinator.consensus import Consensus, Losses, tolerance
 from coordinator.influence import Influence
@@ -41,9 +43,13 @@ from node.losses import row_losses, row_misses
 from node.objectives import objective
 from node.probe import Probe
 from zo.codes import NO_VOTE
+from zo.combine import combined
 from zo.commit import Commit
 from zo.directions import AUDIT, Direction, run_key
 from zo.initial import initial_weights
+from zo.manifest import Directions
+from zo.naming import naming
+from zo.packing import bits_of_commits, pack
 from zo.replica import Replica
 from zo.steps import step_rule
 from zo.weights import to_float
@@ -52,6 +58,7 @@ NODES: Final = 16
 ATTACKERS: Final = 4
 ROWS: Final = 108
 """Of each node."""
+SHARED_HELD_OUT: Final = 2693
 HELD_OUT: Final = 436
 """Every second row of the development set."""
 PUBLIC_ROWS: Final = 16
@@ -105,7 +112,21 @@ RUNS: Final = (
     ),
     ("inverted", FAULTY),
 )
-"""Attack and defence of each run. Constant and maximal codes are found by the tallies, whatever audits are answered."""
+"""Attack and defence of each run with private directions. The tallies find constant and maximal codes, whatever audits
+are answered."""
+
+
+POLICIES: Final[dict[str, tuple[Directions, Literal[8, 1]]]] = {
+    "shared, mean": (Directions(policy="shared"), 8),
+    "shared, trimmed mean, 25 %": (Directions(policy="shared", combine="trimmed", trim=25), 8),
+    "shared, median": (Directions(policy="shared", combine="median"), 8),
+    "shared, majority of signs": (Directions(policy="shared", combine="majority"), 1),
+    "4 groups, median": (Directions(policy="groups", groups=4, combine="median"), 8),
+}
+"""Policy and width of the codes of runs in which nodes share directions."""
+SHARED_ATTACKS: Final = ("none", "inverted", "maximal")
+MOST_POINTS: Final = 2.0
+"""That the error may be above that of the honest swarm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +134,7 @@ class Row:
     """One run."""
 
     key: str
+    policy: str = "private"
     attack: str
     defence: str
     rounds: int
@@ -131,9 +153,10 @@ class Row:
 class Arena:
     """The swarm, for as many runs as are wanted: the same start, data and directions in each."""
 
-    def __init__(self, problem: Problem, settings: Swarm) -> None:
+    def __init__(self, problem: Problem, settings: Swarm, policy: str = "private") -> None:
         form, base = problem.form, problems.load(problem)
         self.settings = settings
+        self.policy = policy
         self.manifest = make_manifest(base, form, settings, 1, problem.task)
         self.key = run_key(self.manifest.run_id)
         self.adapter = adapt(base, self.manifest)
@@ -151,6 +174,8 @@ class Arena:
                 batch_size=form.batch_size,
                 seed=1000 + node,
                 sides=settings.sides,
+                bits=settings.bits,
+                naming=naming(self.manifest),
                 objective=objective(problem.task, base, windows),
             )
 
@@ -201,11 +226,13 @@ class Arena:
                 findings += consensus.observe(answers)
             for finding in findings:
                 found.setdefault(finding.node, number)
-            codes, _ = capped(reported, defence.max_share)
-            shares.append(_share(codes, [node in attackers for node in nodes]))
-            step, scale = rule.advance(scale, number, codes.ravel())
-            commit = Commit(number, (step,), (scale.exponent,), nodes, codes.tobytes(), replica.head)
-            replica.apply(commit)
+            bits = self.settings.bits
+            counted = reported if bits == 1 else capped(reported, defence.max_share)[0]
+            shares.append(_share(counted, [node in attackers for node in nodes]))
+            participants, codes = combined(nodes, counted.ravel(), self.manifest)
+            step, scale = rule.advance(scale, number, codes)
+            packed = pack(codes, bits_of_commits(self.manifest))
+            replica.apply(Commit(number, (step,), (scale.exponent,), participants, packed, replica.head))
             if (number + 1) % max(1, rounds // 10) == 0 or number + 1 == rounds:
                 points.append((number + 1, *self.measure(replica.weights)))
             passed = time.perf_counter() - began
@@ -213,6 +240,7 @@ class Arena:
             show(f"round {number + 1}/{rounds}, held-out {points[-1][1]:.3f}, {left:.0f} s left")
         return Row(
             key=self.key_of(attack, defence),
+            policy=self.policy,
             attack=attack,
             defence=defence.name,
             rounds=rounds,
@@ -228,11 +256,11 @@ class Arena:
     def key_of(self, attack: str, defence: Defence) -> str:
         """What makes a run the same as another."""
         how = asdict(defence) if attack != "none" else {"max_share": defence.max_share}
-        return key_of("poisoning", asdict(self.settings), ROWS, attack, how)
+        return key_of("poisoning", described(self.settings), ROWS, attack, how)
 
 
-def _problem(num_rows: int, num_held_out: int) -> Problem:
-    """Recipe 3 with fewer rows."""
+def _problem(num_rows: int, num_held_out: int | None) -> Problem:
+    """Recipe 3 with fewer rows; all that are held out, if it is not said how many."""
 
     def few(rows: Sequences, num: int, stride: int = 1) -> Sequences:
         assert isinstance(rows, Labelled)
@@ -246,7 +274,7 @@ def _problem(num_rows: int, num_held_out: int) -> Problem:
         problem,
         form=replace(problem.form, batch_size=num_rows),
         private=[few(rows, num_rows) for rows in problem.private],
-        held_out=[few(problem.held_out[0], num_held_out, 2)],
+        held_out=[few(problem.held_out[0], num_held_out, 2)] if num_held_out else problem.held_out,
     )
 
 
@@ -283,8 +311,15 @@ def save(path: Path, rows: Sequence[Row]) -> None:
     os.replace(partial, path)
 
 
-def page(rows: Sequence[Row], settings: Swarm, command: str) -> str:
-    """The results as a page."""
+def page(rows: Sequence[Row], shared: Sequence[Row], settings: Swarm, command: str) -> str:
+    """The results as a page.
+
+    Args:
+        rows: of private directions.
+        shared: of directions that nodes share.
+        settings: of the first.
+        command: that makes it.
+    """
     honest = next(row for row in rows if row.attack == "none")
     begin, best = honest.points[0][1], honest.points[-1][1]
     lines = [
@@ -335,8 +370,37 @@ def page(rows: Sequence[Row], settings: Swarm, command: str) -> str:
         "honestly is not found by anything here**, as its row shows: only the bounds hold it. With private directions "
         "nobody else can know what its codes should be; directions that several nodes share change that.",
         "",
+        *_of_shared(shared),
     ]
     return "\n".join(lines)
+
+
+def _of_shared(rows: Sequence[Row]) -> list[str]:
+    """The section on directions that nodes share."""
+    if not rows:
+        return []
+    lines = [
+        "## Where nodes share directions",
+        "",
+        "The same attackers; codes for the same direction are combined, and nobody is shut out. Error is of all "
+        f"{SHARED_HELD_OUT:,} held-out rows, of which the standard error is 0.9 points. To be reached: at most "
+        f"{MOST_POINTS:g} points above the honest swarm.",
+        "",
+        "| directions | attackers send | held-out loss | error | above the honest swarm | |",
+        "|---|---|--:|--:|--:|---|",
+    ]
+    for row in rows:
+        honest = next(each for each in rows if each.policy == row.policy and each.attack == "none")
+        _, loss, error = row.points[-1]
+        above = round(100 * (error - honest.points[-1][2]), 1)
+        if row is honest:
+            lines.append(f"| {row.policy} | what they should | {loss:.3f} | {error:.1%} | – | |")
+            continue
+        verdict = "met" if above <= MOST_POINTS else "**not met**"
+        lines.append(
+            f"| {row.policy} | {row.attack} | {loss:.3f} | {error:.1%} | {above:+.1f} points | {verdict} |"
+        )
+    return [*lines, ""]
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -378,23 +442,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="few rounds, to see that it works")
     given = parser.parse_args(arguments)
     settings = Swarm(rounds=10 if given.quick else 300, directions=4, sides=2, step=0.3, epsilon=0.01)
-    arena = Arena(_problem(8 if given.quick else ROWS, 64 if given.quick else HELD_OUT), settings)
     path = given.out / ("poisoning-quick.json" if given.quick else "poisoning.json")
     err = Console(stderr=True)
-    rows = {row.key: row for row in load(path)}
-    keys = [arena.key_of(attack, defence) for attack, defence in RUNS]
-    for (attack, defence), key in zip(RUNS, keys, strict=True):
-        title = f"{attack}, {defence.name}"
-        if key not in rows:
-            with err.status(title) as status:
-                rows[key] = arena.run(attack, defence, partial(_say, status, title))
-            save(path, list(rows.values()))
-        err.print(f"{title}: {rows[key].points[-1][1]:.3f}, {rows[key].seconds:.0f} s", highlight=False)
-    ordered = [rows[key] for key in dict.fromkeys(keys)]
-    save(path, ordered)
-    plot(ordered, path.with_suffix(".png"))
+    known = {row.key: row for row in load(path)}
+    num_rows = 8 if given.quick else ROWS
+
+    def ran(arena: Arena, runs: Sequence[tuple[str, Defence]]) -> list[Row]:
+        keys = [arena.key_of(attack, defence) for attack, defence in runs]
+        for (attack, defence), key in zip(runs, keys, strict=True):
+            title = f"{arena.policy}: {attack}, {defence.name}"
+            if key not in known:
+                with err.status(title) as status:
+                    known[key] = arena.run(attack, defence, partial(_say, status, title))
+                save(path, list(known.values()))
+            err.print(f"{title}: {known[key].points[-1][1]:.3f}, {known[key].seconds:.0f} s", highlight=False)
+        return [known[key] for key in dict.fromkeys(keys)]
+
+    rows = ran(Arena(_problem(num_rows, 64 if given.quick else HELD_OUT), settings), RUNS)
+    problem = _problem(num_rows, 64 if given.quick else None)
+    shared: list[Row] = []
+    for name, (policy, bits) in POLICIES.items():
+        # A sixteenth of the directions, or a quarter: the same step would move the weights four times as far, or twice.
+        step = settings.step / (NODES / policy.groups) ** 0.5
+        how = replace(settings, policy=policy, bits=bits, step=step)
+        shared += ran(Arena(problem, how, name), [(attack, CAPPED) for attack in SHARED_ATTACKS])
+    save(path, [*rows, *shared])
+    plot(rows, path.with_suffix(".png"))
     path.with_suffix(".md").write_text(
-        page(ordered, settings, machine.command("benchmarks.poisoning")), "utf-8"
+        page(rows, shared, settings, machine.command("benchmarks.poisoning")), "utf-8"
     )
     err.print(f"wrote {path.with_suffix('.md')}", highlight=False)
 

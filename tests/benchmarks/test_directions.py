@@ -18,7 +18,7 @@ from node import embedded
 from zo.commit import Commit
 from zo.manifest import Moves
 
-TEXT = "".join(topics[name] for name in sorted(topics))[:8000]
+TEXT = "".join(topics[name] for name in sorted(topics))[:4000]
 
 
 def tiny(*_):
@@ -32,7 +32,7 @@ def tiny(*_):
         other_nodes=(1,),
         local_steps=(1, 2),
         few=2,
-        passes=16,
+        passes=8,
         step=0.002,
         epsilon=0.01,
         directions=1,
@@ -51,8 +51,8 @@ def test_all_are_run_and_a_second_call_goes_on_after_what_is_done(tmp_path, caps
     rows = json.loads(path.read_text())["rows"]
     by_name = {row["name"]: row for row in rows}
     assert list(by_name) == [variant.name for variant in v.variants(tiny())]
-    assert by_name[v.INT8]["points"][-1][0] == 16
-    assert by_name[v.ONE_BIT_LONGER]["rounds"] == round(1.7 * 16 / 8)
+    assert by_name[v.INT8]["points"][-1][0] == 8
+    assert by_name[v.ONE_BIT_LONGER]["rounds"] == round(1.7 * 8 / 8)
     assert by_name[v.HALF_ALONE]["nodes"] == 1
     assert by_name[v.ALL_MOVE]["backwards"] == 2 * 2 * 2
     assert by_name["shared, mean"]["payload_down"] < by_name[v.INT8]["payload_down"]

@@ -1,5 +1,7 @@
 """The benchmark of poisoning: what its attackers send, and what its page says. Nothing is trained here."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -60,12 +62,24 @@ def test_rows_survive_their_file(tmp_path):
 
 
 def test_the_page_says_what_is_left_and_who_was_found(tmp_path):
-    page = poisoning.page(ROWS, SETTINGS, "python -m benchmarks.poisoning")
+    page = poisoning.page(ROWS, [], SETTINGS, "python -m benchmarks.poisoning")
     assert "| inverted | codes are bounded | 0.700 | 25.0% | 0% | 38% | – |" in page
     assert "0.550 | 25.0% | 75% | 38% | 2: 40, 41 |" in page
     assert "Honest nodes that were found in any of these runs: 1." in page
     poisoning.plot(ROWS, tmp_path / "poisoning.png")
     assert (tmp_path / "poisoning.png").stat().st_size > 1000
+
+
+def test_of_shared_directions_the_page_says_how_far_above_the_honest_swarm_attackers_bring_it():
+    name = next(iter(poisoning.POLICIES))
+    shared = [
+        dataclasses.replace(row(attack, CAPPED, 0.6), policy=name, points=[(0, 0.7, 0.5), (2, 0.6, error)])
+        for attack, error in (("none", 0.3), ("inverted", 0.32), ("maximal", 0.33))
+    ]
+    page = poisoning.page(ROWS, shared, SETTINGS, "python -m benchmarks.poisoning")
+    assert f"| {name} | what they should | 0.600 | 30.0% | – | |" in page
+    assert f"| {name} | inverted | 0.600 | 32.0% | +2.0 points | met |" in page
+    assert f"| {name} | maximal | 0.600 | 33.0% | +3.0 points | **not met** |" in page
 
 
 def test_every_run_is_one():
