@@ -197,9 +197,9 @@ EstimatorOption = Annotated[
     typer.Option(
         "--estimator",
         metavar="HOW",
-        help="How to measure slopes: two-sided or one-sided, from losses; forward, exactly, by forward mode; backward, "
-        "exactly, by backpropagation, which takes its memory; moves: not slopes, but where own training leads, if the "
-        "run allows it; auto: what is best here, as measured.",
+        help="How to measure slopes: two-sided or one-sided, from losses; spsa, whichever of these the run says; "
+        "forward, exactly, by forward mode; backward, exactly, by backpropagation, which takes its memory; moves: not "
+        "slopes, but where own training leads, if the run allows it; auto: what is best here, as measured.",
         show_default="as the run says",
     ),
 ]

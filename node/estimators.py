@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 Choice = Literal[Estimator, "moves"]
 """An estimator of slopes, or moves instead of them."""
-Wanted = Literal["auto", Choice]
+SPSA: Final = "spsa"
+"""From losses, on as many sides as the run says."""
+Wanted = Literal["auto", "spsa", Choice]
 FIRST_ORDER: Final[frozenset[Estimator]] = frozenset({"forward", "backward"})
 """Those that need a derivative of the loss."""
 SLOWEST: Final = 4.0

@@ -19,6 +19,7 @@ from node.curvature import Curvature
 from node.data import Sequences, read_windows
 from node.estimators import (
     FIRST_ORDER,
+    SPSA,
     Choice,
     EstimatorError,
     Trial,
@@ -175,7 +176,8 @@ class LanguageTrainer:
             EstimatorError: the run does not allow it, or it cannot be had here.
         """
         manifest, probe = self._manifest, self._probe
-        wanted = usual_estimator(manifest) if wanted is None else wanted
+        if wanted is None or wanted == SPSA:
+            wanted = usual_estimator(manifest)
         if probe.mechanism is not None:
             if wanted not in ("auto", usual_estimator(manifest)):
                 raise EstimatorError(
