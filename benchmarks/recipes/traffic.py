@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Final
 
 from transport.brevity import brief
-from transport.messages import Report, encode
+from transport.messages import REPORT_ROUND_MODULUS, Report, encode
 from transport.meter import zmtp_bytes
 from transport.squeezing import squeezed
 from zo.commit import Commit
@@ -41,7 +41,7 @@ class Traffic:
             reports: packed codes of every node.
             commit: what came of them.
         """
-        ups = [len(encode(Report(commit.round, codes))) for codes in reports]
+        ups = [len(encode(Report(commit.round % REPORT_ROUND_MODULUS, codes))) for codes in reports]
         short = None if self.before is None else brief(self.before, commit)
         down = len(squeezed(commit.encode() if short is None else encode(short)))
         self.before = commit
