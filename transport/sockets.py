@@ -257,7 +257,11 @@ class NodeSocket:
     """
 
     def __init__(
-        self, ticket: Ticket, keys: KeyPair, on_sent: Callable[[bytes], None] = lambda _: None
+        self,
+        ticket: Ticket,
+        keys: KeyPair,
+        on_sent: Callable[[bytes], None] = lambda _: None,
+        context: "zmq.Context[zmq.Socket[bytes]] | None" = None,
     ) -> None:
         """Connect, in the background.
 
@@ -265,12 +269,14 @@ class NodeSocket:
             ticket: of the run.
             keys: of this node.
             on_sent: told of every frame that leaves. There is no other way out than `send`.
+            context: of libzmq, which stays open; one of its own, with its own threads, if None.
 
         Raises:
             SocketError: the ticket's address is none.
         """
         self._on_sent = on_sent
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._owns_context = context is None
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context() if context is None else context
         self._dealer = dealer = self._context.socket(zmq.DEALER)
         dealer.set(zmq.IMMEDIATE, 1)  # no queue while disconnected: what was not sent is decided anew
         dealer.set(zmq.SNDHWM, _QUEUE_FRAMES)
@@ -348,12 +354,23 @@ class NodeSocket:
         count = read_socket_count(self._descriptor)
         return None if count is None else self._closed_count + count
 
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        """What an event loop of many sockets can wait for: once one is readable, `poll` until there is nothing more.
+
+        A `send` may take the sign of a frame that has come; so `poll` after it, too.
+        """
+        return int(self._dealer.get(zmq.FD)), int(self._monitor.get(zmq.FD))
+
     def close(self) -> None:
         """Close; queued frames have half a second to leave."""
         self._forget_descriptor()
         self._dealer.disable_monitor()
         self._monitor.close()
-        self._context.destroy(linger=_LINGER_MS)
+        if self._owns_context:
+            self._context.destroy(linger=_LINGER_MS)
+        else:
+            self._dealer.close(linger=_LINGER_MS)
 
     def _link_events(self) -> Iterator[Link]:
         while self._monitor.poll(0):

@@ -141,6 +141,11 @@ class Clients:
             raise Unmeasured(answer["failed"])
         return answer["done"]
 
+    @property
+    def process(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
     def close(self) -> None:
         """End it."""
         self._network.stop(self._process)
