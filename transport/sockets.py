@@ -45,6 +45,8 @@ _REDIAL_S: Final = 1.0
 _WEIGH_EVERY_S: Final = 1.0
 _EVENTS_AT_ONCE: Final = 64
 _REMEMBERED_CUTS: Final = 256
+_TCP_QUICKACK: Final[int | None] = getattr(socket, "TCP_QUICKACK", None)
+"""Of Linux alone."""
 _LINGER_MS: Final = 500  # a last Leave, Finished or Refuse still gets out
 
 
@@ -302,7 +304,8 @@ class NodeSocket:
             | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
             | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         )
-        self._descriptor: int | None = None
+        self._connection: socket.socket | None = None
+        """A duplicate: it keeps the kernel's counters readable until this side has seen the connection end."""
         self._stands: bool | None = None
         """Whether the handshake is done; None while there is no connection."""
         self._closed_count = NOTHING_COUNTED
@@ -343,15 +346,16 @@ class NodeSocket:
                 if not self._dealer.poll(0, zmq.POLLOUT):
                     break
             else:
+                self._delay_acknowledgements()
                 self._on_sent(frame)
                 return True
         return False
 
     def socket_count(self) -> SocketCount | None:
         """What the kernel counted over all connections so far; None where it cannot be asked."""
-        if self._descriptor is None:
+        if self._connection is None:
             return self._closed_count if self._closed_count != NOTHING_COUNTED else None
-        count = read_socket_count(self._descriptor)
+        count = read_socket_count(self._connection.fileno())
         return None if count is None else self._closed_count + count
 
     @property
@@ -364,7 +368,7 @@ class NodeSocket:
 
     def close(self) -> None:
         """Close; queued frames have half a second to leave."""
-        self._forget_descriptor()
+        self._forget_connection()
         self._dealer.disable_monitor()
         self._monitor.close()
         if self._owns_context:
@@ -380,11 +384,10 @@ class NodeSocket:
                 self._redial_at = None
             elif kind == zmq.EVENT_CONNECTED:
                 self._redial_at = None
-                self._forget_descriptor()
+                self._forget_connection()
                 self._stands = False
-                # A duplicate keeps the kernel's counters readable until this side has seen the connection end.
                 with contextlib.suppress(OSError):
-                    self._descriptor = os.dup(event["value"])
+                    self._connection = socket.socket(fileno=os.dup(event["value"]))
             elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._stands = True
                 yield Link.UP
@@ -398,7 +401,7 @@ class NodeSocket:
                 # handshake. One end of a connection may bring two of these events, and is one end all the same.
                 stood, self._stands = self._stands, None
                 self._redial_soon()
-                self._forget_descriptor()
+                self._forget_connection()
                 if stood is not None:
                     # A server with another key cannot read our hello and hangs up without a word.
                     yield Link.DOWN if stood else Link.WRONG_KEY
@@ -413,9 +416,19 @@ class NodeSocket:
             self._dealer.disconnect(self._endpoint)
         self._dealer.connect(self._endpoint)
 
-    def _forget_descriptor(self) -> None:
-        if self._descriptor is not None:
-            count = read_socket_count(self._descriptor)
+    def _delay_acknowledgements(self) -> None:
+        """Have what comes next acknowledged as a whole, not its first segments one by one.
+
+        Linux acknowledges at once when a connection is young, and again after every silence that was longer than its
+        retransmission timeout, 0.2 s: so before each commit, if it is not told otherwise each time.
+        """
+        if self._connection is not None and _TCP_QUICKACK is not None:
+            with contextlib.suppress(OSError):
+                self._connection.setsockopt(socket.IPPROTO_TCP, _TCP_QUICKACK, 0)
+
+    def _forget_connection(self) -> None:
+        if self._connection is not None:
+            count = read_socket_count(self._connection.fileno())
             self._closed_count = self._closed_count + (count or NOTHING_COUNTED)
-            os.close(self._descriptor)
-            self._descriptor = None
+            self._connection.close()
+            self._connection = None

@@ -118,6 +118,12 @@ def wire_command(
     json: JsonOption = False,
     out_directory: OutOption = None,
     loopback: LoopbackOption = False,
+    every: Annotated[
+        bool,
+        typer.Option(
+            "--all", help="Every width with every policy at every size: 288 rows.", show_default=False
+        ),
+    ] = False,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds to take the median of.")] = 9,
     think_ms: Annotated[
         int,
@@ -133,7 +139,7 @@ def wire_command(
         _tell(net)
         results = Results("wire", out_directory)
         manifest = runs.template(Path(place) / "template").manifest()
-        wanted, missing = wire.known(wire.cells(quick), manifest)
+        wanted, missing = wire.known(wire.cells(quick, every), manifest)
         for each in missing:
             err.print(
                 f"{each}: this version of the product does not have it", style="yellow", highlight=False

@@ -13,14 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any, Final
 
 import zmq
 
 from benchmarks.bandwidth.chain import Chain
+from benchmarks.bandwidth.counters import StalledError, differences, read_interface
 from benchmarks.bandwidth.fleet import Fleet
 from benchmarks.bandwidth.light import LightNode, Pace
 from transport.base_files import digest, tokenizer_digest
@@ -31,22 +30,6 @@ from transport.ticket import parse_ticket
 _STALL_S: Final = 120.0
 _LOOK_S: Final = 0.002
 _SETTLE_S: Final = 0.2
-_COUNTERS: Final = Path("/proc/self/net/dev")
-
-
-class StalledError(RuntimeError):
-    """Nodes did not get where they should."""
-
-
-def read_interface(name: str) -> dict[str, int]:
-    """What an interface of this process's namespace has carried so far: bytes and frames, sent (up) and received."""
-    for line in _COUNTERS.read_text().splitlines():
-        found, _, fields = line.partition(":")
-        if found.strip() == name:
-            numbers = [int(field) for field in fields.split()]
-            names = ("wire_up", "frames_up", "wire_down", "frames_down")
-            return dict(zip(names, (*numbers[8:10], *numbers[:2]), strict=True))
-    raise StalledError(f"there is no interface {name} here")
 
 
 def totals(nodes: Sequence[LightNode], interface: str | None) -> dict[str, int]:
@@ -67,13 +50,6 @@ def totals(nodes: Sequence[LightNode], interface: str | None) -> dict[str, int]:
         "frames_up": sum(count.segments_sent for count in counts),
         "wire_down": sum(count.wire_bytes_received for count in counts),
         "frames_down": sum(count.segments_received for count in counts),
-    }
-
-
-def differences(marks: Sequence[dict[str, int]], nodes: int) -> dict[str, float]:
-    """Per node, the median over the stretches between marks: a heartbeat in one of them changes nothing."""
-    return {
-        key: median(after[key] - before[key] for before, after in pairwise(marks)) / nodes for key in marks[0]
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import zmq
 
-from benchmarks.bandwidth.clients import differences, read_interface
+from benchmarks.bandwidth.counters import differences, read_interface
 from transport.meter import zmtp_bytes
 
 _TIMEOUT_MS = 10_000

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from benchmarks import machine
 from benchmarks.bandwidth import cli, link, network, runs, scale, target, theory, wire
 from benchmarks.bandwidth.chain import Chain
-from benchmarks.bandwidth.clients import differences
+from benchmarks.bandwidth.counters import differences
 from benchmarks.bandwidth.emulator import QUEUE_BYTES, Link, port_of
 from benchmarks.bandwidth.results import Results, ResultsError, bare, key_of
 from benchmarks.light_node import Onlooker
@@ -54,10 +54,14 @@ def test_a_heartbeat_in_one_round_of_many_does_not_count():
 
 
 def test_quick_has_a_part_of_the_cells_and_each_without_curve_follows_its_twin():
-    everything, few = wire.cells(False), wire.cells(True)
-    assert set(few) < set(everything)
-    assert len(everything) == 2 * 4 * 4 * 3 * 3
-    for cells in (everything, few):
+    everything, usual, few = wire.cells(False, every=True), wire.cells(False), wire.cells(True)
+    assert set(few) < set(usual) < set(everything)
+    assert [len(each) for each in (everything, usual, few)] == [
+        2 * 4 * 4 * 3 * 3,
+        2 * (16 + 8 * 6),
+        2 * (4 + 4),
+    ]
+    for cells in (everything, usual, few):
         for with_curve, without in zip(cells[::2], cells[1::2], strict=True):
             assert (with_curve.curve, without.curve) == (True, False)
             assert str(without) == f"{with_curve}, no CURVE"
@@ -127,7 +131,7 @@ def test_without_root_or_ip_it_says_so_and_goes_on_over_loopback(monkeypatch):
 @pytest.mark.e2e
 def test_a_round_over_loopback_costs_what_the_theory_says(tmp_path, monkeypatch):
     cells = [wire.Cell(nodes=2, directions=8, codes="int8", policy="private", curve=True)]
-    monkeypatch.setattr(wire, "cells", lambda quick: cells)
+    monkeypatch.setattr(wire, "cells", lambda quick, every: cells)
     arguments = ["wire", "--json", "--loopback", "--rounds", "2", "--think-ms", "0", "--out", str(tmp_path)]
     outcome = CliRunner().invoke(cli.app, arguments)
     (row,) = json.loads(outcome.stdout)

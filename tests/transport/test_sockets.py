@@ -102,6 +102,17 @@ def test_nodes_of_one_context_are_waited_for_by_their_descriptors(coordinator, k
     context.term()  # returns, since nothing is left open
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="only Linux can be told")
+def test_an_answer_of_several_segments_is_not_acknowledged_one_by_one(coordinator, keys):
+    node = node_for(coordinator, keys)
+    pump(coordinator, node, lambda links, *_: Link.UP in links)
+    acknowledges_at_once = (socket.IPPROTO_TCP, socket.TCP_QUICKACK)
+    node._connection.setsockopt(*acknowledges_at_once, 1)  # as after a long silence
+    assert node.send(b"a report")
+    assert node._connection.getsockopt(*acknowledges_at_once) == 0
+    node.close()
+
+
 def test_the_coordinators_kernel_looks_after_connections_that_are_silent_for_long(coordinator, keys):
     node = node_for(coordinator, keys)
     pump(coordinator, node, lambda links, *_: links)
