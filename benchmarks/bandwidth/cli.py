@@ -193,7 +193,10 @@ def session_command(
         task = bar.add_task("session", total=4)
         results = Results("session", out_directory)
         found = wire.measure_session(
-            net, results, 80.0 if quick else 160.0, lambda what: bar.update(task, description=what)
+            net,
+            results,
+            20.0 if quick else 2 * wire.HEARTBEAT_S,
+            lambda what: bar.update(task, description=what),
         )
         rows, failed = _collect(found, bar, task)
         bar.stop()
@@ -205,12 +208,7 @@ def session_command(
         )
         for row in rows:
             counts = [f"{row[f'{layer}_{way}']:,.0f}" for way in ("up", "down") for layer in wire.LAYERS]
-            idle = (
-                f"{(row['wire_up'] + row['wire_down']) / row['seconds']:.1f}"
-                if "idle for" in row["what"]
-                else ""
-            )
-            table.add_row(row["what"], *counts, idle)
+            table.add_row(row["what"], *counts, wire.idle_rate(row))
         _finish(rows, failed, table, json)
 
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.bandwidth import link, scale
+from benchmarks.bandwidth import link, scale, wire
 from benchmarks.bandwidth.results import Results, Row
 
 PARTS: Final = ("wire", "session", "scale", "link", "target")
@@ -263,12 +263,7 @@ def _session(rows: list[Row]) -> list[Section]:
         counts = [
             f"{row[f'{layer}_{way}']:,.0f}" for way in ("up", "down") for layer in ("payload", "tcp", "wire")
         ]
-        rate = (
-            f"{(row['wire_up'] + row['wire_down']) / row['seconds']:.1f}"
-            if row["what"].startswith("idle")
-            else ""
-        )
-        cells.append([row["what"], *counts, rate])
+        cells.append([row["what"], *counts, wire.idle_rate(row)])
     text = (
         "Bytes of one node. To join with a ticket takes three connections: the node's own key, which is not admitted "
         "yet, the ticket's, and its own again. Payload and socket are those of the last; the wire has all."

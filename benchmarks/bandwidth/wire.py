@@ -22,6 +22,7 @@ from benchmarks.long_run import fill
 from coordinator.rundir import RunDirectory
 from node import embedded
 from transport.keys import KeyPair, new_key_pair
+from transport.sockets import HEARTBEAT_INTERVAL_MS
 from transport.ticket import Ticket
 from zo.manifest import Manifest
 
@@ -36,6 +37,7 @@ THINK_S: Final = 0.06
 _WARM_UP: Final = 4
 """A young connection acknowledges at once, until the coordinator has answered a few times."""
 _BEHIND: Final = 1024
+HEARTBEAT_S: Final = HEARTBEAT_INTERVAL_MS / 1000
 
 Say = Callable[[str], None]
 
@@ -307,7 +309,7 @@ def measure_session(network: Network, results: Results, idle_s: float, say: Say)
     Args:
         network: to measure on.
         results: receives every row.
-        idle_s: how long to do nothing, in seconds: a multiple of 80, the period of heartbeats.
+        idle_s: how long to do nothing, in seconds: a multiple of `HEARTBEAT_S`, or there is no rate to be had from it.
         say: told what is being measured.
     """
     with tempfile.TemporaryDirectory(prefix="zo-bench-") as name:
@@ -344,6 +346,13 @@ def measure_session(network: Network, results: Results, idle_s: float, say: Say)
             yield f"session: {error}"
         finally:
             clients.close()
+
+
+def idle_rate(row: Row) -> str:
+    """Bytes a second of a row of doing nothing, both ways; empty for others, and for less than a heartbeat's time."""
+    if not row["what"].startswith("idle") or row["seconds"] < HEARTBEAT_S:
+        return ""
+    return f"{(row['wire_up'] + row['wire_down']) / row['seconds']:.1f}"
 
 
 def _session_run(path: Path, quorum: int) -> RunDirectory:
