@@ -341,10 +341,11 @@ def report_command(
                     f"{part}: rows of other commits: {', '.join(foreign)}", style="yellow", highlight=False
                 )
         found, lines = report.sections(rows_by_part), report.provenance(rows_by_part)
+        says = report.summary(rows_by_part)
         place = out_directory or results
         place.mkdir(parents=True, exist_ok=True)
-        (place / "report.md").write_text(report.markdown(found, lines), "utf-8")
-        (place / "report.html").write_text(report.page(found, lines), "utf-8")
+        (place / "report.md").write_text(report.markdown(found, lines, says), "utf-8")
+        (place / "report.html").write_text(report.page(found, lines, says), "utf-8")
         if results.resolve() == (machine.ROOT / DIRECTORY).resolve():
             readme = machine.ROOT / "README.md"
             made = report.inserted(readme.read_text("utf-8"), report.wire_table(rows_by_part["wire"]))

@@ -56,7 +56,7 @@ class Sample:
 def measure(
     network: Network, counts: Sequence[int], manifest: Manifest, results: Results, seconds: float, say: Say
 ) -> Iterator[Row | str]:
-    """A row for each number of nodes; after the first that the coordinator does not keep up with, no more.
+    """A row for each number of nodes, also past the first that cannot be kept up with: it says why.
 
     Args:
         network: to measure on.
@@ -75,10 +75,8 @@ def measure(
                 row = results.add(settings, _measure(network, count, manifest, seconds))
             except (Unmeasured, runs.ServiceError, OSError) as error:
                 yield f"{count:,} nodes: {error}"
-                return
+                continue
         yield row
-        if not row["keeps_up"]:
-            return
 
 
 def summary(samples: Sequence[Sample], nodes: int) -> Row:
