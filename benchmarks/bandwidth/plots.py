@@ -48,16 +48,7 @@ def courses(rows: Sequence[Row]) -> bytes:
                 panel.plot(
                     hit[axis], hit["loss"], "o", color=look["color"], markersize=9, fillstyle="none", zorder=5
                 )
-        panel.axhline(rows[0]["target"], color=_SOFT, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
-        panel.text(
-            0.995,
-            rows[0]["target"],
-            f"target {rows[0]['target']:g} ",
-            transform=panel.get_yaxis_transform(),
-            ha="right",
-            va="bottom",
-            color=_SOFT,
-        )
+        _mark(panel, rows[0]["target"], f"target {rows[0]['target']:g}")
         panel.set_xscale("log")
         panel.set_xlabel(label)
     left.xaxis.set_major_formatter(lambda value, _: si_bytes(value))
@@ -76,10 +67,7 @@ def times(curves: Sequence[tuple[Row, list[tuple[int, float]]]]) -> bytes:
         look |= {"linestyle": "-" if is_ours else (0, (4, 2)), "markersize": 5}
         look["label"] += "" if is_ours else " (computed)"
         panel.plot(*zip(*points_by_system[row["system"]], strict=True), **look)
-    panel.axhline(DAY_S, color=_SOFT, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
-    panel.text(
-        0.995, DAY_S, "a day ", transform=panel.get_yaxis_transform(), ha="right", va="bottom", color=_SOFT
-    )
+    _mark(panel, DAY_S, "a day")
     panel.set_xscale("log")
     panel.set_yscale("log")
     rates = sorted({rate for _, points in curves for rate, _ in points})
@@ -116,7 +104,7 @@ def layers(rows: Sequence[Row]) -> bytes | None:
             bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
         for x, (total, row) in enumerate(zip(bottom, chosen, strict=True)):
             panel.annotate(
-                f"{total:,.0f} B\n{total / row['directions']:,.1f} a direction",
+                f"{total:,.0f} B\n{quantity(total / row['directions'], _PASSES)} a direction",
                 (x, total),
                 xytext=(0, 3),
                 textcoords="offset points",
@@ -160,6 +148,23 @@ def scale(rows: Sequence[Row]) -> bytes:
     panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panels[2].axhline(1.0, color=_SOFT, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
     return _png(plt, figure)
+
+
+def _mark(panel: Any, height: float, text: str) -> None:
+    """A line across a panel, named at its right end."""
+    panel.axhline(height, color=_SOFT, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+    panel.annotate(
+        text,
+        (1.0, height),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        color=_SOFT,
+        zorder=6,
+        bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
+    )
 
 
 def _looks(rows: Sequence[Row]) -> list[tuple[Row, dict[str, Any]]]:
