@@ -66,6 +66,7 @@ class Keyring:
             )
         self.path = path
         self._version: int | None = None
+        self._records: dict[bytes, KeyRecord] = {}
         try:
             if create:
                 os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -192,7 +193,7 @@ class Keyring:
 
     def allow(self, public: bytes, agents: frozenset[int] | None = None) -> None:
         """Let a key in, to some agents or all, also one that was revoked. Raises StorageError."""
-        with self._change():
+        with self._change(public):
             self._db.execute(
                 "INSERT INTO keys VALUES (?, ?, 'admitted', ?, NULL, ?) "
                 "ON CONFLICT (key) DO UPDATE SET state = 'admitted', since = excluded.since, agents = excluded.agents",
@@ -213,7 +214,7 @@ class Keyring:
         Raises:
             StorageError: neither has happened.
         """
-        with self._change():
+        with self._change(public):
             self._db.execute(
                 "INSERT INTO keys VALUES (?, ?, 'admitted', ?, ?, ?)",
                 (public, public, time.time(), invitation.number, _to_text(invitation.agents)),
@@ -245,11 +246,15 @@ class Keyring:
 
     # ---- SQLite -----------------------------------------------------------------------------------------------------
 
-    def _reload(self) -> None:
-        self._records = {
+    def _reload(self, key: bytes | None = None) -> None:
+        which, keys = ("", ()) if key is None else (" WHERE key = ?", (key,))
+        found = {
             key: KeyRecord(key, identity, KeyState(state), since, invitation, _to_agents(agents))
-            for key, identity, state, since, invitation, agents in self._db.execute("SELECT * FROM keys")
+            for key, identity, state, since, invitation, agents in self._db.execute(
+                f"SELECT * FROM keys{which}", keys
+            )
         }
+        self._records = found if key is None else self._records | found
         self._num_admitted = sum(record.state is KeyState.ADMITTED for record in self._records.values())
         self._invitations = {
             key: Invitation(number, uses_left, expires_at, _to_agents(agents))
@@ -264,8 +269,12 @@ class Keyring:
         return None if row is None else str(row[0])
 
     @contextlib.contextmanager
-    def _change(self) -> Iterator[None]:
-        """A transaction whose effect the copy in memory then has, too."""
+    def _change(self, key: bytes | None = None) -> Iterator[None]:
+        """A transaction whose effect the copy in memory then has, too.
+
+        Args:
+            key: the only one that it changes; else all are read again, which for thousands takes as long as many joins.
+        """
         try:
             with self._transaction():
                 yield
@@ -273,7 +282,7 @@ class Keyring:
             raise StorageError(
                 f"cannot write {self.path}: {error}. Nothing has changed; make room or repair the disk, then try again"
             ) from error
-        self._reload()
+        self._reload(key)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:

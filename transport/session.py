@@ -10,6 +10,7 @@ coordinator's turn, `Hello` is said again after `GREET_S` of silence: it may hav
 """
 
 import enum
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -638,7 +639,9 @@ class Session:
         if self.node is None or self.manifest is None or self.node in commit.late:
             return False
         policy = self.manifest.directions
-        is_heard = naming(self.manifest).voice(self.node) in commit.participants
+        voice, voices = naming(self.manifest).voice(self.node), commit.participants
+        place = bisect_left(voices, voice)
+        is_heard = place < len(voices) and voices[place] == voice
         has_reported = self._report is not None and self._report[0] == commit.round
         return is_heard and (has_reported or not policy.are_combined)
 

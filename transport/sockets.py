@@ -45,6 +45,8 @@ _REDIAL_S: Final = 1.0
 _WEIGH_EVERY_S: Final = 1.0
 _EVENTS_AT_ONCE: Final = 64
 _REMEMBERED_CUTS: Final = 256
+_TCP_QUICKACK: Final[int | None] = getattr(socket, "TCP_QUICKACK", None)
+"""Of Linux alone."""
 _LINGER_MS: Final = 500  # a last Leave, Finished or Refuse still gets out
 
 
@@ -257,7 +259,11 @@ class NodeSocket:
     """
 
     def __init__(
-        self, ticket: Ticket, keys: KeyPair, on_sent: Callable[[bytes], None] = lambda _: None
+        self,
+        ticket: Ticket,
+        keys: KeyPair,
+        on_sent: Callable[[bytes], None] = lambda _: None,
+        context: "zmq.Context[zmq.Socket[bytes]] | None" = None,
     ) -> None:
         """Connect, in the background.
 
@@ -265,12 +271,14 @@ class NodeSocket:
             ticket: of the run.
             keys: of this node.
             on_sent: told of every frame that leaves. There is no other way out than `send`.
+            context: of libzmq, which stays open; one of its own, with its own threads, if None.
 
         Raises:
             SocketError: the ticket's address is none.
         """
         self._on_sent = on_sent
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._owns_context = context is None
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context() if context is None else context
         self._dealer = dealer = self._context.socket(zmq.DEALER)
         dealer.set(zmq.IMMEDIATE, 1)  # no queue while disconnected: what was not sent is decided anew
         dealer.set(zmq.SNDHWM, _QUEUE_FRAMES)
@@ -296,7 +304,8 @@ class NodeSocket:
             | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
             | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         )
-        self._descriptor: int | None = None
+        self._connection: socket.socket | None = None
+        """A duplicate: it keeps the kernel's counters readable until this side has seen the connection end."""
         self._stands: bool | None = None
         """Whether the handshake is done; None while there is no connection."""
         self._closed_count = NOTHING_COUNTED
@@ -337,23 +346,35 @@ class NodeSocket:
                 if not self._dealer.poll(0, zmq.POLLOUT):
                     break
             else:
+                self._delay_acknowledgements()
                 self._on_sent(frame)
                 return True
         return False
 
     def socket_count(self) -> SocketCount | None:
         """What the kernel counted over all connections so far; None where it cannot be asked."""
-        if self._descriptor is None:
+        if self._connection is None:
             return self._closed_count if self._closed_count != NOTHING_COUNTED else None
-        count = read_socket_count(self._descriptor)
+        count = read_socket_count(self._connection.fileno())
         return None if count is None else self._closed_count + count
+
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        """What an event loop of many sockets can wait for: once one is readable, `poll` until there is nothing more.
+
+        A `send` may take the sign of a frame that has come; so `poll` after it, too.
+        """
+        return int(self._dealer.get(zmq.FD)), int(self._monitor.get(zmq.FD))
 
     def close(self) -> None:
         """Close; queued frames have half a second to leave."""
-        self._forget_descriptor()
+        self._forget_connection()
         self._dealer.disable_monitor()
         self._monitor.close()
-        self._context.destroy(linger=_LINGER_MS)
+        if self._owns_context:
+            self._context.destroy(linger=_LINGER_MS)
+        else:
+            self._dealer.close(linger=_LINGER_MS)
 
     def _link_events(self) -> Iterator[Link]:
         while self._monitor.poll(0):
@@ -363,11 +384,10 @@ class NodeSocket:
                 self._redial_at = None
             elif kind == zmq.EVENT_CONNECTED:
                 self._redial_at = None
-                self._forget_descriptor()
+                self._forget_connection()
                 self._stands = False
-                # A duplicate keeps the kernel's counters readable until this side has seen the connection end.
                 with contextlib.suppress(OSError):
-                    self._descriptor = os.dup(event["value"])
+                    self._connection = socket.socket(fileno=os.dup(event["value"]))
             elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._stands = True
                 yield Link.UP
@@ -381,7 +401,7 @@ class NodeSocket:
                 # handshake. One end of a connection may bring two of these events, and is one end all the same.
                 stood, self._stands = self._stands, None
                 self._redial_soon()
-                self._forget_descriptor()
+                self._forget_connection()
                 if stood is not None:
                     # A server with another key cannot read our hello and hangs up without a word.
                     yield Link.DOWN if stood else Link.WRONG_KEY
@@ -396,9 +416,19 @@ class NodeSocket:
             self._dealer.disconnect(self._endpoint)
         self._dealer.connect(self._endpoint)
 
-    def _forget_descriptor(self) -> None:
-        if self._descriptor is not None:
-            count = read_socket_count(self._descriptor)
+    def _delay_acknowledgements(self) -> None:
+        """Have what comes next acknowledged as a whole, not its first segments one by one.
+
+        Linux acknowledges at once when a connection is young, and again after every silence that was longer than its
+        retransmission timeout, 0.2 s: so before each commit, if it is not told otherwise each time.
+        """
+        if self._connection is not None and _TCP_QUICKACK is not None:
+            with contextlib.suppress(OSError):
+                self._connection.setsockopt(socket.IPPROTO_TCP, _TCP_QUICKACK, 0)
+
+    def _forget_connection(self) -> None:
+        if self._connection is not None:
+            count = read_socket_count(self._connection.fileno())
             self._closed_count = self._closed_count + (count or NOTHING_COUNTED)
-            os.close(self._descriptor)
-            self._descriptor = None
+            self._connection.close()
+            self._connection = None

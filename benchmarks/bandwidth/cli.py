@@ -118,6 +118,12 @@ def wire_command(
     json: JsonOption = False,
     out_directory: OutOption = None,
     loopback: LoopbackOption = False,
+    every: Annotated[
+        bool,
+        typer.Option(
+            "--all", help="Every width with every policy at every size: 288 rows.", show_default=False
+        ),
+    ] = False,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds to take the median of.")] = 9,
     think_ms: Annotated[
         int,
@@ -133,7 +139,7 @@ def wire_command(
         _tell(net)
         results = Results("wire", out_directory)
         manifest = runs.template(Path(place) / "template").manifest()
-        wanted, missing = wire.known(wire.cells(quick), manifest)
+        wanted, missing = wire.known(wire.cells(quick, every), manifest)
         for each in missing:
             err.print(
                 f"{each}: this version of the product does not have it", style="yellow", highlight=False
@@ -187,7 +193,10 @@ def session_command(
         task = bar.add_task("session", total=4)
         results = Results("session", out_directory)
         found = wire.measure_session(
-            net, results, 80.0 if quick else 160.0, lambda what: bar.update(task, description=what)
+            net,
+            results,
+            20.0 if quick else 2 * wire.HEARTBEAT_S,
+            lambda what: bar.update(task, description=what),
         )
         rows, failed = _collect(found, bar, task)
         bar.stop()
@@ -199,12 +208,7 @@ def session_command(
         )
         for row in rows:
             counts = [f"{row[f'{layer}_{way}']:,.0f}" for way in ("up", "down") for layer in wire.LAYERS]
-            idle = (
-                f"{(row['wire_up'] + row['wire_down']) / row['seconds']:.1f}"
-                if "idle for" in row["what"]
-                else ""
-            )
-            table.add_row(row["what"], *counts, idle)
+            table.add_row(row["what"], *counts, wire.idle_rate(row))
         _finish(rows, failed, table, json)
 
 
@@ -337,10 +341,11 @@ def report_command(
                     f"{part}: rows of other commits: {', '.join(foreign)}", style="yellow", highlight=False
                 )
         found, lines = report.sections(rows_by_part), report.provenance(rows_by_part)
+        says = report.summary(rows_by_part)
         place = out_directory or results
         place.mkdir(parents=True, exist_ok=True)
-        (place / "report.md").write_text(report.markdown(found, lines), "utf-8")
-        (place / "report.html").write_text(report.page(found, lines), "utf-8")
+        (place / "report.md").write_text(report.markdown(found, lines, says), "utf-8")
+        (place / "report.html").write_text(report.page(found, lines, says), "utf-8")
         if results.resolve() == (machine.ROOT / DIRECTORY).resolve():
             readme = machine.ROOT / "README.md"
             made = report.inserted(readme.read_text("utf-8"), report.wire_table(rows_by_part["wire"]))

@@ -11,13 +11,16 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any, Final
 
+import zmq
+
+from benchmarks.bandwidth.chain import Chain
+from benchmarks.bandwidth.counters import StalledError, differences, read_interface
+from benchmarks.bandwidth.fleet import Fleet
 from benchmarks.bandwidth.light import LightNode, Pace
 from transport.base_files import digest, tokenizer_digest
 from transport.keys import KeyPair
@@ -25,21 +28,8 @@ from transport.meter import NOTHING_COUNTED
 from transport.ticket import parse_ticket
 
 _STALL_S: Final = 120.0
-_COUNTERS: Final = Path("/proc/self/net/dev")
-
-
-class StalledError(RuntimeError):
-    """Nodes did not get where they should."""
-
-
-def read_interface(name: str) -> tuple[int, int]:
-    """Bytes that an interface of this process's namespace has (sent, received) so far."""
-    for line in _COUNTERS.read_text().splitlines():
-        found, _, fields = line.partition(":")
-        if found.strip() == name:
-            numbers = fields.split()
-            return int(numbers[8]), int(numbers[0])
-    raise StalledError(f"there is no interface {name} here")
+_LOOK_S: Final = 0.002
+_SETTLE_S: Final = 0.2
 
 
 def totals(nodes: Sequence[LightNode], interface: str | None) -> dict[str, int]:
@@ -53,22 +43,18 @@ def totals(nodes: Sequence[LightNode], interface: str | None) -> dict[str, int]:
         "tcp_up": sum(count.bytes_sent for count in counts),
         "tcp_down": sum(count.bytes_received for count in counts),
     }
-    if interface is None:
-        up, down = sum(c.wire_bytes_sent for c in counts), sum(c.wire_bytes_received for c in counts)
-    else:
-        up, down = read_interface(interface)
-    return found | {"wire_up": up, "wire_down": down}
-
-
-def differences(marks: Sequence[dict[str, int]], nodes: int) -> dict[str, float]:
-    """Per node, the median over the stretches between marks: a heartbeat in one of them changes nothing."""
-    return {
-        key: median(after[key] - before[key] for before, after in pairwise(marks)) / nodes for key in marks[0]
+    if interface is not None:
+        return found | read_interface(interface)
+    return found | {
+        "wire_up": sum(count.wire_bytes_sent for count in counts),
+        "frames_up": sum(count.segments_sent for count in counts),
+        "wire_down": sum(count.wire_bytes_received for count in counts),
+        "frames_down": sum(count.segments_received for count in counts),
     }
 
 
 def rounds(order: dict[str, Any]) -> dict[str, Any]:
-    """Rounds in lockstep, with quiet before and after each: bytes per node and round, and a round's frames.
+    """Rounds in lockstep, with quiet before and after each: bytes and Ethernet frames per node and round.
 
     The order's `think_s` is how long nodes take between a commit and their next report; `warm_up` and `rounds` how many
     rounds are not counted, and are.
@@ -78,95 +64,90 @@ def rounds(order: dict[str, Any]) -> dict[str, Any]:
     def pace(round: int) -> float | None:
         return 0.0 if round < allowed else None
 
-    nodes = _started(order, pace)
+    fleet = _started(order, pace)
     try:
-        _wait(nodes, lambda node: node.reached is not None, "join")
+        _wait(fleet, _has_joined, "join")
         marks = []
         for number in range(order["warm_up"] + order["rounds"]):
             if number >= order["warm_up"]:
-                marks.append(totals(nodes, order["interface"]))
+                marks.append(totals(fleet.nodes, order["interface"]))
             allowed = number + 1
-            _wait(nodes, partial(_has_applied, allowed), f"apply round {number}")
+            fleet.wake()
+            _wait(fleet, partial(_has_applied, allowed), f"apply round {number}")
             time.sleep(order["think_s"])
-        marks.append(totals(nodes, order["interface"]))
-        frames = {kind: nodes[0].frames[kind].hex() for kind in ("Report", "Brief")}
-        return {**differences(marks, len(nodes)), "frames": frames}
+        marks.append(totals(fleet.nodes, order["interface"]))
+        frames = {kind: fleet.nodes[0].frames[kind].hex() for kind in ("Report", "Brief")}
+        return {**differences(marks, fleet.size), "frames": frames}
     finally:
-        _end(nodes)
+        _end(fleet)
 
 
 def beat(order: dict[str, Any]) -> dict[str, Any]:
     """Rounds on a beat for `seconds`: how many there were, how often a connection was lost, bytes of all nodes.
 
     With `beat_s` 0 nodes report as soon as they can, after `think_s`. A process starts to count when all its nodes have
-    joined and `begin_round` is committed.
+    joined and `begin_round` is committed. With `share` its nodes compute what they have in common once; see `Chain`.
     """
     beat_s, think_s = order["beat_s"], order["think_s"]
-    first_seen: dict[int, float] = {}
+    within_s = order.get("join_within_s", _STALL_S)
+    leaves_at: dict[int, float] = {}
 
     def pace(round: int) -> float | None:
-        now = time.monotonic()
-        if not beat_s:
-            return first_seen.setdefault(round, now + think_s)
-        if round not in first_seen:
-            first_seen[round] = (
-                now // beat_s + 1
-            ) * beat_s  # the same clock for every process of this machine
-        return first_seen[round]
+        if round not in leaves_at:
+            now = time.monotonic()
+            # The same clock for every process of this machine.
+            leaves_at[round] = (now // beat_s + 1) * beat_s if beat_s else now + think_s
+        return leaves_at[round]
 
     began = time.monotonic()
-    nodes = _started(order, pace, gap_s=order.get("gap_s", 0.0))
+    fleet = _started(order, pace, order.get("gap_s", 0.0))
     try:
-        _wait(nodes, lambda node: node.reached is not None, "join", order.get("join_within_s", _STALL_S))
+        _wait(fleet, _has_joined, "join", within_s)
         joined_s = time.monotonic() - began
-        _wait(
-            nodes,
-            lambda node: node.round >= order["begin_round"],
-            "begin",
-            order.get("join_within_s", _STALL_S),
-        )
-        begin, before = time.monotonic(), totals(nodes, order["interface"])
-        first, lost = min(node.round for node in nodes), sum(node.disconnects for node in nodes)
+        _wait(fleet, partial(_has_applied, order["begin_round"]), "begin", within_s)
+        begin, before = time.monotonic(), totals(fleet.nodes, order["interface"])
+        first, lost = _least_round(fleet), sum(node.disconnects for node in fleet.nodes)
+        cpu_before = time.process_time()
         while (elapsed := time.monotonic() - begin) < order["seconds"]:
             time.sleep(0.05)
-            if min(node.round for node in nodes) - first >= order.get("most_rounds", 10**9):
+            if _least_round(fleet) - first >= order.get("most_rounds", 10**9):
                 break
         elapsed = time.monotonic() - begin
-        after = totals(nodes, order["interface"])
-        found = [node.round for node in nodes]
+        after, rounds = totals(fleet.nodes, order["interface"]), _least_round(fleet) - first
         return {
             **{key: after[key] - before[key] for key in after},
             "joined_s": joined_s,
             "seconds": elapsed,
-            "rounds": min(found) - first,
-            "disconnects": sum(node.disconnects for node in nodes) - lost,
-            "still_up": sum(node.is_up for node in nodes),
-            "ended": sorted({node.ended for node in nodes if node.ended}),
+            "rounds": rounds,
+            "cpu_s": time.process_time() - cpu_before,
+            "disconnects": sum(node.disconnects for node in fleet.nodes) - lost,
+            "still_up": sum(node.is_up for node in fleet.nodes),
+            "ended": sorted({node.ended for node in fleet.nodes if node.ended}),
         }
     finally:
-        _end(nodes, order.get("leave_s", 5.0))
+        _end(fleet, order.get("leave_s", 5.0))
 
 
 def join(order: dict[str, Any]) -> list[dict[str, Any]]:
     """One node: joins and catches up, is idle for `idle_s`, leaves; bytes of each."""
     zero = totals([], order["interface"])
     begin = time.monotonic()
-    nodes = _started(order, lambda _: None)
+    fleet = _started(order, lambda _: None)
     try:
-        _wait(nodes, lambda node: node.reached is not None and node.round >= order["until"], "catch up")
+        _wait(fleet, lambda node: node.reached is not None and node.round >= order["until"], "catch up")
         seconds = time.monotonic() - begin
-        time.sleep(0.2)
-        joined = totals(nodes, order["interface"])
+        time.sleep(_SETTLE_S)
+        joined = totals(fleet.nodes, order["interface"])
         rows = [{"what": "join", "seconds": seconds, **_less(joined, zero)}]
         if order["idle_s"]:
             time.sleep(order["idle_s"])
-            idle = totals(nodes, order["interface"])
+            idle = totals(fleet.nodes, order["interface"])
             rows.append({"what": "idle", "seconds": order["idle_s"], **_less(idle, joined)})
             joined = idle
     finally:
-        _end(nodes)
-    time.sleep(0.2)
-    rows.append({"what": "leave", "seconds": 0.0, **_less(totals(nodes, order["interface"]), joined)})
+        _end(fleet)
+    time.sleep(_SETTLE_S)
+    rows.append({"what": "leave", "seconds": 0.0, **_less(totals(fleet.nodes, order["interface"]), joined)})
     return rows
 
 
@@ -174,44 +155,52 @@ def _less(after: dict[str, int], before: dict[str, int]) -> dict[str, int]:
     return {key: after[key] - before[key] for key in after}
 
 
+def _has_joined(node: LightNode) -> bool:
+    return node.reached is not None
+
+
 def _has_applied(rounds: int, node: LightNode) -> bool:
     return node.round >= rounds
 
 
-def _started(order: dict[str, Any], pace: Pace, gap_s: float = 0.0) -> list[LightNode]:
+def _least_round(fleet: Fleet) -> int:
+    return min(node.round for node in fleet.nodes)
+
+
+def _started(order: dict[str, Any], pace: Pace, gap_s: float = 0.0) -> Fleet:
     base, ticket = Path(order["base"]), parse_ticket(order["ticket"])
     digests = bytes.fromhex(digest(base)), bytes.fromhex(tokenizer_digest(base))
-    nodes = []
-    for public, secret in order["keys"]:
-        keys = KeyPair(bytes.fromhex(public), bytes.fromhex(secret))
-        nodes.append(LightNode(ticket, keys, digests, base, pace))
-    for node in nodes:
-        node.start()
-        time.sleep(gap_s)
-    return nodes
+    chain = Chain(base) if order.get("share") else None
+
+    def made(keys: KeyPair, context: zmq.Context[zmq.Socket[bytes]]) -> LightNode:
+        return LightNode(ticket, keys, digests, base, pace, context, chain)
+
+    pairs = [KeyPair(bytes.fromhex(public), bytes.fromhex(secret)) for public, secret in order["keys"]]
+    fleet = Fleet([partial(made, each) for each in pairs], gap_s)
+    fleet.start()
+    return fleet
 
 
-def _wait(nodes: Sequence[LightNode], holds: Any, what: str, within_s: float = _STALL_S) -> None:
-    until = time.monotonic() + within_s
-    while not all(holds(node) for node in nodes):
-        over = [node.ended for node in nodes if node.ended is not None]
-        if over or time.monotonic() > until:
-            missing = sum(not holds(node) for node in nodes)
-            why = f"; one ended: {over[0]}" if over else ""
-            raise StalledError(f"{missing} of {len(nodes)} nodes did not {what} within {within_s:.0f} s{why}")
-        time.sleep(0.002)
+def _wait(fleet: Fleet, holds: Callable[[LightNode], bool], what: str, within_s: float = _STALL_S) -> None:
+    """Until something holds for every node. Raises StalledError."""
+    until, pending = time.monotonic() + within_s, list(range(fleet.size))
+    while pending := [i for i in pending if i >= len(fleet.nodes) or not holds(fleet.nodes[i])]:
+        failure = fleet.failure
+        if failure is not None or time.monotonic() > until:
+            why = f"; {failure}" if failure else ""
+            raise StalledError(
+                f"{len(pending)} of {fleet.size} nodes did not {what} within {within_s:.0f} s{why}"
+            )
+        time.sleep(_LOOK_S * (1 + fleet.size // 100))
 
 
-def _end(nodes: Sequence[LightNode], within_s: float = 5.0) -> None:
-    for node in nodes:
-        node.leave()
-    until = time.monotonic() + within_s
-    for node in nodes:
-        node.join(max(0.0, until - time.monotonic()))
+def _end(fleet: Fleet, within_s: float = 5.0) -> None:
+    fleet.leave()
+    fleet.join(within_s)
 
 
 def _allow_many_files() -> None:
-    """A node takes some ten descriptors."""
+    """A node takes five descriptors."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 

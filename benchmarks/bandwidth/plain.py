@@ -16,7 +16,7 @@ from typing import Any
 
 import zmq
 
-from benchmarks.bandwidth.clients import differences, read_interface
+from benchmarks.bandwidth.counters import differences, read_interface
 from transport.meter import zmtp_bytes
 
 _TIMEOUT_MS = 10_000
@@ -50,8 +50,7 @@ def nodes(address: str, port: int, num_nodes: int, interface: str) -> None:
     marks: list[dict[str, int]] = []
     for number in range(order["warm_up"] + order["rounds"] + 1):
         if number >= order["warm_up"]:
-            up, down = read_interface(interface)
-            marks.append({"wire_up": up, "wire_down": down})
+            marks.append(read_interface(interface))
         if len(marks) > order["rounds"]:
             break
         for dealer in dealers:

@@ -7,36 +7,27 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from benchmarks.bandwidth import link, scale
+from benchmarks.bandwidth import link, plots, scale, wire
 from benchmarks.bandwidth.results import Results, Row
+from transport.meter import si_bytes
 
 PARTS: Final = ("wire", "session", "scale", "link", "target")
 BEGIN: Final = "<!-- made by `zo-bench report`; edit nothing here -->"
 END: Final = "<!-- end of what `zo-bench report` made -->"
-UNUSABLE_S: Final = 86_400.0
-"""A system that takes longer than a day to the target is of no use over a link."""
-_INK, _SOFT, _ACCENTS = (
-    "#1f2933",
-    "#7b8794",
-    ("#2f6f9f", "#d97706", "#4d7c0f", "#9d174d", "#6d28d9", "#0f766e", "#b45309"),
-)
-_LAYER_COLOURS: Final = {
-    "payload": "#2f6f9f",
-    "ZMTP and CURVE": "#8fb8d4",
-    "TCP, IP, Ethernet, ACKs": "#d9dee4",
-}
+_ORIGIN: Final = "Machine, commit, versions, commands"
 _STYLE: Final = """
 body { font: 16px/1.55 system-ui, -apple-system, 'Segoe UI', sans-serif; color: #1f2933; max-width: 62rem;
   margin: 3rem auto; padding: 0 1.2rem }
 h1 { font-size: 1.9rem; margin-bottom: .2rem }
 h2 { margin-top: 2.6rem; border-bottom: 1px solid #d9dee4; padding-bottom: .25rem }
+.says { background: #f3f7fa; border-left: 4px solid #1d5f8f; padding: .6rem 1.4rem; margin: 1.6rem 0 }
+.says h2 { margin: .2rem 0 .4rem; border: 0; font-size: 1.15rem }
+.says li { margin: .35rem 0 }
 p.lead, figcaption, th { color: #52606d }
 figure { margin: 1.4rem 0 }
 figure img { width: 100% }
@@ -109,14 +100,22 @@ def provenance(rows_by_part: dict[str, list[Row]]) -> list[str]:
     ]
 
 
-def markdown(found: Sequence[Section], lines: Sequence[str]) -> str:
-    """The page without plots."""
-    out = ["# What a byte buys: results", "", *(f"- {line}" for line in lines), ""]
+def markdown(found: Sequence[Section], lines: Sequence[str], says: Sequence[str]) -> str:
+    """The page without plots.
+
+    Args:
+        found: its sections.
+        lines: where it is from (`provenance`).
+        says: what it comes to (`summary`).
+    """
+    out = ["# What a byte buys: results", ""]
+    if says:
+        out += ["## What this says", "", *(f"- {each}" for each in says), ""]
     for section in found:
         out += [f"## {section.title}", "", section.text, ""]
         if section.rows:
             out += [*table(section.headings, section.rows), ""]
-    return "\n".join(out)
+    return "\n".join([*out, f"## {_ORIGIN}", "", *(f"- {line}" for line in lines), ""])
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -125,12 +124,15 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (headings, marks, *rows)]
 
 
-def page(found: Sequence[Section], lines: Sequence[str]) -> str:
-    """The page as HTML, with nothing that must be loaded from elsewhere."""
+def page(found: Sequence[Section], lines: Sequence[str], says: Sequence[str]) -> str:
+    """The page as HTML, with nothing that must be loaded from elsewhere. Arguments as of `markdown`."""
     body = [
         "<h1>What a byte buys</h1>",
         '<p class="lead">zo-swarm beside other systems, every byte counted.</p>',
     ]
+    if says:
+        points = "".join(f"<li>{_inline(each)}</li>" for each in says)
+        body.append(f'<div class="says"><h2>What this says</h2><ul>{points}</ul></div>')
     for section in found:
         body += [f"<h2>{_inline(section.title)}</h2>", f"<p>{_inline(section.text)}</p>"]
         if section.plot is not None:
@@ -143,7 +145,7 @@ def page(found: Sequence[Section], lines: Sequence[str]) -> str:
             heads = "".join(f"<th>{html.escape(each)}</th>" for each in section.headings)
             lines_ = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in section.rows]
             body.append(f"<table><tr>{heads}</tr>{''.join(f'<tr>{each}</tr>' for each in lines_)}</table>")
-    body.append("<h2>Machine, commit, versions, commands</h2>")
+    body.append(f"<h2>{_ORIGIN}</h2>")
     body.append(f"<ul>{''.join(f'<li>{_inline(line)}</li>' for line in lines)}</ul>")
     head = f'<meta charset="utf-8"><title>What a byte buys</title><style>{_STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
@@ -244,7 +246,7 @@ def _wire(rows: list[Row]) -> list[Section]:
         "without CURVE are the same frames over bare sockets: the product has no such mode."
     )
     caption = "Bytes of a round by layer: up (left) and down (right), int8, private directions, with CURVE."
-    return [Section("A round on the wire", text, headings, cells, _plot_layers(chosen), caption)]
+    return [Section("A round on the wire", text, headings, cells, plots.layers(chosen), caption)]
 
 
 def _session(rows: list[Row]) -> list[Section]:
@@ -263,12 +265,7 @@ def _session(rows: list[Row]) -> list[Section]:
         counts = [
             f"{row[f'{layer}_{way}']:,.0f}" for way in ("up", "down") for layer in ("payload", "tcp", "wire")
         ]
-        rate = (
-            f"{(row['wire_up'] + row['wire_down']) / row['seconds']:.1f}"
-            if row["what"].startswith("idle")
-            else ""
-        )
-        cells.append([row["what"], *counts, rate])
+        cells.append([row["what"], *counts, wire.idle_rate(row)])
     text = (
         "Bytes of one node. To join with a ticket takes three connections: the node's own key, which is not admitted "
         "yet, the ticket's, and its own again. Payload and socket are those of the last; the wire has all."
@@ -296,14 +293,14 @@ def _scale(rows: list[Row]) -> list[Section]:
             text,
             scale.HEADINGS,
             [scale.cells(row) for row in ordered],
-            _plot_scale(ordered),
+            plots.scale(ordered),
             caption,
         )
     ]
 
 
 def _target(rows: list[Row], links: list[Row]) -> list[Section]:
-    from benchmarks.bandwidth import target
+    from benchmarks.bandwidth import target  # brings torch
 
     found = []
     for recipe, quick, rank in sorted({(row["recipe"], row["quick"], row["rank"]) for row in rows}):
@@ -321,7 +318,7 @@ def _target(rows: list[Row], links: list[Row]) -> list[Section]:
             "Held-out loss against bytes that a node sends (left) and forward passes of all nodes (right)."
         )
         found.append(
-            Section(title, text, (*target.HEADINGS, "good at"), cells, _plot_courses(chosen), caption)
+            Section(title, text, (*target.HEADINGS, "good at"), cells, plots.courses(chosen), caption)
         )
         if links and any(row["reached"] for row in chosen):
             says = (
@@ -333,7 +330,7 @@ def _target(rows: list[Row], links: list[Row]) -> list[Section]:
                     "Time to the target over thin links",
                     says,
                     *_times(chosen, links),
-                    _plot_times(chosen, links),
+                    plots.times([(row, _course_times(row, links)) for row in chosen]),
                     says,
                 )
             )
@@ -343,15 +340,83 @@ def _target(rows: list[Row], links: list[Row]) -> list[Section]:
 def verdict(chosen: Sequence[Row]) -> str:
     """Who needs fewer bytes and who fewer passes, in a sentence; empty unless ours and Flower both got there."""
     ours = [row for row in chosen if row["system"].startswith("ours") and row["reached"]]
-    theirs = [row for row in chosen if "Flower" in row["system"] and row["reached"]]
+    theirs = [row["reached"] for row in chosen if "Flower" in row["system"] and row["reached"]]
     if not ours or not theirs:
         return ""
-    mine = min((row["reached"] for row in ours), key=lambda hit: hit["wire_up"])
-    other = theirs[0]["reached"]
+    best = min(ours, key=lambda row: row["reached"]["wire_up"])
+    mine, other = best["reached"], min(theirs, key=lambda hit: hit["wire_up"])
+    fewer = other["wire_up"] / mine["wire_up"]
+    of_bytes = f"{_times_as(fewer)} fewer" if fewer >= 1 else f"{_times_as(1 / fewer)} more"
     return (
-        f"Ours needs {other['wire_up'] / mine['wire_up']:.1f} times fewer bytes up than FedAvg with Flower, and "
-        f"{mine['forwards'] / other['forwards']:.0f} times as many forward passes (FedAvg has as many backward)."
+        f"Ours ({best['system'].removeprefix('ours, ')}) sends {si_bytes(mine['wire_up'])} from a node, {of_bytes} "
+        f"bytes up than FedAvg with Flower, {si_bytes(other['wire_up'])}, and takes "
+        f"{_times_as(mine['forwards'] / other['forwards'])} as many forward passes; FedAvg has as many backward."
     )
+
+
+def _times_as(ratio: float) -> str:
+    return f"{ratio:,.0f} times" if ratio >= 10 else f"{ratio:.1f} times"
+
+
+def summary(rows_by_part: dict[str, list[Row]]) -> list[str]:
+    """What all of it says, a sentence each, with figures that are in the rows."""
+    found = []
+    problems = _problems(rows_by_part["target"])
+    if problems:
+        from benchmarks.bandwidth import target  # brings torch
+    for recipe, rank, mine in problems:
+        chosen = target.best(mine)
+        says = verdict(chosen)
+        if says:
+            found.append(
+                f"To a held-out loss of {chosen[0]['target']:g}, recipe {recipe}, rank {rank}, "
+                f"{chosen[0]['parameters']:,} parameters: {says[0].lower()}{says[1:]}"
+            )
+    usual = {
+        (row["nodes"], row["directions"]): row
+        for row in _usual(rows_by_part["wire"])
+        if (row["codes"], row["policy"], row["curve"]) == ("int8", "private", True)
+    }
+    lone = usual.get((16, 1))
+    if lone is not None:
+        many = [
+            f"{d} in one report cost {usual[16, d]['wire_up'] / d:.2f} B each"
+            for d in (64, 256)
+            if (16, d) in usual
+        ]
+        found.append(
+            f"A round of 16 nodes with one direction each costs a node {lone['wire_up']:.0f} B up and "
+            f"{lone['wire_down']:.0f} B down, everything counted; {', '.join(many)}."
+        )
+    rates = [each for each in map(wire.idle_rate, rows_by_part["session"]) if each]
+    if rates:
+        found.append(f"A node that only waits costs {rates[-1]} B/s, both ways.")
+    kept = [row for row in rows_by_part["scale"] if row["keeps_up"]]
+    if kept:
+        most = max(kept, key=lambda row: row["nodes"])
+        found.append(
+            f"One coordinator keeps up with {most['nodes']:,} nodes that report once a second; it has "
+            f"{most['cpu_share']:.0%} of a core to do and {most['memory_bytes'] / 1e6:,.0f} MB."
+        )
+    found += [
+        f"With {row['nodes']:,} nodes there were {row['rounds_per_s']:.2f} rounds a second: {row['why']}."
+        for row in rows_by_part["scale"]
+        if not row["keeps_up"]
+    ]
+    return found
+
+
+def _problems(rows: Sequence[Row]) -> list[tuple[int, int, list[Row]]]:
+    """(recipe, rank, rows) of every problem that was measured in full."""
+    names = sorted({(row["recipe"], row["rank"]) for row in rows if not row["quick"]})
+    return [
+        (
+            recipe,
+            rank,
+            [row for row in rows if (row["recipe"], row["rank"], row["quick"]) == (recipe, rank, False)],
+        )
+        for recipe, rank in names
+    ]
 
 
 def _course_times(row: Row, links: Sequence[Row]) -> list[tuple[int, float]]:
@@ -386,139 +451,3 @@ def duration(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds / 86_400:.0f} days"
-
-
-# ---- plots ----------------------------------------------------------------------------------------------------------
-
-
-def _figure(panels: int, width: float = 9.6, height: float = 3.7) -> tuple[Any, Any, Any]:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(
-        {
-            "font.size": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.edgecolor": _SOFT,
-            "axes.labelcolor": _INK,
-            "xtick.color": _SOFT,
-            "ytick.color": _SOFT,
-            "axes.grid": True,
-            "grid.color": "#eceff2",
-            "axes.axisbelow": True,
-            "legend.frameon": False,
-        }
-    )
-    figure, axes = plt.subplots(1, panels, figsize=(width, height), layout="constrained", squeeze=False)
-    return plt, figure, list(axes[0])
-
-
-def _png(plt: Any, figure: Any) -> bytes:
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png", dpi=170, metadata={"Software": None})
-    plt.close(figure)
-    return sink.getvalue()
-
-
-def _plot_courses(rows: Sequence[Row]) -> bytes:
-    plt, figure, (left, right) = _figure(2)
-    for panel, axis, label in (
-        (left, "wire_up", "bytes up per node, on the wire"),
-        (right, "forwards", "forward passes, all nodes"),
-    ):
-        for row, colour in zip(rows, _ACCENTS * 3, strict=False):
-            points = [point for point in row["points"] if point[axis] > 0]
-            xs, ys = [point[axis] for point in points], [point["loss"] for point in points]
-            panel.plot(xs, ys, color=colour, marker="o", markersize=3.2, linewidth=1.6, label=row["system"])
-        panel.axhline(rows[0]["target"], color=_SOFT, linewidth=0.9, linestyle=":")
-        panel.annotate(
-            "target",
-            (0.995, rows[0]["target"]),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="bottom",
-            color=_SOFT,
-        )
-        panel.set_xscale("log")
-        panel.set_xlabel(label)
-    left.set_ylabel("held-out loss, nats per token")
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
-    return _png(plt, figure)
-
-
-def _plot_layers(rows: Sequence[Row]) -> bytes | None:
-    chosen = [row for row in rows if row["codes"] == "int8" and row["policy"] == "private" and row["curve"]]
-    if not chosen:
-        return None
-    most = max(row["nodes"] for row in chosen if row["nodes"] <= 16)
-    chosen = [row for row in chosen if row["nodes"] == most]
-    plt, figure, (left, right) = _figure(2, height=3.4)
-    names = [f"{row['directions']}" for row in chosen]
-    for panel, way, title in ((left, "up", "report, up"), (right, "down", "commit, down")):
-        bottom = [0.0] * len(chosen)
-        layers = (
-            [row[f"payload_{way}"] for row in chosen],
-            [row[f"zmtp_{way}"] for row in chosen],
-            [row[f"wire_{way}"] for row in chosen],
-        )
-        parts = (
-            layers[0],
-            *([b - a for a, b in zip(low, high, strict=True)] for low, high in pairwise(layers)),
-        )
-        for (name, colour), heights in zip(_LAYER_COLOURS.items(), parts, strict=True):
-            panel.bar(names, heights, 0.6, bottom=bottom, color=colour, label=name)
-            bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
-        for x, total in enumerate(bottom):
-            panel.annotate(f"{total:,.0f}", (x, total), ha="center", va="bottom", color=_INK, fontsize=8)
-        panel.set_title(f"{title}, {most} nodes", fontsize=9, color=_INK)
-        panel.set_xlabel("directions of a node in a round")
-        panel.grid(visible=False, axis="x")
-    left.set_ylabel("bytes per node and round")
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    return _png(plt, figure)
-
-
-def _plot_scale(rows: Sequence[Row]) -> bytes:
-    plt, figure, (left, right) = _figure(2, height=3.0)
-    xs = [row["nodes"] for row in rows]
-    for panel, ys, label in (
-        (left, [row["cpu_ms_per_round"] for row in rows], "processor time a round, ms"),
-        (right, [row["memory_bytes"] / 1e6 for row in rows], "memory, MB"),
-    ):
-        panel.plot(xs, ys, color=_ACCENTS[0], marker="o", markersize=4)
-        panel.set_xscale("log")
-        panel.set_xticks(xs, [f"{x:,}" for x in xs])
-        panel.minorticks_off()
-        panel.set_ylim(bottom=0)
-        panel.set_xlabel("nodes")
-        panel.set_ylabel(label)
-    return _png(plt, figure)
-
-
-def _plot_times(rows: Sequence[Row], links: Sequence[Row]) -> bytes:
-    plt, figure, (panel,) = _figure(1, width=7.2)
-    for row, colour in zip(rows, _ACCENTS * 3, strict=False):
-        times = _course_times(row, links)
-        if times:
-            is_ours = row["system"].startswith("ours")
-            label = row["system"] + ("" if is_ours else " (computed)")
-            panel.plot(
-                *zip(*times, strict=True),
-                color=colour,
-                marker="o",
-                markersize=4,
-                linestyle="-" if is_ours else "--",
-                label=label,
-            )
-    panel.axhline(UNUSABLE_S, color=_SOFT, linewidth=0.9, linestyle=":")
-    panel.set_xscale("log")
-    panel.set_yscale("log")
-    panel.set_xlabel("bits a second of a node's link")
-    panel.set_ylabel("seconds to the target")
-    figure.legend(loc="outside lower center", ncols=3)
-    return _png(plt, figure)

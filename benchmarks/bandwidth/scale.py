@@ -25,11 +25,14 @@ from zo.manifest import Manifest
 NODES: Final = (16, 64, 256, 1000, 4000)
 QUICK_NODES: Final = (16, 256)
 BEAT_S: Final = 1.0
-_OF_A_PROCESS: Final = 250
+_OF_A_PROCESS: Final = 1000
+_GAP_S: Final = 0.001
 _WARM_UP: Final = 3
 _JOIN_WITHIN_S: Final = 240.0
 _KEEPS_UP: Final = 0.9
 """Share of the rounds that were due."""
+_FULL: Final = 0.9
+"""Share of a core."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ class Sample:
     at: float
     round: int
     cpu_s: float
+    """Processor time of its process, in which is the kernel's part of its network traffic."""
+    nodes_cpu_s: float
+    """Of the nodes' processes."""
+    machine_cpu_s: float
+    """Of everything on the machine, this too."""
     memory_bytes: int
     up_bytes: int
     """On the wire, of all nodes; 0 where nobody counts them."""
@@ -48,7 +56,7 @@ class Sample:
 def measure(
     network: Network, counts: Sequence[int], manifest: Manifest, results: Results, seconds: float, say: Say
 ) -> Iterator[Row | str]:
-    """A row for each number of nodes; after the first that the coordinator does not keep up with, no more.
+    """A row for each number of nodes, also past the first that cannot be kept up with: it says why.
 
     Args:
         network: to measure on.
@@ -67,10 +75,8 @@ def measure(
                 row = results.add(settings, _measure(network, count, manifest, seconds))
             except (Unmeasured, runs.ServiceError, OSError) as error:
                 yield f"{count:,} nodes: {error}"
-                return
+                continue
         yield row
-        if not row["keeps_up"]:
-            return
 
 
 def summary(samples: Sequence[Sample], nodes: int) -> Row:
@@ -87,6 +93,8 @@ def summary(samples: Sequence[Sample], nodes: int) -> Row:
         "rounds_per_s": rounds_per_s,
         "cpu_ms_per_round": 1000 * (last.cpu_s - first.cpu_s) / rounds,
         "cpu_share": (last.cpu_s - first.cpu_s) / elapsed,
+        "nodes_cpu_share": (last.nodes_cpu_s - first.nodes_cpu_s) / elapsed,
+        "machine_cpu_share": (last.machine_cpu_s - first.machine_cpu_s) / elapsed,
         "memory_bytes": max(each.memory_bytes for each in warm),
         "wire_up": (last.up_bytes - first.up_bytes) / rounds / nodes,
         "wire_down": (last.down_bytes - first.down_bytes) / rounds / nodes,
@@ -94,18 +102,22 @@ def summary(samples: Sequence[Sample], nodes: int) -> Row:
     }
 
 
-def reason(row: Row, load: float, num_cores: int) -> str:
-    """Why a coordinator does not keep up, in words; empty if it does."""
+def reason(row: Row, num_cores: int) -> str:
+    """Why a coordinator does not keep up, in words; empty if it does. Shares are of one core."""
     if row["still_up"] < row["nodes"]:
         return f"{row['nodes'] - row['still_up']:,} nodes lost their connection"
     if row["keeps_up"]:
         return ""
-    if row["cpu_share"] > _KEEPS_UP:
+    if row["cpu_share"] > _FULL:
         return "the coordinator is one thread, and its core is full"
-    return (
-        f"the coordinator has {row['cpu_share']:.0%} of a core to do; nodes and what else runs here want "
-        f"more of the machine's {num_cores} cores than there is (load {load:.0f})"
+    others = max(0.0, row["machine_cpu_share"] - row["cpu_share"] - row["nodes_cpu_share"])
+    shares = (
+        f"the coordinator takes {row['cpu_share']:.0%} of a core, the nodes {row['nodes_cpu_share']:.0%}, "
+        f"and what else runs here {others:.0%}"
     )
+    if row["machine_cpu_share"] > _FULL * num_cores:
+        return f"{shares}: the machine's {num_cores} cores are full"
+    return f"{shares}: a round, from report to commit, takes longer than {BEAT_S:g} s"
 
 
 def _measure(network: Network, count: int, manifest: Manifest, seconds: float) -> Row:
@@ -128,9 +140,11 @@ def _measure(network: Network, count: int, manifest: Manifest, seconds: float) -
                         seconds=seconds,
                         begin_round=_WARM_UP,
                         join_within_s=_JOIN_WITHIN_S,
-                        gap_s=0.002,
+                        gap_s=_GAP_S,
+                        share=True,
                     )
-                samples = list(_samples(network, run.path, process, _JOIN_WITHIN_S + seconds, seconds))
+                own = [each.process for each in clients]
+                samples = list(_samples(network, run.path, process, own, seconds))
                 answers = [each.answer() for each in clients]
         finally:
             for each in clients:
@@ -141,14 +155,16 @@ def _measure(network: Network, count: int, manifest: Manifest, seconds: float) -
         "disconnects": sum(each["disconnects"] for each in answers),
         "joined_s": max(each["joined_s"] for each in answers),
     }
-    return row | {"why": reason(row, os.getloadavg()[0], machine.num_cores())}
+    return row | {"why": reason(row, machine.num_cores())}
 
 
-def _samples(network: Network, run: Path, process: int, within_s: float, seconds: float) -> Iterator[Sample]:
+def _samples(
+    network: Network, run: Path, process: int, nodes: Sequence[int], seconds: float
+) -> Iterator[Sample]:
     """The coordinator every half a second, until rounds have come for `seconds` after the warm-up."""
     directory = RunDirectory(run)
     manifest = directory.manifest()
-    until, counted_from = time.monotonic() + within_s, None
+    until, counted_from = time.monotonic() + _JOIN_WITHIN_S + seconds, None
     with directory.ledger(manifest, read_only=True) as ledger:
         while (now := time.monotonic()) < until:
             wire = network.count()
@@ -156,6 +172,8 @@ def _samples(network: Network, run: Path, process: int, within_s: float, seconds
                 at=now,
                 round=ledger.num_commits(),
                 cpu_s=cpu_seconds(process),
+                nodes_cpu_s=sum(cpu_seconds(each) for each in nodes),
+                machine_cpu_s=machine_cpu_seconds(),
                 memory_bytes=memory_bytes(process),
                 up_bytes=0 if wire is None else wire.up_bytes,
                 down_bytes=0 if wire is None else wire.down_bytes,
@@ -176,6 +194,15 @@ def cpu_seconds(process: int) -> float:
     """
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def machine_cpu_seconds() -> float:
+    """Processor time of everything on this machine so far: all but idle, and what a host did instead."""
+    user, nice, system, _, _, interrupts, soft, *_ = (
+        Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    )
+    ticks = sum(int(each) for each in (user, nice, system, interrupts, soft))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def memory_bytes(process: int) -> int:

@@ -22,19 +22,22 @@ from benchmarks.long_run import fill
 from coordinator.rundir import RunDirectory
 from node import embedded
 from transport.keys import KeyPair, new_key_pair
+from transport.sockets import HEARTBEAT_INTERVAL_MS
 from transport.ticket import Ticket
 from zo.manifest import Manifest
 
 NODES: Final = (1, 4, 16, 64)
 DIRECTIONS: Final = (1, 8, 64, 256)
+_SOME_NODES, _SOME_DIRECTIONS = (1, 16), (1, 64, 256)
 BITS_BY_CODES: Final = {"int8": 8, "int4": 4, "1 bit": 1}
 POLICIES: Final = ("private", "shared", "pool")
 LAYERS: Final = ("payload", "zmtp", "wire")
 THINK_S: Final = 0.06
 """Longer than TCP delays an acknowledgement, 40 ms."""
-_WARM_UP: Final = 3
-"""A young connection acknowledges at once."""
+_WARM_UP: Final = 4
+"""A young connection acknowledges at once, until the coordinator has answered a few times."""
 _BEHIND: Final = 1024
+HEARTBEAT_S: Final = HEARTBEAT_INTERVAL_MS / 1000
 
 Say = Callable[[str], None]
 
@@ -68,14 +71,26 @@ class Cell:
         return settings
 
 
-def cells(quick: bool) -> list[Cell]:
-    """What there is to measure: each with CURVE first, whose frames are then sent without."""
-    nodes, directions = ((1, 4, 16), (1, 64)) if quick else (NODES, DIRECTIONS)
+def cells(quick: bool, every: bool = False) -> list[Cell]:
+    """What there is to measure: each with CURVE first, whose frames are then sent without.
+
+    Args:
+        quick: few sizes; each width and each policy at one of them.
+        every: of everything with everything; else other widths and policies than the usual at some sizes.
+    """
+    nodes, directions = ((1, 16), (1, 64)) if quick else (NODES, DIRECTIONS)
+
+    def is_wanted(policy: str, codes: str, n: int, d: int) -> bool:
+        if every or (policy, codes) == ("private", "int8"):
+            return True
+        if quick:
+            return (n, d) == (16, 64) and (policy == "private" or codes == "int8")
+        return n in _SOME_NODES and d in _SOME_DIRECTIONS
+
     return [
         Cell(nodes=n, directions=d, codes=codes, policy=policy, curve=curve)
         for policy, codes, n, d, curve in product(POLICIES, BITS_BY_CODES, nodes, directions, (True, False))
-        # Quick: widths and policies at one size only.
-        if not quick or (codes, policy) == ("int8", "private") or (n == nodes[-1] and d == directions[-1])
+        if is_wanted(policy, codes, n, d)
     ]
 
 
@@ -140,6 +155,11 @@ class Clients:
         if "failed" in answer:
             raise Unmeasured(answer["failed"])
         return answer["done"]
+
+    @property
+    def process(self) -> int:
+        """Its process id."""
+        return self._process.pid
 
     def close(self) -> None:
         """End it."""
@@ -289,7 +309,7 @@ def measure_session(network: Network, results: Results, idle_s: float, say: Say)
     Args:
         network: to measure on.
         results: receives every row.
-        idle_s: how long to do nothing, in seconds: a multiple of 80, the period of heartbeats.
+        idle_s: how long to do nothing, in seconds: a multiple of `HEARTBEAT_S`, or there is no rate to be had from it.
         say: told what is being measured.
     """
     with tempfile.TemporaryDirectory(prefix="zo-bench-") as name:
@@ -326,6 +346,13 @@ def measure_session(network: Network, results: Results, idle_s: float, say: Say)
             yield f"session: {error}"
         finally:
             clients.close()
+
+
+def idle_rate(row: Row) -> str:
+    """Bytes a second of a row of doing nothing, both ways; empty for others, and for less than a heartbeat's time."""
+    if not row["what"].startswith("idle") or row["seconds"] < HEARTBEAT_S:
+        return ""
+    return f"{(row['wire_up'] + row['wire_down']) / row['seconds']:.1f}"
 
 
 def _session_run(path: Path, quorum: int) -> RunDirectory:

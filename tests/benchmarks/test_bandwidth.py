@@ -15,12 +15,16 @@ from typer.testing import CliRunner
 
 from benchmarks import machine
 from benchmarks.bandwidth import cli, link, network, runs, scale, target, theory, wire
-from benchmarks.bandwidth.clients import differences
+from benchmarks.bandwidth.chain import Chain
+from benchmarks.bandwidth.counters import differences
 from benchmarks.bandwidth.emulator import QUEUE_BYTES, Link, port_of
 from benchmarks.bandwidth.results import Results, ResultsError, bare, key_of
+from benchmarks.light_node import Onlooker
+from node import embedded
 from transport.brevity import brief
 from transport.messages import Report, encode
-from zo.commit import Commit
+from zo.commit import Commit, decode_entry, genesis
+from zo.replica import ChainError, Replica
 
 needs_namespaces = pytest.mark.skipif(bool(network.unavailable()), reason=network.unavailable())
 
@@ -50,10 +54,14 @@ def test_a_heartbeat_in_one_round_of_many_does_not_count():
 
 
 def test_quick_has_a_part_of_the_cells_and_each_without_curve_follows_its_twin():
-    everything, few = wire.cells(False), wire.cells(True)
-    assert set(few) < set(everything)
-    assert len(everything) == 2 * 4 * 4 * 3 * 3
-    for cells in (everything, few):
+    everything, usual, few = wire.cells(False, every=True), wire.cells(False), wire.cells(True)
+    assert set(few) < set(usual) < set(everything)
+    assert [len(each) for each in (everything, usual, few)] == [
+        2 * 4 * 4 * 3 * 3,
+        2 * (16 + 8 * 6),
+        2 * (4 + 4),
+    ]
+    for cells in (everything, usual, few):
         for with_curve, without in zip(cells[::2], cells[1::2], strict=True):
             assert (with_curve.curve, without.curve) == (True, False)
             assert str(without) == f"{with_curve}, no CURVE"
@@ -123,7 +131,7 @@ def test_without_root_or_ip_it_says_so_and_goes_on_over_loopback(monkeypatch):
 @pytest.mark.e2e
 def test_a_round_over_loopback_costs_what_the_theory_says(tmp_path, monkeypatch):
     cells = [wire.Cell(nodes=2, directions=8, codes="int8", policy="private", curve=True)]
-    monkeypatch.setattr(wire, "cells", lambda quick: cells)
+    monkeypatch.setattr(wire, "cells", lambda quick, every: cells)
     arguments = ["wire", "--json", "--loopback", "--rounds", "2", "--think-ms", "0", "--out", str(tmp_path)]
     outcome = CliRunner().invoke(cli.app, arguments)
     (row,) = json.loads(outcome.stdout)
@@ -177,7 +185,10 @@ def test_time_over_a_link_is_joining_and_rounds_or_bytes_and_round_trips():
 
 
 def samples(*rounds, cpu_s=0.1):
-    return [scale.Sample(float(i), r, i * cpu_s, 10**6, 100 * r, 200 * r) for i, r in enumerate(rounds)]
+    return [
+        scale.Sample(float(i), r, i * cpu_s, 2 * i * cpu_s, 4 * i * cpu_s, 10**6, 100 * r, 200 * r)
+        for i, r in enumerate(rounds)
+    ]
 
 
 def test_the_coordinator_is_judged_from_the_warm_up_to_its_last_round():
@@ -185,16 +196,80 @@ def test_the_coordinator_is_judged_from_the_warm_up_to_its_last_round():
     assert (row["rounds"], row["rounds_per_s"], row["keeps_up"]) == (3, 1.0, True)
     assert row["cpu_ms_per_round"] == pytest.approx(100)
     assert (row["wire_up"], row["wire_down"]) == (10, 20)
+    assert [row[f"{whose}cpu_share"] for whose in ("", "nodes_", "machine_")] == pytest.approx(
+        [0.1, 0.2, 0.4]
+    )
     with pytest.raises(wire.Unmeasured, match="no rounds were committed with 10 nodes"):
         scale.summary(samples(0, 3, 3), nodes=10)
 
 
 def test_why_a_coordinator_does_not_keep_up_is_said():
-    row = {"nodes": 100, "still_up": 100, "keeps_up": True, "cpu_share": 0.1}
-    assert scale.reason(row, 1.0, 2) == ""
-    assert scale.reason({**row, "still_up": 90}, 1.0, 2) == "10 nodes lost their connection"
-    assert scale.reason({**row, "keeps_up": False, "cpu_share": 0.99}, 1.0, 2).endswith("its core is full")
-    assert "10% of a core" in scale.reason({**row, "keeps_up": False}, 9.0, 2)
+    row = {"nodes": 100, "still_up": 100, "keeps_up": True, "cpu_share": 0.1, "nodes_cpu_share": 0.5}
+    row["machine_cpu_share"] = 1.0
+    assert scale.reason(row, 2) == ""
+    assert scale.reason({**row, "still_up": 90}, 2) == "10 nodes lost their connection"
+    slow = {**row, "keeps_up": False}
+    assert scale.reason({**slow, "cpu_share": 0.99}, 2).endswith("its core is full")
+    shares = "the coordinator takes 10% of a core, the nodes 50%, and what else runs here"
+    assert scale.reason(slow, 2) == f"{shares} 40%: a round, from report to commit, takes longer than 1 s"
+    assert (
+        scale.reason({**slow, "machine_cpu_share": 1.9}, 2)
+        == f"{shares} 130%: the machine's 2 cores are full"
+    )
+
+
+def test_the_processor_time_of_a_process_and_of_the_machine_is_read():
+    before = scale.cpu_seconds(os.getpid()), scale.machine_cpu_seconds()
+    until = time.process_time() + 0.05
+    while time.process_time() < until:
+        pass
+    assert scale.cpu_seconds(os.getpid()) > before[0]
+    assert scale.machine_cpu_seconds() > before[1]
+
+
+@pytest.fixture(scope="module")
+def light_manifest(tmp_path_factory):
+    manifest = runs.template(tmp_path_factory.mktemp("light") / "run").manifest()
+    return runs.varied(manifest, {"probe": {"directions": 4}})
+
+
+def commits(manifest, num):
+    previous, found = genesis(manifest.run_id, 0), []
+    for round in range(num):
+        codes = bytes([round + 1, 2, 3, 4, 250, 6, 7, 8])
+        found.append(Commit(round, (2**16,), (-4,), (0, 1), codes, previous))
+        previous = found[-1].digest()
+    return found
+
+
+def test_nodes_that_share_their_weights_have_what_each_would_have_alone(light_manifest):
+    chain = Chain(embedded.path())
+    alone = Replica(light_manifest, Onlooker(light_manifest, embedded.path()).initial_weights())
+    first, second = chain.replica(light_manifest), chain.replica(light_manifest)
+    entries = commits(light_manifest, 3)
+    for entry in entries:
+        first.apply(entry)
+    for entry in entries:  # as of an own frame: equal, and another object
+        second.apply(decode_entry(entry.encode()))
+        alone.apply(entry)
+        assert (second.round, second.head) == (alone.round, alone.head)
+        assert second.digest() == alone.digest()
+    assert first.digest() == alone.digest()
+    with pytest.raises(ChainError, match="where round 3 is due"):
+        first.apply(entries[0])
+    other = msgspec.structs.replace(entries[0], codes=bytes(8))
+    with pytest.raises(ChainError, match="two commits of round 0"):
+        chain.replica(light_manifest).apply(other)
+
+
+def test_a_commit_is_expanded_once_for_all_who_had_the_same_one_before(light_manifest):
+    chain, (before, after) = Chain(embedded.path()), commits(light_manifest, 2)
+    frame = encode(brief(before, after))
+    message = chain.decoded(frame)
+    assert chain.decoded(bytes(bytearray(frame))) is message
+    assert chain.expanded(message, before) == after
+    assert chain.expanded(message, before) is chain.expanded(message, before)
+    assert chain.expanded(message, after) is message  # it does not follow: the session says where it is
 
 
 def points(*losses):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.bandwidth import cli, report
+from benchmarks.bandwidth import cli, plots, report
 from benchmarks.bandwidth.results import DIRECTORY, Results
 
 ROOT = Path(__file__).parent.parent.parent
@@ -92,12 +92,10 @@ def test_both_pages_have_every_part_and_say_what_is_missing(results):
     text, page = (results / "report.md").read_text("utf-8"), (results / "report.html").read_text("utf-8")
     for each in (text, page):
         assert (
-            "500.0 times fewer bytes up than FedAvg with Flower, and 6 times as many forward passes"
-            not in each
+            "sends 400 B from a node, 250 times fewer bytes up than FedAvg with Flower, 100.0 kB, and" in each
         )
-        assert (
-            "250.0 times fewer bytes up than FedAvg with Flower, and 6 times as many forward passes" in each
-        )
+        assert "takes 6.4 times as many forward passes" in each
+        assert "What this says" in each
         assert "Not measured yet" in each
         assert "Machine:" in each
     assert page.count("data:image/png;base64,") == 3
@@ -117,6 +115,60 @@ def test_the_time_over_a_link_is_measured_for_ours_and_computed_for_others(resul
         "3 h",
         "12 days",
     ]
+
+
+def test_where_first_order_wins_the_report_says_so():
+    rows = [
+        {**settings, **found}
+        for settings, found in (
+            target_row("ours, 16 local steps", [4.8, 4.2, 3.7], 200_000.0, 256),
+            target_row("FedAvg, Flower", [4.8, 3.3], 100_000.0, 80),
+        )
+    ]
+    assert (
+        "400.0 kB from a node, 4.0 times more bytes up than FedAvg with Flower, 100.0 kB"
+        in report.verdict(rows)
+    )
+    assert report.verdict(rows[:1]) == ""
+
+
+def test_the_summary_has_only_what_was_measured():
+    nothing = {part: [] for part in report.PARTS}
+    assert report.summary(nothing) == []
+    rows = [
+        {**settings, **found}
+        for settings, found in (wire_row(nodes=16, directions=1), wire_row(nodes=16, directions=64))
+    ]
+    scale = {
+        "nodes": 16,
+        "rounds_per_s": 1.0,
+        "cpu_share": 0.01,
+        "memory_bytes": 2e8,
+        "keeps_up": True,
+        "why": "",
+    }
+    full = {**scale, "nodes": 4000, "rounds_per_s": 0.5, "keeps_up": False, "why": "the cores are full"}
+    idle = {"what": "idle for 80 s", "seconds": 80.0, "wire_up": 174, "wire_down": 172}
+    short = {**idle, "what": "idle for 20 s", "seconds": 20.0}
+    said = report.summary({**nothing, "wire": rows, "scale": [scale, full], "session": [idle, short]})
+    assert said == [
+        "A round of 16 nodes with one direction each costs a node 31 B up and 31 B down, everything counted; "
+        "64 in one report cost 1.47 B each.",
+        "A node that only waits costs 4.3 B/s, both ways.",
+        "One coordinator keeps up with 16 nodes that report once a second; it has 1% of a core to do and 200 MB.",
+        "With 4,000 nodes there were 0.50 rounds a second: the cores are full.",
+    ]
+
+
+def test_axes_are_labelled_in_the_largest_unit_that_a_value_fills():
+    assert [plots.quantity(each, plots._TIMES) for each in (1, 90, 7200, 864_000)] == [
+        "1 s",
+        "1.5 min",
+        "2 h",
+        "10 d",
+    ]
+    assert [plots.quantity(each, plots._BITS) for each in (1_200, 1e6)] == ["1.2 kbit/s", "1 Mbit/s"]
+    assert plots.quantity(0.5, plots._PASSES) == "0.5"
 
 
 def test_the_documents_table_leaves_out_loopback_and_nodes_that_do_not_compute():

@@ -104,6 +104,19 @@ def test_what_another_process_writes_is_seen_at_the_next_look(keyring, path):
     assert not keyring.refresh()  # one's own changes are there already
 
 
+def test_a_change_of_one_key_leaves_the_others_and_what_another_process_wrote_to_the_next_look(keyring, path):
+    keyring.allow(ADA)
+    with Keyring(path) as other:
+        other.allow(BEN)
+    keyring.allow(DOOR)
+    assert keyring.passes(ADA)
+    assert keyring.passes(DOOR)
+    assert keyring.num_admitted() == 2
+    assert keyring.refresh()
+    assert keyring.passes(BEN)
+    assert keyring.num_admitted() == 3
+
+
 def test_the_address_is_remembered(keyring, path):
     assert keyring.address() is None
     keyring.set_address("hub.example", 7411)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import socket
 import threading
 import time
@@ -67,6 +68,48 @@ def test_a_frame_arrives_with_the_key_that_the_handshake_proved(coordinator, key
     assert coordinator.send(arrivals[0].session, b"answer") is Sent.OK
     _, frames, _ = pump(coordinator, node, lambda _l, frames, _a: frames)
     assert frames == [b"answer"]
+    node.close()
+
+
+def test_nodes_of_one_context_are_waited_for_by_their_descriptors(coordinator, keys):
+    context = zmq.Context()
+    ticket = Ticket("127.0.0.1", coordinator.port, RUN, keys.public)
+    nodes = [NodeSocket(ticket, new_key_pair(), context=context) for _ in range(2)]
+    found = [[], []]
+    arrivals = []
+    with select.epoll() as poll:
+        for node in nodes:
+            for descriptor in node.descriptors:
+                poll.register(descriptor, select.EPOLLIN)
+        index_by_descriptor = {each: index for index in range(2) for each in nodes[index].descriptors}
+        deadline = time.monotonic() + DEADLINE_S
+        while not all(b"to" in frame for frame in map(b"".join, found)):
+            assert time.monotonic() < deadline, found
+            for descriptor, _ in poll.poll(0.01):
+                index = index_by_descriptor[descriptor]
+                links, frames = nodes[index].poll(0.0)
+                found[index] += frames
+                if Link.UP in links:
+                    assert nodes[index].send(b"from")
+            for arrival in coordinator.receive(0.01):
+                arrivals.append(arrival.frame)
+                assert coordinator.send(arrival.session, b"to") is Sent.OK
+    assert arrivals == [b"from", b"from"]
+    nodes[0].close()
+    assert not context.closed
+    assert nodes[1].send(b"still here")
+    nodes[1].close()
+    context.term()  # returns, since nothing is left open
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="only Linux can be told")
+def test_an_answer_of_several_segments_is_not_acknowledged_one_by_one(coordinator, keys):
+    node = node_for(coordinator, keys)
+    pump(coordinator, node, lambda links, *_: Link.UP in links)
+    acknowledges_at_once = (socket.IPPROTO_TCP, socket.TCP_QUICKACK)
+    node._connection.setsockopt(*acknowledges_at_once, 1)  # as after a long silence
+    assert node.send(b"a report")
+    assert node._connection.getsockopt(*acknowledges_at_once) == 0
     node.close()
 
 
