@@ -2,7 +2,7 @@
 
 Reports and commits are encoded, abbreviated and squeezed as the transport does it. What carries them is computed, by
 what `zo-bench wire` counts on an interface: ZMTP and CURVE around a frame, 66 bytes of Ethernet, IP and TCP for each
-segment, and an acknowledgement for each segment of the other side.
+segment, and an acknowledgement alone for each frame of the other side.
 """
 
 from __future__ import annotations
@@ -47,17 +47,10 @@ class Traffic:
         self.before = commit
         self.payload_up += fmean(ups)
         self.payload_down += down
-        self.wire_up += fmean(_segments_bytes(up) + _acknowledged_bytes(down) for up in ups)
-        self.wire_down += _segments_bytes(down) + fmean(_acknowledged_bytes(up) for up in ups)
-
-
-def _num_segments(payload: int) -> int:
-    return -(-zmtp_bytes(payload) // SEGMENT_BYTES)
+        self.wire_up += fmean(_segments_bytes(up) for up in ups) + HEADER_BYTES
+        self.wire_down += _segments_bytes(down) + HEADER_BYTES
 
 
 def _segments_bytes(payload: int) -> int:
-    return zmtp_bytes(payload) + HEADER_BYTES * _num_segments(payload)
-
-
-def _acknowledged_bytes(payload: int) -> int:
-    return HEADER_BYTES * _num_segments(payload)
+    sent = zmtp_bytes(payload)
+    return sent + HEADER_BYTES * -(-sent // SEGMENT_BYTES)
