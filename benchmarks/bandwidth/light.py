@@ -134,7 +134,7 @@ class LightNode(threading.Thread):
         votes = [code for code in expressible(manifest.codes.bits) if code != NO_VOTE]
         codes = self._rng.choice(np.array(votes, np.int8), manifest.probe.directions)
         self._carry_out(self._session.on_probed(wanted[0], codes, _LOSS, now))
-        return _POLL_S
+        return 0.0 if self._session.next_probe() else _POLL_S
 
     def _redeem(self) -> float:
         assert self._socket is not None
