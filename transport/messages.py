@@ -132,7 +132,7 @@ class Rotate(Message, frozen=True, tag=9):
 
 
 class Answer(Message, frozen=True, tag=10):
-    """The answer to `Audit`: two losses on the manifest's public rows. Comes before the next report at these weights."""
+    """The answer to `Audit`: two losses on the manifest's public rows. Comes before the next report of the weights."""
 
     round: Round
     losses: Annotated[bytes, Meta(min_length=8, max_length=8)]
