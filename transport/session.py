@@ -517,6 +517,7 @@ class Session:
             return self._fail(Exit.DAMAGED, f"the coordinator's snapshot cannot be used: {error}")
         self.replica = replica
         self._must_leap = False
+        self._walk_steps.clear()  # of commits that may have been taken back
         self._trace.clear()
         self.way = f"snapshot of round {replica.round}"
         return [Jumped(replica.round), *self._follow_from_here()]
