@@ -8,6 +8,8 @@ from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple
 
+import msgspec
+
 from coordinator.conductor import history_slice
 from coordinator.ledger import Ledger, LedgerError
 from coordinator.membership import FLOW_WINDOW
@@ -57,13 +59,24 @@ def restore(
             raise LedgerError(f"{ledger.path} is damaged at round {replica.round}: {error}") from error
         progress(replica.round, total)
     ledger.check_seal(manifest.run.signer, total)
+    return Restored(replica, scale_of(manifest, ledger), origin)
+
+
+def scale_of(manifest: Manifest, ledger: Ledger) -> Scale:
+    """What the step rule remembers at the end of an agent's ledger. Raises LedgerError."""
     rule = step_rule(manifest)
     checkpoint = ledger.last_checkpoint()
-    start, scale = (checkpoint.round, checkpoint.scale) if checkpoint else (0, rule.start())
-    for entry in ledger.entries(start, total):
+    if checkpoint is None:
+        start, scale = 0, rule.start()
+    else:
+        start, scale = checkpoint.round, checkpoint.scale
+        last = ledger.last_commit(start) if rule.pipeline else None
+        if last is not None:  # what it said is recorded there and nowhere else
+            scale = msgspec.structs.replace(scale, ahead=last.exponents)
+    for entry in ledger.entries(start):
         if isinstance(entry, Commit):
             _, scale = rule.of_round(scale, entry.round, *by_class(entry, manifest))
-    return Restored(replica, scale, origin)
+    return scale
 
 
 class Archive:

@@ -405,6 +405,14 @@ def init(
     staleness: Annotated[
         int, typer.Option(metavar="0|1", help="1: a report too late for its round counts in the next one.")
     ] = 0,
+    pipeline: Annotated[
+        bool,
+        typer.Option(
+            "--pipeline",
+            help="Nodes measure the next round while the commit of this one is on its way: for links of long delay.",
+            show_default=False,
+        ),
+    ] = False,
     quorum: Annotated[int, typer.Option(metavar="N", help="Least number of reports in a round.")] = 1,
     host: Annotated[
         str, typer.Option(metavar="HOST", help="Address to listen on; * for all.")
@@ -489,6 +497,7 @@ def init(
                         rounds=rounds,
                         nonce=secrets.token_hex(16),
                         staleness=staleness,
+                        pipeline=int(pipeline),
                         signer=Signer(signing_key).public,
                     ),
                     base=base,

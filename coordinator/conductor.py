@@ -29,7 +29,7 @@ from coordinator.effects import (
 )
 from coordinator.membership import Event, Member, Presence
 from coordinator.roster import Roster
-from coordinator.rounds import Outcome, Round, Verdict, decide, receive, withdraw
+from coordinator.rounds import Outcome, Round, Verdict, decide, following, receive, withdraw
 from coordinator.share import capped
 from transport.messages import (
     HISTORY_BYTES,
@@ -142,8 +142,10 @@ class Conductor:
         self._digests_between = digests_between
         self._seal = seal
         self._audit_sample = audit_sample
-        self._losses_by_asked: dict[int, tuple[float, float] | None] = {}
-        """Whom the round's audit asked, and what they answered."""
+        self._ahead = manifest.run.pipeline
+        self._losses_by_asked: dict[int, dict[int, tuple[float, float] | None]] = {}
+        """By round: whom its audit asked, and what they answered. A node answers before the next report that it can
+        make, which in a pipelined run is for the round after: then they are judged when that one closes."""
         self._roster = roster
         self._node_by_session: dict[bytes, int] = {}
         self._opened_at: dict[int, float] = {}
@@ -191,7 +193,8 @@ class Conductor:
         """When the next tick is due, on the clock of `now`; None if only messages can change anything."""
         if self.is_over or len(self._round.codes_by_node) < self.config.quorum:
             return None
-        return self._round.opened_at_s + self._wait().wait_s
+        waiting = self._wait()
+        return self._round.opened_at_s + (waiting.wait_s if waiting.missing else 0.0)
 
     def reason(self, now: float) -> str:
         """What the round in progress waits for, in words; what the end of the run waits for."""
@@ -345,7 +348,8 @@ class Conductor:
         member = self.members[node]
         yield from self._replace(member, session)
         member.name, member.estimator = hello.name, hello.estimator
-        self._losses_by_asked.pop(node, None)  # it may not know any more what it was asked
+        for asked in self._losses_by_asked.values():
+            asked.pop(node, None)  # it may not know any more what it was asked
         member.session = session
         member.acknowledged = member.cursor = hello.round
         member.is_finished = False
@@ -364,11 +368,19 @@ class Conductor:
         offer = self._offer_for(hello.round) if hello.round < self.round else None
         member.is_choosing = offer is not None
         manifest = b"" if hello.round or has_manifest else self.manifest.encode()
-        exponent = self._scale.moves_exponent if member.estimator == MOVES else self.exponent
-        yield send(session, Welcome(PROTOCOL_VERSION, node, manifest, self.round, exponent, offer))
+        yield send(
+            session,
+            Welcome(PROTOCOL_VERSION, node, manifest, self.round, self._exponent_for(member), offer),
+        )
         if offer is None:
             yield from self._sealed(session, hello.round, hello.head)
         yield from self._feed(member)
+
+    def _exponent_for(self, member: Member) -> int | tuple[int, ...]:
+        """The exponent of a member's codes of the round in progress; in a pipelined run with that of the next one's."""
+        moves, scale = member.estimator == MOVES, self._scale
+        exponent = scale.moves_exponent if moves else scale.exponent
+        return (exponent, scale.ahead[int(moves)]) if scale.ahead else exponent
 
     def _replace(self, member: Member, session: bytes) -> Iterator[Effect]:
         """Close a session of the member that is older than this one, if there is one."""
@@ -422,10 +434,10 @@ class Conductor:
     # ---- what nodes say -------------------------------------------------------------------------------------------
 
     def _report(self, member: Member, report: Report, now: float) -> list[Effect]:
-        number = None if member.is_choosing else member.resolve(report.round)
+        number = None if member.is_choosing else member.resolve(report.round, self._ahead)
         if number is None:
             return []  # from weights that are being replaced, long acknowledged, or never asked for
-        member.acknowledge(number)
+        member.acknowledge(number - self._ahead)
         manifest = self.manifest
         num = manifest.moves.projections if member.estimator == MOVES else manifest.probe.directions
         try:
@@ -433,7 +445,7 @@ class Conductor:
         except ValueError as error:
             return [Note("misfit", member.node, f"round {number}: report of node {member.node}: {error}")]
         self._round, verdict, _ = receive(self._round, member.node, number, codes.tobytes())
-        if verdict in (Verdict.COUNTED, Verdict.COUNTED_LATE, Verdict.LATE):
+        if verdict is not Verdict.DUPLICATE:
             self._learn_latency(member, number, now)
             self._note(member, Event.REPORTED)
         if verdict is Verdict.COUNTED and self._waiting is not None:
@@ -441,10 +453,11 @@ class Conductor:
         return self._feed(member)
 
     def _answer(self, member: Member, answer: Answer) -> list[Effect]:
-        """The first answer to an audit of the round in progress stands; anything else is nothing."""
-        if answer.round == self.round and self._losses_by_asked.get(member.node, ()) is None:
+        """The first answer to an audit that is not judged yet stands; anything else is nothing."""
+        asked = self._losses_by_asked.get(answer.round, {})
+        if asked.get(member.node, ()) is None:
             plus, minus = np.frombuffer(answer.losses, "<f4")
-            self._losses_by_asked[member.node] = float(plus), float(minus)
+            asked[member.node] = float(plus), float(minus)
         return []
 
     def _progress(self, member: Member, progress: Progress) -> list[Effect]:
@@ -478,10 +491,11 @@ class Conductor:
         return self._feed(member)
 
     def _learn_latency(self, member: Member, number: int, now: float) -> None:
-        opened_at = self._opened_at.get(number)
-        if opened_at is None:
+        # A node can begin with a round when that many rounds before it opens: then its weights are made.
+        asked_at = self._opened_at.get(max(number - self._ahead, 0))
+        if asked_at is None:
             return
-        sample = now - opened_at
+        sample = now - asked_at
         typical = self._wait().typical_s
         if typical is None:
             self._waiting = None  # from now on there is something typical
@@ -535,7 +549,11 @@ class Conductor:
         return pace.wait_s(awaited, typical_s, self.config.patience, self.config.max_wait_s)
 
     def _pass_on(self, now: float) -> list[Effect]:
-        """Close the round if it is over, and send its commit to everyone who has all before it."""
+        """Close the round if it is over, and send its commit to everyone who has all before it.
+
+        The next round is left to the next tick, also where all its reports are here already: first this one's commit is
+        to leave.
+        """
         if self.is_over or len(self._round.codes_by_node) < self.config.quorum:
             return []
         waiting = self._wait()
@@ -577,26 +595,25 @@ class Conductor:
         seal = b"" if self._seal is None else self._seal(closed.number + 1, head)
         effects.append(Persist(commit, frame, seal, nodes, reported, moved))
         effects.extend([*notes, *notes_of_movers])
-        answered = {
-            node: each for node, each in self._losses_by_asked.items() if node in closed.codes_by_node
-        }
+        asked = self._losses_by_asked.pop(closed.number - self._ahead, {})
+        answered = {node: each for node, each in asked.items() if node in closed.codes_by_node}
         if answered:
             effects.append(Audited(answered))
-        self._losses_by_asked = {}
         self._unsettled = commit, frame
         missing = awaited - closed.codes_by_node.keys()
         for node in sorted(missing):
             self.members[node].note(Event.MISSED)
             effects.append(Note("missed", node, reason))
         unheard = self.members.keys() - closed.codes_by_node.keys() if self.manifest.run.staleness else ()
-        self._open_round(Round(closed.number + 1, now, may_be_late=frozenset(unheard)))
-        sample = None if self.is_over else self._audit_sample(self.round)
+        self._open_round(following(closed, now, frozenset(unheard)))
+        is_judged = self.round + self._ahead < self.manifest.run.rounds
+        sample = self._audit_sample(self.round) if is_judged else None
         for member in self.present:
             is_next = member.cursor == closed.number and not member.is_choosing
             if member.session is not None and is_next and member.room():
                 member.cursor += 1
                 if sample is not None:
-                    self._losses_by_asked[member.node] = None
+                    self._losses_by_asked.setdefault(self.round, {})[member.node] = None
                     effects.append(send(member.session, Audit(self.round, sample)))
                 effects.append(Send(member.session, "Commit", frame))
                 if seal and self._shows_digest(self.round):

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from coordinator.archive import scale_of
 from coordinator.ledger import Checkpoint, Ledger, StorageError
 from coordinator.rundir import RunDirectory, RunDirectoryError
 from transport.durable import agent_folder, write_atomically
@@ -22,11 +23,10 @@ from zo.commit import Commit, Entry, Revert, genesis
 from zo.directions import GROUP_0, MAX_NODE
 from zo.manifest import Manifest
 from zo.naming import naming, spoken
-from zo.packing import by_class, codes_of
+from zo.packing import codes_of
 from zo.poolfile import PoolFileError, encode_pool_file
 from zo.replica import Replica
 from zo.snapshot import encode_snapshot
-from zo.steps import step_rule
 
 
 class HistoryError(ValueError):
@@ -200,13 +200,7 @@ def take_back(
         else signer.seal(genesis(manifest.run_id, ledger.agent), replica.round, replica.head)
     )
     ledger.append(entry, seal=seal)
-    checkpoint = ledger.last_checkpoint()
-    start, scale = (checkpoint.round, checkpoint.scale) if checkpoint else (0, step_rule(manifest).start())
-    rule = step_rule(manifest)
-    for each in ledger.entries(start, total):
-        if isinstance(each, Commit):
-            _, scale = rule.of_round(scale, each.round, *by_class(each, manifest))
-    ledger.checkpoint(Checkpoint(replica.round, replica.digest(), scale))
+    ledger.checkpoint(Checkpoint(replica.round, replica.digest(), scale_of(manifest, ledger)))
     directory.snapshots(ledger.agent).save(
         replica.round, encode_snapshot(replica, manifest, with_weights=False)
     )

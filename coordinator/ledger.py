@@ -59,6 +59,7 @@ class Checkpoint(NamedTuple):
     round: int
     digest: bytes
     scale: Scale
+    """Read from a ledger it lacks `ahead`, which the last commit before says."""
 
 
 class Divergences(NamedTuple):
@@ -284,6 +285,23 @@ class Ledger:
         row = next(iter(rows), None)
         num_bytes, codes = self._totals
         return (num_bytes - row[0], codes - row[1]) if row else (0, 0)
+
+    def last_commit(self, before: int) -> Commit | None:
+        """The newest entry of the rounds before this one that takes nothing back. Raises LedgerError."""
+        rows = self._read(
+            "SELECT frame FROM commits WHERE agent = ? AND round < ? AND NOT is_revert ORDER BY round DESC LIMIT 1",
+            self.agent,
+            before,
+        )
+        row = next(iter(rows), None)
+        if row is None:
+            return None
+        try:
+            entry = decode_entry(bytes(row[0]))
+        except ValueError as error:
+            raise LedgerError(f"{self.path} is damaged before round {before}: {error}") from error
+        assert isinstance(entry, Commit)
+        return entry
 
     def last_revert(self) -> int | None:
         """The round of the newest entry that takes back others, if there is one."""

@@ -13,7 +13,7 @@ from transport.meter import Count
 
 FLOW_WINDOW: Final = 128
 """Commits a node may be sent beyond what it acknowledged. Nodes acknowledge at least every 64 rounds; and it must stay
-below 256, so that the round of a report modulo 256 names one round."""
+below 255, so that the round of a report modulo 256 names one round, also where nodes measure one round ahead."""
 QUIET_AFTER_S: Final = 150.0
 """Two and a half of the longest times between two messages of a node that waits for the others."""
 LOST_AFTER_S: Final = 900.0
@@ -151,7 +151,12 @@ class Member:
         """Take note that it has applied `round` commits; more than it was sent is not believed."""
         self.acknowledged = max(self.acknowledged, min(round, self.cursor))
 
-    def resolve(self, round_modulo: int) -> int | None:
-        """The round a report is for: the one in acknowledged..cursor that fits modulo 256; None if none does."""
+    def resolve(self, round_modulo: int, ahead: int = 0) -> int | None:
+        """The round a report is for: the one in acknowledged..cursor + ahead that fits modulo 256; None if none does.
+
+        Args:
+            round_modulo: as the report has it.
+            ahead: rounds that nodes measure ahead of their commits.
+        """
         round = self.acknowledged + (round_modulo - self.acknowledged) % REPORT_ROUND_MODULUS
-        return round if round <= self.cursor else None
+        return round if round <= self.cursor + ahead else None

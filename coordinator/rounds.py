@@ -12,6 +12,7 @@ class Verdict(enum.Enum):
     COUNTED = "counted"
     DUPLICATE = "counted before"
     COUNTED_LATE = "counted in the round after its own"
+    EARLY = "kept for the next round"
     LATE = "its round is closed"
 
 
@@ -33,6 +34,8 @@ class Round(msgspec.Struct, frozen=True):
     """Codes for the round before, of nodes that have not reported for this one."""
     may_be_late: frozenset[int] = frozenset()
     """Nodes whose report for the round before would still count: the manifest allows it, and it did not count there."""
+    early_by_node: Mapping[int, bytes] = {}
+    """Codes for the round after, of nodes of a pipelined run."""
 
 
 def receive(collection: Round, node: int, number: int, codes: bytes) -> tuple[Round, Verdict, str]:
@@ -41,9 +44,15 @@ def receive(collection: Round, node: int, number: int, codes: bytes) -> tuple[Ro
     Args:
         collection: the round in progress.
         node: who reports.
-        number: the round the report is for; never past the one in progress, since nobody can know that one.
+        number: the round the report is for; never past the one in progress, since nobody can know that one, or in a
+            pipelined run the one after it.
         codes: its codes, int8 each: as many as the manifest asks for.
     """
+    if number == collection.number + 1:
+        if node in collection.early_by_node:
+            return collection, Verdict.DUPLICATE, f"round {number}: node {node} reported before"
+        early = {**collection.early_by_node, node: codes}
+        return msgspec.structs.replace(collection, early_by_node=early), Verdict.EARLY, ""
     if number != collection.number:
         reason = f"round {number}: report of node {node} came in round {collection.number}"
         is_taken = node in collection.codes_by_node or node in collection.late_by_node
@@ -64,12 +73,28 @@ def receive(collection: Round, node: int, number: int, codes: bytes) -> tuple[Ro
 
 
 def withdraw(collection: Round, node: int) -> Round:
-    """The round without what a node reported for it."""
+    """The round without what a node reported for it, or for the next one."""
     return msgspec.structs.replace(
         collection,
-        codes_by_node={other: codes for other, codes in collection.codes_by_node.items() if other != node},
-        late_by_node={other: codes for other, codes in collection.late_by_node.items() if other != node},
+        codes_by_node=_without(node, collection.codes_by_node),
+        late_by_node=_without(node, collection.late_by_node),
+        early_by_node=_without(node, collection.early_by_node),
     )
+
+
+def _without(node: int, codes_by_node: Mapping[int, bytes]) -> dict[int, bytes]:
+    return {other: codes for other, codes in codes_by_node.items() if other != node}
+
+
+def following(closed: Round, opened_at_s: float, may_be_late: frozenset[int] = frozenset()) -> Round:
+    """The round after one that was closed, with the reports that came for it already.
+
+    Args:
+        closed: the round before.
+        opened_at_s: now, in seconds.
+        may_be_late: of the new round.
+    """
+    return Round(closed.number + 1, opened_at_s, closed.early_by_node, may_be_late=may_be_late)
 
 
 def decide(

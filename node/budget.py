@@ -112,17 +112,22 @@ class _Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Account:
-    """All releases that a node ever made in a run, and its last answer for each agent, in one file."""
+    """All releases that a node ever made in a run, and its last answers for each agent, in one file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, num_answers: int = 1) -> None:
         """Read it; there is none before the first release.
+
+        Args:
+            path: of the file.
+            num_answers: how many answers for an agent are kept: as many as it may have reported before a commit comes.
 
         Raises:
             NodeError: it is damaged. It is never begun anew: that would forget what was said.
         """
         self._path = path
+        self._num_answers = num_answers
         self.spent: dict[Cost, int] = {}
-        self._answers: dict[int, tuple[bytes, bytes]] = {}
+        self._answers: dict[int, list[tuple[bytes, bytes]]] = {}
         try:
             found = msgspec.json.decode(path.read_bytes(), type=_Account)
             for each in found.spent:
@@ -136,12 +141,13 @@ class Account:
                 f"{path} says how much of the privacy budget is spent, and cannot be read: {error}. Restore it, or "
                 "join as another node with --name",
             ) from error
-        self._answers = {each.agent: (each.query, each.codes) for each in found.answers}
+        for answer in found.answers:
+            self._answers.setdefault(answer.agent, []).append((answer.query, answer.codes))
 
     def answer(self, agent: int, query: bytes) -> NDArray[np.int8] | None:
-        """The codes that an agent's last query was answered with, if it was this one; None if not."""
-        known, codes = self._answers.get(agent, (None, b""))
-        return np.frombuffer(codes, np.int8) if known == query else None
+        """The codes that an agent's query was answered with, if it is one of the last; None if not."""
+        codes = dict(self._answers.get(agent, ())).get(query)
+        return None if codes is None else np.frombuffer(codes, np.int8)
 
     def spend(self, cost: Cost, releases: int, agent: int, query: bytes, codes: NDArray[np.int8]) -> None:
         """Make durable that so many releases answer a query. Until it returns, nobody may see them.
@@ -150,9 +156,12 @@ class Account:
             StateError: it cannot be written.
         """
         self.spent[cost] = self.spent.get(cost, 0) + releases
-        self._answers[agent] = query, codes.tobytes()
+        last = [*self._answers.get(agent, ()), (query, codes.tobytes())]
+        self._answers[agent] = last[-self._num_answers :]
         spent = tuple(_Spent(rate, noise, count) for (rate, noise), count in self.spent.items())
-        answers = tuple(_Answer(each, *known) for each, known in sorted(self._answers.items()))
+        answers = tuple(
+            _Answer(each, *known) for each, last in sorted(self._answers.items()) for known in last
+        )
         try:
             write_atomically(self._path, msgspec.json.encode(_Account(spent, answers)))
         except OSError as error:

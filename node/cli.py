@@ -227,7 +227,7 @@ def join(
 
                     num_agents = len(assigned(manifest, named))
                     wanted = plan(budget, manifest, windows.num_windows, num_agents, form.quantize)
-                    guard = Guard(budget, wanted, Account(directory.privacy_path))
+                    guard = Guard(budget, wanted, Account(directory.privacy_path, 1 + manifest.run.pipeline))
                     err.print(str(guard), style="dim", highlight=False, soft_wrap=True)
                 trainer = LanguageTrainer(
                     manifest,

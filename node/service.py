@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 from node.credentials import NOT_ADMITTED, redeem
 from node.state import StateDirectory
 from transport.exits import Exit
-from transport.messages import Report, WireError, address, addressed, decode_from_coordinator, encode
+from transport.messages import (
+    REPORT_ROUND_MODULUS,
+    Report,
+    WireError,
+    address,
+    addressed,
+    decode_from_coordinator,
+    encode,
+)
 from transport.meter import Meter, SocketCount
 from transport.session import Applied, End, Jumped, Keep, Open, Session, Stage, StartOver, Transmit
 from transport.sessions import AgentEffect, AssignmentError, Sessions
@@ -206,7 +214,9 @@ class NodeService:
         self._was_up = False
         self._wrong_key_tries = 0
         self._saved_at = time.monotonic()
-        self._reported_at: dict[int, float] = {}
+        self._reported_at: dict[tuple[int, int], float] = {}
+        """By agent and round, as a report names it."""
+        self._evaluated_at: dict[int, int] = {}
         self._held_out: dict[int, float | None] = {}
         self._work_per_s: float | None = None
         self._end: End | None = None
@@ -260,6 +270,7 @@ class NodeService:
                     self._on_link(link)
             for frame in frames:
                 self._on_frame(frame)
+                self._answer_if_asked()  # the next commit would take the weights away that it asks about
             if self._end is not None:
                 return
             now = time.monotonic()
@@ -270,10 +281,8 @@ class NodeService:
                     "Is the coordinator running, and is the port open between here and there?",
                 )
             self._carry_out(self._sessions.on_tick(now))
+            self._answer_if_asked()
             # Frames that wait come first: a commit among them may have closed the round already.
-            audit = self._sessions.next_audit()
-            if audit is not None:
-                self._answer(*audit)
             wanted = self._sessions.next_probe() if not frames else None
             if wanted is not None:
                 self._probe(*wanted)
@@ -343,7 +352,7 @@ class NodeService:
                     if self._socket.send(frame):
                         self.view.meter.count_up(type(message).__name__, len(frame))
                         if isinstance(message, Report):
-                            self._reported_at[agent] = time.monotonic()
+                            self._reported_at[agent, message.round] = time.monotonic()
                 case Open(manifest):
                     self._open(agent, manifest)
                 case StartOver(reason):
@@ -426,9 +435,12 @@ class NodeService:
         assert trainer is not None
         self._refresh()
         with self._interruptible():
-            if self._evaluate_every and round % self._evaluate_every == 0:
+            at = session.replica.round
+            is_due = self._evaluate_every and at % self._evaluate_every == 0
+            if is_due and self._evaluated_at.get(agent) != at:
+                self._evaluated_at[agent] = at
                 held_out = self._held_out[agent] = trainer.evaluate(session.replica.weights)
-                self._log({"agent": agent, "round": round, "held_out": held_out, **self._bytes()})
+                self._log({"agent": agent, "round": at, "held_out": held_out, **self._bytes()})
             walk_step = session.walk_step(round, exponent)
             replica = session.replica
             importances = replica.pool.importances if replica.pool else None
@@ -439,8 +451,12 @@ class NodeService:
         self.view.num_no_votes += probed.num_no_votes
         self._carry_out(self._sessions.on_probed(agent, round, probed.codes, probed.loss, time.monotonic()))
 
-    def _answer(self, agent: int, round: int, sample: int) -> None:
+    def _answer_if_asked(self) -> None:
         """Take the losses of a public audit, and tell them."""
+        asked = self._sessions.next_audit()
+        if asked is None:
+            return
+        agent, round, sample = asked
         session, trainer = self._sessions.by_agent[agent], self._trainer
         assert session.replica is not None
         assert trainer is not None
@@ -450,8 +466,9 @@ class NodeService:
         self._carry_out(self._sessions.on_audited(agent, round, losses))
 
     def _applied(self, agent: int, applied: Applied) -> None:
-        if applied.own_codes and agent in self._reported_at:
-            self.view.lag_s = time.monotonic() - self._reported_at[agent]
+        reported_at = self._reported_at.pop((agent, applied.commit.round % REPORT_ROUND_MODULUS), None)
+        if applied.own_codes and reported_at is not None:
+            self.view.lag_s = time.monotonic() - reported_at
         self.view.num_late += applied.was_late
         assert self._manifest is not None
         tells = not self._manifest.directions.are_combined

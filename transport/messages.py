@@ -32,6 +32,9 @@ RunId = Annotated[bytes, Meta(min_length=RUN_ID_BYTES, max_length=RUN_ID_BYTES)]
 Digest = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 PublicKey = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Round = Annotated[int, Meta(ge=0, le=2**40)]
+Exponent = Annotated[int, Meta(ge=-64, le=63)]
+# Not tuple[Exponent, Exponent]: in a union with a bounded integer msgspec 0.22 reads the length of such a type wrongly.
+_Exponents = Annotated[tuple[Exponent, ...], Meta(min_length=2, max_length=2)]
 
 
 class WireError(ValueError):
@@ -70,7 +73,8 @@ class Report(Message, frozen=True):
     """
 
     round: Annotated[int, Meta(ge=0, lt=REPORT_ROUND_MODULUS)]
-    """The round modulo 256. Unambiguous: a node is never more than the flow window ahead of what it acknowledged."""
+    """The round modulo 256. Unambiguous: a node is never more than the flow window and a round ahead of what it
+    acknowledged."""
     codes: Annotated[bytes, Meta(min_length=1, max_length=4096)]
     """A code per direction, in the order of the round's samples, packed as the manifest says (`zo.packing`)."""
 
@@ -128,7 +132,7 @@ class Rotate(Message, frozen=True, tag=9):
 
 
 class Answer(Message, frozen=True, tag=10):
-    """The answer to `Audit`: two losses on the manifest's public rows. Comes before the report of that round."""
+    """The answer to `Audit`: two losses on the manifest's public rows. Comes before the next report of the weights."""
 
     round: Round
     losses: Annotated[bytes, Meta(min_length=8, max_length=8)]
@@ -167,8 +171,8 @@ class Welcome(Message, frozen=True, tag=16):
     commits, and so has the manifest."""
     round: Round
     """The round in progress: the number of commits in the ledger."""
-    exponent: Annotated[int, Meta(ge=-64, le=63)]
-    """Exponent of this round's codes."""
+    exponent: Exponent | _Exponents
+    """Exponent of this round's codes; in a pipelined run of this round's and of the next one's."""
     offer: Offer | None
     """A snapshot, if fetching it may be cheaper than replaying."""
 

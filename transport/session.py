@@ -7,12 +7,15 @@
 A frame that does not fit the state changes nothing. What was reported is kept until a commit of that round shows that
 it counted or came too late, and is sent again on every new connection and after `RESEND_S` of silence. Where it is the
 coordinator's turn, `Hello` is said again after `GREET_S` of silence: it may have taken this node for gone.
+
+In a pipelined run a node has two reports to make at its weights, for the round in progress and for the next, and is
+REPORTED when both are out; the first commit brings it back to FOLLOWING.
 """
 
 import enum
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -213,11 +216,14 @@ class Session:
         self._name = name
         self._must_reach = 0
         """Round up to which the coordinator said there are commits."""
-        self._exponent: tuple[int, int] | None = None
-        """(round, exponent of its codes)."""
-        self._walk_step: tuple[int, int] | None = None
-        """(round, step of its walk), from the last commit."""
-        self._report: tuple[int, bytes] | None = None
+        self._exponents: dict[int, int] = {}
+        """Of the codes of rounds, the one in progress and later, as far as they were said."""
+        self._walk_steps: dict[int, int] = {}
+        """Of the walks of the same rounds, where a commit tells."""
+        self._reports: dict[int, bytes] = {}
+        """What was reported and is not settled, by round, in their order: at most one, in a pipelined run two."""
+        self._owes_reports = False
+        """Whether they are to be sent once this node has caught up."""
         self._resend_at = 0.0
         self._resend_s = RESEND_S
         self._greet_at: float | None = None
@@ -271,9 +277,9 @@ class Session:
             case Piece():
                 return self._piece(message, now)
             case Commit():
-                return self._follow([message])
+                return self._follow([message], now)
             case History(frames):
-                return self._history(frames)
+                return self._history(frames, now)
             case Sealed():
                 return self._seal(message)
             case Audit():
@@ -286,7 +292,7 @@ class Session:
                         End(Exit.MISMATCH, f"the weights of round 0 differ from the run's, {digest.hex()}")
                     ]
                 reason = f"the weights of round {round} differ from the ledger's digest {digest.hex()}"
-                self._forget_report()
+                self._forget_reports()
                 return [*self._own_trace(), StartOver(reason)]
             case Finished(round, digest):
                 return self._finished(round, digest)
@@ -328,11 +334,11 @@ class Session:
         """
         if np.isfinite(loss):
             self.loss = loss if self.loss is None else _LOSS_MEMORY * self.loss + (1 - _LOSS_MEMORY) * loss
-        if self.replica is None or self.replica.round != round or self.manifest is None:
+        if self.manifest is None or self._next_round() != round:
             return []
-        self._report = round, pack(codes, self.manifest.codes.bits)
+        self._reports[round] = pack(codes, self.manifest.codes.bits)
         self._resend_s = RESEND_S
-        return self._send_report(now) if self.stage is Stage.FOLLOWING else []
+        return self._send_reports([round], now) if self.stage is Stage.FOLLOWING else []
 
     def on_audited(self, round: int, losses: tuple[float, float]) -> list[Effect]:
         """The audit that `next_audit` asked for is done.
@@ -353,7 +359,7 @@ class Session:
             if now < self._resend_at:
                 return []
             self._resend_s = min(2 * self._resend_s, _RESEND_MAX_S)
-            return self._send_report(now)
+            return self._send_reports(self._reports, now)
         if self.stage in (Stage.CONNECTING, Stage.ENDED) or self.next_probe() or self.next_audit():
             return []
         if self.stage is Stage.FETCHING and self._greet_at is None:
@@ -375,28 +381,21 @@ class Session:
 
     def next_probe(self) -> tuple[int, int] | None:
         """(round, exponent) to probe now; None while there is something to catch up on or to wait for."""
-        if self.stage is not Stage.FOLLOWING or self.replica is None or self._report is not None:
+        if self.stage is not Stage.FOLLOWING or self.replica is None:
             return None
         if self.next_audit() is not None:
             return None  # its answer goes before the report, so that a round that has the one has the other
-        round = self.replica.round
-        if (
-            self._lacks_seal
-            or round < self._must_reach
-            or self.manifest is None
-            or round >= self.manifest.run.rounds
-        ):
+        round = self._next_round()
+        if self._lacks_seal or self.replica.round < self._must_reach or round is None:
             return None
-        if self._exponent is None or self._exponent[0] != round:
-            return None
-        return self._exponent
+        exponent = self._exponents.get(round)
+        return None if exponent is None else (round, exponent)
 
     def walk_step(self, round: int, exponent: int) -> int:
         """What a code of this exponent is multiplied with between the local steps of a round that is to be probed."""
         assert self.manifest is not None
-        if self._walk_step is not None and self._walk_step[0] == round:
-            return self._walk_step[1]
-        return first_step(step_rule(self.manifest), round, exponent)
+        step = self._walk_steps.get(round)
+        return first_step(step_rule(self.manifest), round, exponent) if step is None else step
 
     def next_audit(self) -> tuple[int, int] | None:
         """(round, sample) to take the losses of a public audit for now; None if none is asked for."""
@@ -446,24 +445,21 @@ class Session:
         self.stage = Stage.FOLLOWING
         self.node = welcome.node
         self._must_reach = welcome.round
-        self._exponent = welcome.round, welcome.exponent
+        said = welcome.exponent if isinstance(welcome.exponent, tuple) else (welcome.exponent,)
+        self._exponents = dict(enumerate(said, welcome.round))
         effects: list[Effect] = []
         if self.manifest is None:
             self.manifest = manifest
             effects.append(Open(manifest))
         if welcome.offer is not None:
-            self._forget_report()
+            self._forget_reports()
             return [*effects, *self._consider(welcome.offer, now)]
         if self._must_leap:
             return self._fail(
                 Exit.DAMAGED, "the ledger takes rounds back, and the coordinator has no snapshot"
             )
-        if self._report is not None and self.replica is not None:
-            if self._report[0] == welcome.round == self.replica.round:
-                return [*effects, *self._send_report(now)]
-            if self._report[0] != self.replica.round:
-                self._forget_report()
-        return effects
+        self._owes_reports = bool(self._reports)
+        return [*effects, *self._send_owed(now)]
 
     def _consider(self, offer: Offer, now: float) -> list[Effect]:
         """Ask for the snapshot's next piece; how long it takes to come decides whether it is worth going on."""
@@ -522,6 +518,7 @@ class Session:
             return self._fail(Exit.DAMAGED, f"the coordinator's snapshot cannot be used: {error}")
         self.replica = replica
         self._must_leap = False
+        self._walk_steps.clear()  # of commits that may have been taken back
         self._trace.clear()
         self.way = f"snapshot of round {replica.round}"
         return [Jumped(replica.round), *self._follow_from_here()]
@@ -581,14 +578,14 @@ class Session:
         every = self.manifest.parity.digest_every
         return self.replica.round // every > self._sealed // every
 
-    def _history(self, frames: tuple[bytes, ...]) -> list[Effect]:
+    def _history(self, frames: tuple[bytes, ...], now: float) -> list[Effect]:
         try:
             entries = [self._decode(frame) for frame in frames]
         except ValueError as error:
             return self._fail(Exit.DAMAGED, f"the coordinator sent a history that is none: {error}")
-        return self._follow(entries)
+        return self._follow(entries, now)
 
-    def _follow(self, commits: Sequence[Entry]) -> list[Effect]:
+    def _follow(self, commits: Sequence[Entry], now: float) -> list[Effect]:
         replica, manifest = self.replica, self.manifest
         assert replica is not None
         assert manifest is not None
@@ -614,25 +611,26 @@ class Session:
             if replica.round % manifest.parity.digest_every == 0:
                 effects.append(Transmit(self._progress(replica, manifest)))
         self._must_reach = max(self._must_reach, replica.round)
-        return effects
+        return [*effects, *self._send_owed(now)]
 
     def _remember_scale(self, commit: Commit, manifest: Manifest) -> None:
-        """What the next round's codes are in units of, and how far they lead on a walk."""
+        """What the codes of a round to come are in units of, and how far they lead on a walk."""
         moves = self._estimator == MOVES and len(commit.exponents) > 1
-        before, exponent = self._exponent, commit.exponents[int(moves)]
-        self._exponent = commit.round + 1, exponent
-        self._walk_step = None
-        if manifest.probe.local_steps > 1 and not moves and before is not None and before[0] == commit.round:
+        before, round = self._exponents.pop(commit.round, None), commit.round + 1 + manifest.run.pipeline
+        self._walk_steps.pop(commit.round, None)
+        # A `Revert` in between would put it off by a round; but past that one leads only a snapshot, after a `Welcome`.
+        exponent = self._exponents[round] = commit.exponents[int(moves)]
+        if manifest.probe.local_steps > 1 and not moves and before is not None:
             slopes, _ = by_class(commit, manifest)
-            step = next_step(step_rule(manifest), commit, slopes, exponent - before[1])
-            self._walk_step = commit.round + 1, step
+            self._walk_steps[round] = next_step(step_rule(manifest), commit, slopes, exponent - before)
 
     def _applied(self, commit: Commit) -> Applied:
-        reported = self._report is not None and self._report[0] <= commit.round
+        settled = [round for round in self._reports if round <= commit.round]
         own = self._is_in(commit)
-        if reported:
-            self._forget_report()
-        return Applied(commit, own, reported and not own)
+        for round in settled:
+            del self._reports[round]
+        self._settle_stage()
+        return Applied(commit, own, bool(settled) and not own)
 
     def _is_in(self, commit: Commit) -> bool:
         """Whether the commit has this node's codes."""
@@ -642,8 +640,7 @@ class Session:
         voice, voices = naming(self.manifest).voice(self.node), commit.participants
         place = bisect_left(voices, voice)
         is_heard = place < len(voices) and voices[place] == voice
-        has_reported = self._report is not None and self._report[0] == commit.round
-        return is_heard and (has_reported or not policy.are_combined)
+        return is_heard and (commit.round in self._reports or not policy.are_combined)
 
     def _finished(self, round: int, digest: bytes) -> list[Effect]:
         replica, manifest = self.replica, self.manifest
@@ -671,17 +668,38 @@ class Session:
         self._greet_at = None
         return [Transmit(self._hello())]
 
-    def _send_report(self, now: float) -> list[Effect]:
-        assert self._report is not None
-        round, codes = self._report
-        self.stage = Stage.REPORTED
-        self._resend_at = now + self._resend_s
-        return [Transmit(Report(round % REPORT_ROUND_MODULUS, codes))]
+    def _next_round(self) -> int | None:
+        """The first round that these weights may be measured for and that was not reported; None if there is none."""
+        if self.replica is None or self.manifest is None:
+            return None
+        run, first = self.manifest.run, self.replica.round
+        due = range(first, min(first + 1 + run.pipeline, run.rounds))
+        return next((round for round in due if round not in self._reports), None)
 
-    def _forget_report(self) -> None:
-        self._report = None
-        if self.stage is Stage.REPORTED:
-            self.stage = Stage.FOLLOWING
+    def _send_owed(self, now: float) -> list[Effect]:
+        """The reports that a connection before may have lost, once this node stands where the coordinator does."""
+        if not self._owes_reports or self.replica is None or self.replica.round < self._must_reach:
+            return []
+        self._owes_reports = False
+        return self._send_reports(self._reports, now)
+
+    def _send_reports(self, rounds: Iterable[int], now: float) -> list[Effect]:
+        self._resend_at = now + self._resend_s
+        self._settle_stage()
+        return [
+            Transmit(Report(round % REPORT_ROUND_MODULUS, self._reports[round])) for round in sorted(rounds)
+        ]
+
+    def _settle_stage(self) -> None:
+        """Of FOLLOWING and REPORTED the one that fits: whether all reports that may be made are out."""
+        if self.stage in (Stage.FOLLOWING, Stage.REPORTED):
+            is_waiting = bool(self._reports) and self._next_round() is None
+            self.stage = Stage.REPORTED if is_waiting else Stage.FOLLOWING
+
+    def _forget_reports(self) -> None:
+        self._reports.clear()
+        self._owes_reports = False
+        self._settle_stage()
 
     def _fail(self, code: Exit, reason: str) -> list[Effect]:
         self.stage = Stage.ENDED

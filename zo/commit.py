@@ -28,7 +28,7 @@ class Commit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     steps: tuple[int, ...]
     """One int32 per class of codes: of slopes, and of moves in a run that allows them."""
     exponents: tuple[int, ...]
-    """Exponents for the codes of the *next* round, one per class."""
+    """Exponents for the codes of the *next* round, one per class; in a pipelined run of the round after that."""
     participants: tuple[int, ...]
     """Ascending: node numbers, or the reserved ones of directions that nodes share (`naming.Naming.voice`)."""
     codes: bytes

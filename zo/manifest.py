@@ -66,6 +66,15 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             description="1: a report that comes too late for its round counts in the next one; 0: it is dropped.",
         ),
     ] = 0
+    pipeline: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1,
+            description="Rounds that a node measures ahead of the commits it has: 1: the next one, while the commit of "
+            "this one is on its way; 0: none. Exponents are said as many rounds earlier.",
+        ),
+    ] = 0
     nonce: Annotated[
         Hex16,
         Meta(description="Drawn at init, so that two runs of equal settings have different directions."),
@@ -630,7 +639,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Raises:
             ValueError: the run would need more samples than there are names for directions, it leaves layers of an
                 unquantised base unquantised, it trains nothing, its local steps do not share the directions evenly, one
-                direction is to be compared with the mean of itself, or it is over before its step has warmed up.
+                direction is to be compared with the mean of itself, it is over before its step has warmed up, or nodes
+                would measure ahead of commits what depends on them.
         """
         if not self.adapter.targets and self.task.kind != "head":
             raise ValueError(
@@ -666,6 +676,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError(
                 f"run.staleness = 1 needs directions.policy = 'private' or 'pool', got {self.directions.policy!r}: a "
                 "late code is for another direction than those it would be combined with"
+            )
+        if self.run.pipeline and self.run.staleness:
+            raise ValueError(
+                "run.pipeline = 1 needs run.staleness = 0, got 1: behind late codes the node's next ones are on their "
+                "way already, and a round takes one set of them"
+            )
+        if self.run.pipeline and self.directions.pool_draw == "importance":
+            raise ValueError(
+                "directions.pool_draw = 'importance' needs run.pipeline = 0, got 1: the importances by which a round's "
+                "directions are drawn follow from a commit that nodes do not wait for"
             )
         if self.directions.pool_draw == "importance" and (self.run.staleness or self.codes.bits == 1):
             raise ValueError(

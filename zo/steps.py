@@ -25,6 +25,8 @@ _ONE: Final = 1 << 16
 # One step of the exponent is a factor of two, so any RMS within 32/sqrt(2) .. 32 sqrt(2) is as near as it gets.
 _MEAN_SQUARE_LOW: Final = 512 * _ONE
 _MEAN_SQUARE_HIGH: Final = 2048 * _ONE
+# Two rounds that are measured at once may have any two exponents, and a ledger's integers have 64 bits.
+_MEAN_SQUARE_MAX: Final = 1 << 62
 # Below this RMS the codes are rounding noise, and normalising by it would only amplify that.
 _RMS_FLOOR: Final = 1 << 8
 EXPONENT_MIN: Final = -64
@@ -51,6 +53,8 @@ class Scale(msgspec.Struct, frozen=True):
     """Exponent of the codes of the round in progress."""
     moves_exponent: int = 0
     """Of its codes of moves; 0 in a run without them."""
+    ahead: tuple[int, ...] = ()
+    """Exponents of the codes of the round after, one per class, where nodes measure it already; else none."""
 
 
 class StepRule(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,14 +75,17 @@ class StepRule(msgspec.Struct, frozen=True, kw_only=True):
     """Of a code that was cut off."""
     size: int = 0
     """Number of weights, where the run has moves; else 0."""
+    pipeline: int = 0
+    """Rounds that nodes measure ahead, as in the manifest."""
 
     def start(self) -> Scale:
         """The scale before round 0."""
-        return Scale(
+        first = Scale(
             mean_square=0,
             exponent=self.first_exponent,
             moves_exponent=_MOVES_EXPONENT if self.size else 0,
         )
+        return msgspec.structs.replace(first, ahead=self.exponents(first)) if self.pipeline else first
 
     def scheduled(self, round: int) -> int:
         """The step of a round by the schedule alone, in the units of `step`; 0 past the end of some decays."""
@@ -97,6 +104,9 @@ class StepRule(msgspec.Struct, frozen=True, kw_only=True):
         The best step grows with the number of directions as long as what they add up to is mostly noise, which is up
         to (|g|² + noise) tr H / gᵀHg of them; docs/recipes.md has figures.
 
+        The exponent that suits these codes is that of the next round or, where nodes measure that one already, of the
+        round after it.
+
         Args:
             scale: what the last round left.
             round: 0 ≤ round.
@@ -104,7 +114,7 @@ class StepRule(msgspec.Struct, frozen=True, kw_only=True):
         """
         votes = codes[codes != NO_VOTE].astype(np.int64)
         if votes.size == 0:
-            return 0, scale
+            return 0, _passed(scale, self.exponents(scale)[0], scale.mean_square)
         mean_square = int(votes @ votes) * _ONE // votes.size
         if scale.mean_square:
             smoothed = scale.mean_square + ((mean_square - scale.mean_square) >> self.smoothing)
@@ -123,17 +133,13 @@ class StepRule(msgspec.Struct, frozen=True, kw_only=True):
             shift = FRACTION_BITS - _RAW_BITS + _CODE_BITS + scale.exponent
             step = min((schedule << max(shift, 0)) // (votes.size << max(-shift, 0)), STEP_MAX)
 
-        move = _exponent_move(smoothed)
-        if is_cut_off:
-            exponent = min(scale.exponent + max(move, _CUT_OFF_MOVE), EXPONENT_MAX)
-            return step, Scale(0, exponent, scale.moves_exponent)
-        exponent = min(max(scale.exponent + move, EXPONENT_MIN), EXPONENT_MAX)
-        moved = exponent - scale.exponent
-        rescaled = smoothed >> (2 * moved) if moved >= 0 else smoothed << (-2 * moved)
-        return step, Scale(rescaled, exponent, scale.moves_exponent)
+        suited = _suited(scale.exponent, smoothed, is_cut_off, scale.ahead[:1])
+        return step, _passed(scale, suited, 0 if is_cut_off else smoothed)
 
     def exponents(self, scale: Scale) -> tuple[int, ...]:
-        """Of the codes of each class, as a commit has them."""
+        """The last that were said, of the codes of each class, as a commit has them."""
+        if scale.ahead:
+            return scale.ahead
         return (scale.exponent, scale.moves_exponent) if self.size else (scale.exponent,)
 
     def of_round(
@@ -157,13 +163,47 @@ class StepRule(msgspec.Struct, frozen=True, kw_only=True):
         shift = FRACTION_BITS + _CODE_BITS + scale.moves_exponent
         of_moves = min((1 << max(shift, 0)) // ((moves.size + self.size) << max(-shift, 0)), STEP_MAX)
         votes = moves[moves != NO_VOTE].astype(np.int64)
-        if votes.size == 0:
-            return (step, 0), after
-        move = _exponent_move(int(votes @ votes) * _ONE // votes.size)
-        if int(np.count_nonzero(np.abs(votes) == self.limit)) * _CUT_OFF_SHARE > votes.size:
-            move = max(move, _CUT_OFF_MOVE)
-        exponent = min(max(scale.moves_exponent + move, EXPONENT_MIN), EXPONENT_MAX)
-        return (step, of_moves), msgspec.structs.replace(after, moves_exponent=exponent)
+        if votes.size:
+            mean_square = int(votes @ votes) * _ONE // votes.size
+            is_cut_off = int(np.count_nonzero(np.abs(votes) == self.limit)) * _CUT_OFF_SHARE > votes.size
+            suited = _suited(scale.moves_exponent, mean_square, is_cut_off, scale.ahead[1:])
+        else:
+            of_moves, suited = 0, self.exponents(scale)[1]
+        if not scale.ahead:
+            return (step, of_moves), msgspec.structs.replace(after, moves_exponent=suited)
+        ahead = after.ahead[0], suited
+        return (step, of_moves), msgspec.structs.replace(after, moves_exponent=scale.ahead[1], ahead=ahead)
+
+
+def _suited(exponent: int, mean_square: int, is_cut_off: bool, said: tuple[int, ...]) -> int:
+    """The exponent in which codes of this exponent and mean square would be as large as they should.
+
+    Args:
+        exponent: of the codes.
+        mean_square: of the codes, in units of 2^-16 code².
+        is_cut_off: whether so many were cut off that it is a guess.
+        said: the exponent of the codes of the round after, if it is known: where that one is larger there is nothing to
+            be gained by looking below it.
+    """
+    move = _exponent_move(mean_square)
+    if is_cut_off:
+        return min(max((exponent + max(move, _CUT_OFF_MOVE), *said)), EXPONENT_MAX)
+    return min(max(exponent + move, EXPONENT_MIN), EXPONENT_MAX)
+
+
+def _passed(scale: Scale, suited: int, mean_square: int) -> Scale:
+    """The scale for the next round, the exponent of moves aside.
+
+    Args:
+        scale: of this round.
+        suited: the exponent that would suit this round's codes.
+        mean_square: to remember, in units of this round's codes.
+    """
+    exponent = scale.ahead[0] if scale.ahead else suited
+    moved = exponent - scale.exponent
+    rescaled = mean_square >> (2 * moved) if moved >= 0 else mean_square << (-2 * moved)
+    ahead = (suited, *scale.ahead[1:]) if scale.ahead else ()
+    return Scale(min(rescaled, _MEAN_SQUARE_MAX), exponent, scale.moves_exponent, ahead)
 
 
 def _exponent_move(mean_square: int) -> int:
@@ -193,6 +233,7 @@ def step_rule(manifest: Manifest) -> StepRule:
         normalised=schedule.normalised,
         limit=CUT_OFF_BY_BITS[bits_of_commits(manifest)],
         size=manifest.adapter.size if manifest.moves.projections else 0,
+        pipeline=manifest.run.pipeline,
     )
 
 

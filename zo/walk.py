@@ -46,12 +46,12 @@ def next_step(rule: StepRule, commit: Commit, codes: NDArray[np.int8], moved: in
         rule: of the run.
         commit: the last one.
         codes: its codes.
-        moved: by how much its exponent differs from that of its own codes: their unit is 2^moved as large from now on.
+        moved: by how much its exponent differs from that of its own codes: their unit is 2^moved as large from then on.
     """
     votes = int(np.count_nonzero(codes != NO_VOTE))
     step = commit.steps[0] * votes // max(min(votes, rule.full_votes), 1)
     if not step:
-        return first_step(rule, commit.round + 1, commit.exponents[0])
+        return first_step(rule, commit.round + 1 + rule.pipeline, commit.exponents[0])
     return min(step << moved if moved >= 0 else step >> -moved, STEP_MAX)
 
 

@@ -156,7 +156,8 @@ class LightNode:
             self._votes = np.array(votes, np.int8)
         codes = self._votes[self._rng.integers(self._votes.size, size=manifest.probe.directions)]
         self._carry_out(self._session.on_probed(wanted[0], codes, _LOSS, now))
-        return now + LOOK_S
+        # A pipelined node has two rounds to report at once.
+        return now if self._session.next_probe() else now + LOOK_S
 
     def _redeem(self) -> None:
         """Have the key admitted. All other nodes wait for it."""

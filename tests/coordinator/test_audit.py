@@ -15,9 +15,9 @@ KEY = bytes(32)
 ROUNDS = 10
 
 
-@pytest.fixture
-def manifest(make_manifest):
-    return make_manifest()
+@pytest.fixture(params=[0, 1], ids=["", "pipelined"])
+def manifest(make_manifest, request):
+    return make_manifest(pipeline=request.param)
 
 
 @pytest.fixture

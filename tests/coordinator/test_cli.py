@@ -118,6 +118,7 @@ def test_a_schedule_is_written_into_the_manifest(base, tmp_path, options, expect
         ),
         (["--rate", "0.1"], ("--rate is for moves, and without --moves no node may report any",)),
         (["--moves", "4"], ("moves.projections = 4 must differ from probe.directions",)),
+        (["--pipeline", "--staleness", "1"], ("run.pipeline = 1 needs run.staleness = 0",)),
         (["--moves", "8", "--optimizer", "sgd", "--updates", "0"], ("moves.updates = 0",)),
         (["--local-steps", "3"], ("probe.local_steps = 3 must divide probe.directions = 4",)),
         (["--sides", "1", "--directions", "1"], ("probe.sides = 1 needs probe.directions to be at least 2",)),

@@ -120,8 +120,11 @@ def play(path, manifest, nodes, watch=lambda ledger: None):
         return audit(manifest, directory.initial(manifest), ledger, lambda done, total: None)
 
 
-def test_a_stop_at_any_write_boundary_loses_nothing_and_repeats_nothing(make_manifest, tmp_path, monkeypatch):
-    manifest = make_manifest(size=500, rounds=ROUNDS, digest_every=2)
+@pytest.mark.parametrize("pipeline", [0, 1])
+def test_a_stop_at_any_write_boundary_loses_nothing_and_repeats_nothing(
+    make_manifest, tmp_path, monkeypatch, pipeline
+):
+    manifest = make_manifest(size=500, rounds=ROUNDS, digest_every=2, pipeline=pipeline)
     RunDirectory(tmp_path / "run").create(manifest, ServiceConfig(quorum=2), Replica(manifest, zeros(500)))
     monkeypatch.setattr(coordinator.archive, "is_due", lambda num_bytes, tail_bytes, *_: tail_bytes > 60)
     nodes = [Node(name, manifest) for name in NAMES]

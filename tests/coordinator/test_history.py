@@ -20,9 +20,9 @@ from zo.weights import WeightsOverflow, zeros
 ROUNDS = 10
 
 
-@pytest.fixture
-def manifest(make_manifest):
-    return make_manifest()
+@pytest.fixture(params=[0, 1], ids=["", "pipelined"])
+def manifest(make_manifest, request):
+    return make_manifest(pipeline=request.param)
 
 
 @pytest.fixture
@@ -268,9 +268,9 @@ def test_a_fork_is_found_at_its_round(tmp_path, directory, manifest, played, for
     assert not found.are_equal
 
 
-def test_runs_of_their_own_differ_in_their_manifests(tmp_path, directory, make_manifest, played):
+def test_runs_of_their_own_differ_in_their_manifests(tmp_path, directory, manifest, make_manifest, played):
     other = RunDirectory(tmp_path / "other")
-    another = make_manifest(step=0.03, name="b")
+    another = make_manifest(step=0.03, name="b", pipeline=manifest.run.pipeline)
     other.create(another, ServiceConfig(), Replica(another, zeros(500)))
     found = difference(directory, other)
     assert not found.same_run

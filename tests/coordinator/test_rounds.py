@@ -2,7 +2,7 @@
 
 import pytest
 
-from coordinator.rounds import Outcome, Round, Verdict, decide, receive
+from coordinator.rounds import Outcome, Round, Verdict, decide, following, receive, withdraw
 
 
 def with_reports(*nodes: int) -> Round:
@@ -20,6 +20,17 @@ def test_receiving_changes_no_round_but_returns_another():
     after, _, _ = receive(before, 2, 5, b"\x03\x04")
     assert before.codes_by_node.keys() == {1}
     assert after.codes_by_node.keys() == {1, 2}
+
+
+def test_an_early_report_is_kept_for_the_next_round():
+    early, verdict, reason = receive(with_reports(1), 2, 6, b"\x03\x04")
+    assert (verdict, reason) == (Verdict.EARLY, "")
+    assert early.codes_by_node.keys() == {1}
+    again, verdict, reason = receive(early, 2, 6, b"\x09\x09")
+    assert (again, verdict) == (early, Verdict.DUPLICATE)
+    assert reason == "round 6: node 2 reported before"
+    assert following(early, 107.0) == Round(6, 107.0, {2: b"\x03\x04"})
+    assert following(withdraw(early, 2), 107.0) == Round(6, 107.0)
 
 
 @pytest.mark.parametrize(

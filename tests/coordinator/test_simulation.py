@@ -81,6 +81,18 @@ def test_a_swarm_that_shares_directions_in_a_storm(make_manifest, fields):
     assert result.nodes_at_the_end > 20
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("fields", [{}, {"projections": 7, "bits": 4}, {"policy": "shared", "count": 2}])
+def test_a_pipelined_swarm_in_a_storm(make_manifest, seed, fields):
+    scenario = msgspec.structs.replace(SMALL, seed=seed, rounds=60)
+    manifest = virtual(make_manifest(directions=4, pipeline=1, **fields), scenario)
+    result = simulate(manifest, scenario, lambda done, total: None)
+    assert result.rounds == 60
+    assert result.coordinator_kills == 3
+    assert result.reports_counted > 60 * 10
+    assert result.nodes_at_the_end > 10
+
+
 def test_an_agent_that_differs_is_noticed(make_manifest, monkeypatch):
     start = VirtualTrack.start_conductor
 
@@ -129,7 +141,7 @@ def test_a_report_that_is_applied_twice_is_noticed(make_manifest, monkeypatch):
 
 def test_a_node_that_gives_up_is_noticed(make_manifest, monkeypatch):
     monkeypatch.setattr(
-        Session, "_history", lambda self, frames: self._fail(simulation.Exit.DAMAGED, "it is none")
+        Session, "_history", lambda self, frames, now: self._fail(simulation.Exit.DAMAGED, "it is none")
     )
     with pytest.raises(SimulationError, match="gave up with exit code 6: it is none"):
         run(make_manifest)

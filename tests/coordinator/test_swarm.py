@@ -41,6 +41,8 @@ class Node:
         self.saved = None
         self.sent = {}
         """Round by round, every set of codes it ever reported."""
+        self.probed = set()
+        """(round, exponent, commits that it had) of every probe."""
         self.counted = []
         self.end = None
         self.num_connections = 0
@@ -89,8 +91,7 @@ class Node:
                     if self.connection is not None:
                         self.up.append(encode(message))
                     if isinstance(message, Report):
-                        round = self.session.replica.round
-                        self.sent.setdefault(round, set()).add(message.codes)
+                        self.sent.setdefault(message.round, set()).add(message.codes)
                 case Open():
                     if self.session.replica is None:
                         self.carry_out(self.session.opened(self.fresh(), 0.0))
@@ -105,7 +106,8 @@ class Node:
     def probe(self, now):
         wanted = self.session.next_probe()
         if wanted is not None:
-            round, _ = wanted
+            round, exponent = wanted
+            self.probed.add((round, exponent, self.session.replica.round))
             codes = np.array([self.rng.choice((-128, *range(-60, 61))) for _ in range(2)], np.int8)
             self.carry_out(self.session.on_probed(round, codes, 1.0, now))
 
@@ -222,10 +224,23 @@ class Swarm:
                     "nobody said that, or for another round"
                 )
 
+    def check_probes(self):
+        """The unit of a round's codes follows from the ledger alone, and weights are as old as the manifest allows."""
+        ahead, first = self.manifest.run.pipeline, self.manifest.schedule.first_exponent
+        exponents = [commit.exponents[0] for commit in self.coordinator.commits]
+        for round, exponent, num_commits in set.union(*(node.probed for node in self.nodes)):
+            assert round - ahead <= num_commits <= round
+            assert exponent == (exponents[round - ahead - 1] if round > ahead else first)
 
+
+@pytest.mark.parametrize("pipeline", [0, 1])
 @pytest.mark.parametrize("seed", range(12))
-def test_all_replicas_equal_a_fault_free_replay_of_the_ledger(make_manifest, virtual_coordinator, seed):
-    manifest = make_manifest(size=40, rounds=60, digest_every=3 if seed % 2 else 64, signer=SIGNER)
+def test_all_replicas_equal_a_fault_free_replay_of_the_ledger(
+    make_manifest, virtual_coordinator, seed, pipeline
+):
+    manifest = make_manifest(
+        size=40, rounds=60, digest_every=3 if seed % 2 else 64, signer=SIGNER, pipeline=pipeline
+    )
     swarm = Swarm(seed, manifest, virtual_coordinator(manifest, UNCAPPED), num_nodes=5)
     steps = 0
     while len(swarm.coordinator.frames) < 60:
@@ -244,6 +259,7 @@ def test_all_replicas_equal_a_fault_free_replay_of_the_ledger(make_manifest, vir
         assert node.session.replica.digest() == truth.digest()
         assert node.session.replica.head == truth.head
     swarm.check_ledger()
+    swarm.check_probes()
     for round, (digest, _) in swarm.coordinator.checkpoints.items():
         replica = Replica(manifest, zeros(40))
         for frame in swarm.coordinator.frames[:round]:

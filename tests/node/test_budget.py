@@ -53,7 +53,11 @@ class Node:
         self.begin()
 
     def begin(self):
-        self.guard = Guard(self.budget, plan(self.budget, self.manifest, **self.options), Account(self.path))
+        self.guard = Guard(
+            self.budget,
+            plan(self.budget, self.manifest, **self.options),
+            Account(self.path, 1 + self.manifest.run.pipeline),
+        )
         self.measuring = Measuring(self.guard.mechanism, self.guard.plan.releases_per_probe)
         self.trainer = PrivateTrainer(self.measuring, self.guard, self.told.append)
         return self
@@ -86,6 +90,15 @@ def test_a_round_asked_for_again_has_the_same_codes_and_costs_nothing(node):
     assert node.releases == 2
     assert node.measuring.probes == 0
     assert not node.begin().trainer.probe(WEIGHTS, 0, 0, -4).num_no_votes
+
+
+def test_in_a_pipelined_run_both_rounds_that_are_not_settled_are_answered_as_before(tmp_path, make_manifest):
+    node = Node(tmp_path / "privacy.json", make_manifest(rounds=100, pipeline=1))
+    said = [node.codes(round) for round in range(3)]
+    assert [node.begin().codes(round) for round in (1, 2)] == said[1:]
+    assert node.releases == 6
+    assert node.codes(0) != said[0]
+    assert node.releases == 8
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 
-from node.service import BudgetSpentError, NodeError, NodeService
+from node.service import BudgetSpentError, Leaving, NodeError, NodeService
 from node.state import StateDirectory
 from transport.exits import Exit
 from transport.keys import new_key_pair
+from transport.messages import PROTOCOL_VERSION, Answer, Audit, Welcome, decode_from_node, encode
 from transport.session import Jumped, Keep, Open, StartOver
 from transport.sockets import Link
 from transport.ticket import Ticket
+from zo.commit import Commit
 from zo.replica import Replica
 from zo.weights import zeros
 
@@ -24,6 +26,9 @@ class Still:
 
     def initial_weights(self):
         return zeros(self.size)
+
+    def audit(self, weights, sample, agent=0):
+        return 1.0, 2.0
 
 
 @pytest.fixture
@@ -179,3 +184,31 @@ def test_a_coordinator_that_is_killed_again_and_again_is_not_taken_for_another(s
     for _ in range(20):
         service._on_link(Link.WRONG_KEY)
         service._on_link(Link.NOBODY)
+
+
+def test_an_audit_is_answered_before_the_next_commit_takes_its_weights_away(
+    make_service, make_manifest, monkeypatch
+):
+    """In a pipelined run two commits may come at once, and who reports without having answered is counted."""
+    manifest = make_manifest(pipeline=1, rows=("{}",))
+    service = make_service(manifest)
+    welcome = Welcome(PROTOCOL_VERSION, 0, manifest.encode(), 0, (-4, -4), None)
+    truth = Replica(manifest, np.zeros(500, np.int32))
+    commits = []
+    for number in range(2):
+        commits.append(Commit(number, (9,), (-4,), (0,), b"\x10\x20", truth.head))
+        truth.apply(commits[-1])
+    frames = [encode(each) for each in (welcome, Audit(1, 77), *commits)]
+    sent, arrivals = [], [([Link.UP], frames)]
+
+    def poll(_timeout_s):
+        if not arrivals:
+            raise Leaving
+        return arrivals.pop()
+
+    monkeypatch.setattr(service._socket, "send", lambda frame: sent.append(decode_from_node(frame)) or True)
+    monkeypatch.setattr(service._socket, "poll", poll)
+    with pytest.raises(Leaving):
+        service._loop()
+    assert [each.round for each in sent if isinstance(each, Answer)] == [1]
+    assert service._sessions.by_agent[0].replica.round == 2

@@ -65,6 +65,7 @@ FROM_COORDINATOR = [
         Welcome(1, 5, b"", 7, -3, Offer(ID, 4, 100, 10, 3, 70, 7, True)),
         f"97 10 01 05 c4 00 07 fd 98 {ID_HEX} 04 64 0a 03 46 07 c3",
     ),
+    (Welcome(1, 5, b"\x80", 7, (-3, -4), None), "97 10 01 05 c4 01 80 07 92 fd fc c0"),
     (Piece(ID, 0, 2, b"ab"), f"95 17 {ID_HEX} 00 02 c4 02 6162"),
     (Refuse("base", "no"), "93 11 a4 62617365 a2 6e6f"),
     (

@@ -276,3 +276,87 @@ def test_a_run_without_moves_has_one_class():
 def test_the_step_of_moves_stays_in_its_range(exponent, step):
     scale = msgspec.structs.replace(MOVING.start(), moves_exponent=exponent)
     assert MOVING.of_round(scale, 0, codes(3), codes(3))[0][1] == step
+
+
+# ---- pipelined rounds -----------------------------------------------------------------------------------------------
+
+AHEAD = msgspec.structs.replace(RULE, pipeline=1, decay="constant")
+
+
+def slopes_in(exponent, size, seed):
+    rng = np.random.default_rng(seed)
+    return encode(size * rng.standard_normal(256), exponent, rng)
+
+
+def test_what_a_commit_says_is_for_the_round_after_the_next():
+    scale = AHEAD.start()
+    assert (scale.exponent, AHEAD.exponents(scale)) == (-4, (-4,))
+    said = []
+    for number in range(6):
+        due = [-4, -4, *said][number]
+        assert scale.exponent == due
+        _, scale = AHEAD.advance(scale, number, slopes_in(due, 2.0, number))
+        said += AHEAD.exponents(scale)
+    assert said == [-4] * 6
+
+
+@pytest.mark.parametrize("size", [2.0**-20, 2.0**-3, 2.0**9, 2.0**30])
+def test_the_exponents_of_both_rounds_on_the_way_find_the_size_of_slopes_and_stay(size):
+    scale = AHEAD.start()
+    seen = []
+    for number in range(90):
+        seen.append(scale.exponent)
+        _, scale = AHEAD.advance(scale, number, slopes_in(scale.exponent, size, number))
+    assert len(set(seen[70:])) == 1
+    assert 32 / 2**0.51 <= size / 2.0 ** seen[-1] <= 32 * 2**0.51
+
+
+def test_steps_are_those_of_a_run_that_is_not_pipelined_while_the_exponent_stays():
+    ahead, plain = AHEAD.start(), RULE.start()
+    for number in range(20):
+        round_codes = slopes_in(-4, 2.0, number)
+        pipelined, ahead = AHEAD.advance(ahead, number, round_codes)
+        step, plain = msgspec.structs.replace(RULE, decay="constant").advance(plain, number, round_codes)
+        assert (pipelined, ahead.mean_square) == (step, plain.mean_square)
+
+
+def test_what_is_remembered_is_in_units_of_the_round_in_progress():
+    """Codes of an RMS of 8 in units of 2^-4 have one of 2 in units of 2^-2."""
+    scale = Scale(0, -4, 0, (-2,))
+    _, after = AHEAD.advance(scale, 0, codes(8, -8, 8, -8))
+    assert after == Scale(4 << 16, -2, 0, (-6,))
+    # slopes of the same size in the next round confirm it
+    _, again = AHEAD.advance(after, 1, codes(2, -2, 2, -2))
+    assert again == Scale(1024 << 16, -6, 0, (-6,))
+
+
+def test_a_search_upwards_does_not_stay_behind_the_round_on_the_way():
+    _, after = AHEAD.advance(Scale(0, -10, 0, (-1,)), 0, codes(127, 127, -127))
+    assert after == Scale(0, -1, 0, (-1,))
+    _, after = AHEAD.advance(Scale(0, -10, 0, (-10,)), 0, codes(127, 127, -127))
+    assert after == Scale(0, -10, 0, (-8,))
+
+
+def test_a_round_without_a_vote_says_again_what_was_said_last():
+    step, after = AHEAD.advance(Scale(1024 << 16, -4, 0, (-5,)), 3, codes(NO_VOTE))
+    assert (step, after) == (0, Scale(4096 << 16, -5, 0, (-5,)))
+
+
+@pytest.mark.parametrize(("exponent", "ahead"), [(63, -64), (-64, 63)])
+def test_what_is_remembered_fits_a_ledger_whatever_the_exponents(exponent, ahead):
+    _, after = AHEAD.advance(Scale(1 << 30, exponent, 0, (ahead,)), 0, codes(120, -120))
+    assert 0 <= after.mean_square < 2**63
+    step, _ = AHEAD.advance(after, 1, codes(1, -1))
+    assert 0 <= step < 2**31
+
+
+def test_moves_are_said_ahead_as_well():
+    rule = msgspec.structs.replace(MOVING, pipeline=1)
+    scale = rule.start()
+    assert rule.exponents(scale) == (RULE.first_exponent, -4)
+    _, one = rule.of_round(scale, 0, codes(32, -32), codes(2, 2))
+    assert (one.moves_exponent, one.ahead) == (-4, (-4, -8))
+    _, two = rule.of_round(one, 1, codes(32, -32), NOBODY)
+    assert (two.moves_exponent, two.ahead) == (-8, (-4, -8))
+    rounds = [(0, codes(32, -32), codes(2, 2)), (1, codes(32, -32), NOBODY)]
+    assert replay_scale(rule, rounds) == two
