@@ -273,15 +273,24 @@ def target_command(
     rank: Annotated[
         int, typer.Option(metavar="N", min=1, help="Of the adapter: 4 has 23,000 parameters, 170 a million.")
     ] = 4,
+    system: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--system",
+            metavar="NAME",
+            help="Only systems with this in their name; may be repeated.",
+            show_default="everyone",
+        ),
+    ] = None,
     quick: QuickOption = False,
     json: JsonOption = False,
     out_directory: OutOption = None,
     loopback: LoopbackOption = False,
 ) -> None:
-    """Bytes, passes and time until a held-out loss: ours, FedAvg with Flower, gradients and DiLoCo over gloo."""
+    """Bytes, passes and time until a held-out loss: ours, published rules, FedAvg with Flower, others over gloo."""
     with failures_explained():
         from benchmarks.bandwidth import contest as contests
-        from benchmarks.bandwidth import target
+        from benchmarks.bandwidth import systems, target
 
         with (
             network(loopback=loopback) as net,
@@ -292,10 +301,10 @@ def target_command(
             results = Results("target", out_directory)
             try:
                 contest = contests.prepare(recipe, Path(place), quick=quick, rank=rank)
+                wanted = systems.chosen(systems.systems(recipe, quick), system or ())
             except ValueError as error:
                 raise ResultsError(str(error)) from error
-            wanted = target.systems(quick)
-            task = bar.add_task("target", total=len(wanted))
+            task = bar.add_task("target", total=sum(each.num_runs for each in wanted))
             found = target.measure(
                 net,
                 contest,

@@ -6,18 +6,33 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from benchmarks import machine
-from benchmarks.bandwidth import cli, link, network, runs, scale, target, theory, wire
+from benchmarks.bandwidth import (
+    cli,
+    flower,
+    int8,
+    link,
+    network,
+    runs,
+    scale,
+    systems,
+    target,
+    theory,
+    wire,
+)
 from benchmarks.bandwidth.clients import differences
 from benchmarks.bandwidth.emulator import QUEUE_BYTES, Link, port_of
 from benchmarks.bandwidth.results import Results, ResultsError, bare, key_of
+from coordinator.rundir import RunDirectory
 from transport.brevity import brief
 from transport.messages import Report, encode
 from zo.commit import Commit
@@ -222,19 +237,103 @@ def test_of_a_systems_candidates_the_one_with_the_fewest_bytes_to_the_target_cou
     assert target.best(rows) == [rows[2], rows[4]]
 
 
-def test_every_system_has_as_many_candidates_and_quick_has_one():
-    ours = [
-        each.name for each in target.systems(False) if each.kind != "ours" or each.name.startswith("ours")
+@pytest.mark.parametrize("recipe", [1, 2, 3])
+def test_every_system_has_three_candidates_and_quick_has_one(recipe):
+    everyone = systems.systems(recipe, quick=False)
+    assert {len(each.candidates) for each in everyone} == {3}
+    assert len({each.name for each in everyone}) == len(everyone)
+    few = systems.systems(recipe, quick=True)
+    assert [each.name for each in few] == list(systems.QUICK)
+    assert {(each.num_runs, each.exchanges) for each in few} == {(1, 2)}
+
+
+def test_those_that_need_no_gradient_have_as_many_forward_passes_within_a_tenth():
+    def passes(each):
+        probe = each.candidates[0]["probe"]
+        return (1 if each.alone else 8) * each.exchanges * probe["directions"] * probe["sides"]
+
+    without = [each for each in systems.systems(1, quick=False) if "probe" in each.candidates[0]]
+    counts = {each.name: passes(each) for each in without if each.name != "ours, 4 directions a round"}
+    assert max(counts.values()) < 1.1 * min(counts.values())
+
+
+@pytest.mark.parametrize("system", systems.systems(1, quick=False), ids=lambda each: each.name)
+def test_the_manifest_takes_every_candidate(system, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "candidates"
+    manifest = (RunDirectory(path) if path.exists() else runs.template(path)).manifest()
+    if system.kind == "ours":
+        assert all(runs.knows(manifest, candidate) for candidate in system.candidates)
+
+
+def test_systems_are_chosen_by_a_part_of_their_name():
+    everyone = systems.systems(1, quick=False)
+    assert [each.name for each in systems.chosen(everyone, ["fedavg", "16 LOCAL"])] == [
+        "ours, 16 local steps",
+        "FedAvg, Flower",
+        "FedAvg int8, Flower",
     ]
-    assert {ours.count(name) for name in ours} == {3}
-    few = [each.name for each in target.systems(True)]
-    assert len(few) == len(set(few)) == 4
+    with pytest.raises(ValueError, match="no system is called 'fedprox'; there are: ours, 16 local steps;"):
+        systems.chosen(everyone, ["fedprox"])
 
 
-def test_another_recipe_than_the_first_is_refused():
+def test_a_move_in_int8_is_right_in_the_mean_and_never_off_by_more_than_a_unit():
+    sizes = np.array([3, 4, 2])
+    move = np.array([0.1, -0.2, 0.05, 1e-3, 2e-3, -4e-3, 0.0, 0.0, 0.0], np.float32)
+    rng = np.random.default_rng(1)
+    many = [int8.restored(*int8.quantised(move, sizes, rng), sizes) for _ in range(2000)]
+    unit = np.repeat([0.2, 4e-3, 0.0], sizes) / int8.LIMIT
+    assert (np.abs(np.array(many) - move) <= unit * 1.001).all()
+    assert (np.abs(np.mean(many, axis=0) - move) <= unit / 20).all()
+    codes, scales = int8.quantised(move, sizes, rng)
+    assert (codes.dtype, scales.dtype, scales.size) == (np.int8, np.float32, 3)
+    assert codes[1] == -int8.LIMIT
+
+
+def test_short_runs_choose_a_step_and_are_in_no_table():
+    rows = [
+        {"system": "a", "reached": None, "end": end, "search": search}
+        for end, search in ((3.0, True), (3.5, False))
+    ]
+    assert target.best(rows) == [rows[1]]
+
+
+def test_another_recipe_than_the_first_three_is_refused():
     outcome = CliRunner().invoke(cli.app, ["target", "--recipe", "9", "--loopback"])
     assert outcome.exit_code == 3
-    assert "recipe must be 1" in outcome.stderr
+    assert "recipe must be 1, 2 or 3" in outcome.stderr
+
+
+def test_processes_are_forked_with_arguments_of_their_own_and_a_failure_is_told(tmp_path):
+    (tmp_path / "forked_by_a_test.py").write_text(
+        "import pathlib, sys\n\n\ndef main():\n"
+        "    pathlib.Path(sys.argv[1]).write_text(sys.argv[2])\n"
+        "    return int(sys.argv[3])\n"
+    )
+    with network.network(loopback=True) as net:
+        for status in (0, 3):
+            arguments = [[str(tmp_path / name), name, str(status)] for name in ("a", "b")]
+            module = [sys.executable, "-m", "benchmarks.bandwidth.forks", "forked_by_a_test"]
+            child = net.start(
+                None,
+                module,
+                errors=tmp_path / "err",
+                environment={"PYTHONPATH": f"{machine.ROOT}:{tmp_path}"},
+            )
+            child.stdin.write(json.dumps(arguments) + "\n")
+            child.stdin.flush()
+            assert child.wait() == (1 if status else 0)
+    assert (tmp_path / "a").read_text() == "a"
+
+
+def test_a_flower_that_will_not_install_is_one_line_and_no_more(tmp_path, monkeypatch):
+    def failing(command, **_):
+        return subprocess.CompletedProcess(command, 1, "", "warning\nERROR: No matching distribution found")
+
+    monkeypatch.setattr(flower.subprocess, "run", failing)
+    with pytest.raises(
+        wire.Unmeasured, match=f"flwr {flower.VERSION} cannot be installed: ERROR: No matching"
+    ):
+        flower.environment(tmp_path)
 
 
 def test_the_suite_is_a_part_of_the_installed_program():
