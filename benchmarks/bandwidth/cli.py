@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks import machine
-from benchmarks.bandwidth import link, runs, scale, wire
+from benchmarks.bandwidth import runs, scale, wire
 from benchmarks.bandwidth.network import Network, NetworkError, network
 from benchmarks.bandwidth.results import DIRECTORY, Results, ResultsError, Row, bare
 from benchmarks.recipes.assets import AssetMissing
@@ -244,12 +244,15 @@ def link_command(
     json: JsonOption = False,
     out_directory: OutOption = None,
 ) -> None:
-    """Rounds an hour, and whether nodes stay, over emulated links of 1.2 kbit/s to 1 Mbit/s, 600 ms, with loss."""
+    """Exchanges an hour, and time to a target, over emulated links of 1.2 kbit/s to 1 Mbit/s, 600 ms, with loss."""
     with failures_explained(), network() as net, tempfile.TemporaryDirectory() as place, _progress() as bar:
+        from benchmarks.bandwidth import link, loads
+
         _tell(net)
+        known = Results("target", out_directory or DIRECTORY).rows or Results("target", DIRECTORY).rows
         results = Results("link", out_directory)
         manifest = runs.template(Path(place) / "template").manifest()
-        wanted = link.ways(quick)
+        wanted = link.pairs(quick)
         task = bar.add_task("link", total=len(wanted))
         found = link.measure(
             net,
@@ -258,6 +261,7 @@ def link_command(
             results,
             10.0 if quick else 60.0,
             lambda what: bar.update(task, description=what),
+            loads.exchanges_to_target(list(known.values())),
         )
         rows, failed = _collect(found, bar, task)
         bar.stop()
