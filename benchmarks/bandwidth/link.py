@@ -278,7 +278,7 @@ def cells(row: Row) -> list[str]:
         row.get("system", next(iter(OURS))),
         rate_text(row["bits_per_s"]),
         f"{row['loss']:.0%}",
-        "computed" if row["on"].startswith("computed") else "measured",
+        "computed" if row.get("on", "").startswith("computed") else "measured",
         f"{per_hour:,.3g}" if per_hour < 100 else f"{per_hour:,.0f}",
         "" if row["disconnects"] is None else str(row["disconnects"]),
         f"{row['joined_s']:.0f} s",

@@ -21,6 +21,7 @@ from benchmarks.bandwidth import (
     flower,
     int8,
     link,
+    loads,
     network,
     runs,
     scale,
@@ -189,6 +190,80 @@ def test_time_over_a_link_is_joining_and_rounds_or_bytes_and_round_trips():
     way = link.Way(bits_per_s=8000, round_trip_s=0.5, loss=0.0)
     assert link.seconds_computed(1000, 3000, 2, way) == 5
     assert str(way) == "8 kbit/s, 500 ms, 0% loss"
+
+
+def test_an_exchange_waits_for_its_bytes_and_round_trips():
+    server = loads.server_load(1448, 2 * 1448)
+    assert (server.up_bytes, server.down_bytes) == (1514, 3028)
+    assert server.seconds(8 * 1514, 0.6) == pytest.approx(3.6)
+    ring = loads.ring_load(8 * 1448, 8)
+    assert (ring.up_bytes, ring.round_trips) == (14 * 1514, 7)
+    assert ring.seconds(8 * 1514, 0.6) == pytest.approx(14 + 4.2)
+
+
+def test_a_system_is_usable_down_to_the_rate_at_which_it_takes_a_day():
+    load = loads.server_load(10**6, 10**6)
+    rate = load.slowest(4, 0.6)
+    assert rate is not None
+    assert 4 * load.seconds(rate, 0.6) == pytest.approx(loads.DAY_S)
+    assert load.slowest(10**6, 0.6) is None
+
+
+def test_time_to_the_target_is_of_as_many_exchanges_as_were_found():
+    row = {
+        "system": "ours, 16 local steps",
+        "round_trip_s": 0.6,
+        "joined_s": 30.0,
+        "exchange_s": 4.0,
+        "wire_up": 186.0,
+        "wire_down": 289.0,
+    }
+    found = link.with_target(row, 20)
+    assert (found["target_s"], found["is_usable"]) == (110, True)
+    assert found["usable_from"] == pytest.approx(20 * 8 * 475 / (loads.DAY_S - 12))
+    assert not link.with_target(row, 30_000)["is_usable"]
+    assert link.with_target(row, None)["target_s"] is None
+
+
+def test_what_would_take_minutes_an_exchange_or_has_no_server_is_computed():
+    thin, wide = (link.Way(bits_per_s=rate, round_trip_s=0.6, loss=0.0) for rate in (1_200, 1_000_000))
+    assert link.is_measured("ours, 16 local steps", thin)
+    assert not link.is_measured("FedAvg, Flower", thin)
+    assert link.is_measured("FedAvg, Flower", wide)
+    assert not link.is_measured("gradients, gloo", wide)
+    for system, way in link.pairs(quick=False):
+        assert link.is_measured(system, way) or not way.loss
+
+
+def test_where_links_cannot_be_emulated_what_can_be_computed_still_is():
+    wanted = [
+        (name, link.Way(bits_per_s=1_200, round_trip_s=0.6, loss=0.0)) for name in (*link.OURS, *link.FLOWER)
+    ]
+    nowhere = network.Network(None, "no root")
+    found = list(
+        link.measure(nowhere, wanted, None, Results("link", None), 1.0, lambda _: None, {"FedAvg, Flower": 1})
+    )
+    assert [isinstance(each, str) for each in found] == [True, True, False, False]
+    assert "links are emulated between namespaces" in found[0]
+    assert found[2]["on"] == "computed from 96,704 B up, 96,704 B down and 1 round trips"
+    assert found[2]["target_s"] == pytest.approx(8 * 2 * 96_704 / 1_200 + 0.6)
+
+
+def test_exchanges_to_the_target_are_those_of_the_best_whole_runs_of_the_first_recipe():
+    def row(system, exchange, recipe=1, quick=False, search=False):
+        hit = None if exchange is None else {"exchange": exchange, "wire_up": float(exchange)}
+        return {
+            "recipe": recipe,
+            "quick": quick,
+            "rank": 4,
+            "search": search,
+            "system": system,
+            "reached": hit,
+            "end": 3.0,
+        }
+
+    rows = [row("a", 20), row("a", 18), row("a", 2, search=True), row("a", 1, quick=True), row("b", None)]
+    assert loads.exchanges_to_target(rows) == {"a": 18}
 
 
 def samples(*rounds, cpu_s=0.1):
