@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks import machine
 from benchmarks.recipes import assets
 from benchmarks.recipes.baselines import trained_parameters
 from benchmarks.recipes.catalogue import BABYLLAMA, HELD_OUT, fold
@@ -230,7 +229,6 @@ class Evaluator:
 
     def __call__(self, values: NDArray[np.float32]) -> float:
         """The held-out metric at these values, (size,) float32."""
-        torch.set_num_threads(machine.num_cores())  # whoever was trained has ended
         self._adapter.load(values)
         return self._held_out()
 
