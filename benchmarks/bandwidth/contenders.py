@@ -173,7 +173,7 @@ def _init_options(contest: Contest) -> list[str]:
     options = ["--batch-size", str(form.batch_size), "--sequence-length", str(form.sequence_length)]
     options += ["--task", task.kind]
     options += [part for label in task.labels for part in ("--label", label)]
-    options += [part for each in form.targets for part in ("--target", each)]
+    options += [part for each in form.targets or ("none",) for part in ("--target", each)]
     if form.targets:
         options += ["--rank", str(form.rank), "--alpha", str(form.alpha), "--train", form.train]
     return options

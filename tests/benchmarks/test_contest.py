@@ -1,11 +1,13 @@
 """The problem that all systems of a comparison get: the same files for everybody, of every recipe."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.bandwidth import contest as contests
+from benchmarks.bandwidth import runs
 from benchmarks.bandwidth.contenders import _init_options, passes
 from benchmarks.recipes import assets
 from coordinator.rundir import RunDirectory
@@ -65,14 +67,20 @@ def test_a_client_that_starts_anew_goes_on_with_other_batches(tmp_path):
 
 
 @needs_assets
-def test_init_makes_the_adapter_of_the_contest(tmp_path):
-    from benchmarks.bandwidth import runs
-
-    made = prepared(1, tmp_path)
-    run = runs.template(tmp_path / "run", assets.model("stories260K"), *_init_options(made))
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_init_makes_the_adapter_of_the_contest_and_a_run_of_it_begins(recipe, tmp_path):
+    made = prepared(recipe, tmp_path)
+    run = runs.template(tmp_path / "run", Path(made.model), *_init_options(made))
     manifest = RunDirectory(run.path).manifest()
     assert manifest.adapter.size == np.load(made.start_path).size
     assert manifest.probe.batch_size == made.form.batch_size
+    assert manifest.task == made.task
+    again = runs.make(tmp_path / "again", runs.varied(manifest, {}), 2, [], Path(made.model))
+    assert again.manifest().adapter == manifest.adapter
+
+
+def test_passes_are_those_of_slopes_or_of_moves(tmp_path):
+    manifest = runs.template(tmp_path / "run").manifest()
     assert passes(runs.varied(manifest, {"probe": {"directions": 4, "sides": 1}})) == (4, 0)
     assert passes(runs.varied(manifest, {"moves": {"projections": 256, "updates": 10}})) == (10, 10)
 
