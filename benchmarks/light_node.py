@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.trained import head_of
 from node.base import read_digest, read_tokenizer_digest
 from node.service import Leaving, NodeService, View
 from node.state import StateDirectory
-from transport.base_files import linear_shapes, tensor_shapes
+from transport.base_files import configuration, linear_shapes, tensor_shapes
 from transport.session import Stage
 from transport.ticket import parse_ticket
 from zo.directions import run_key
@@ -41,10 +42,9 @@ class Onlooker:
 
     def __init__(self, manifest: Manifest, base: Path) -> None:
         self._manifest = manifest
-        adapter = manifest.adapter
-        self._layout = lora_layout(
-            linear_shapes(tensor_shapes(base)), adapter.targets, adapter.rank, adapter.train
-        )
+        adapter, labels, tensors = manifest.adapter, manifest.task.head_labels, tensor_shapes(base)
+        head = None if labels is None else head_of(configuration(base), tensors, len(labels))
+        self._layout = lora_layout(linear_shapes(tensors), adapter.targets, adapter.rank, adapter.train, head)
 
     @property
     def estimator(self) -> str:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks import machine
-from benchmarks.bandwidth import link, runs, scale, wire
+from benchmarks.bandwidth import runs, scale, wire
 from benchmarks.bandwidth.network import Network, NetworkError, network
 from benchmarks.bandwidth.results import DIRECTORY, Results, ResultsError, Row, bare
 from benchmarks.recipes.assets import AssetMissing
@@ -248,12 +248,15 @@ def link_command(
     json: JsonOption = False,
     out_directory: OutOption = None,
 ) -> None:
-    """Rounds an hour, and whether nodes stay, over emulated links of 1.2 kbit/s to 1 Mbit/s, 600 ms, with loss."""
+    """Exchanges an hour, and time to a target, over emulated links of 1.2 kbit/s to 1 Mbit/s, 600 ms, with loss."""
     with failures_explained(), network() as net, tempfile.TemporaryDirectory() as place, _progress() as bar:
+        from benchmarks.bandwidth import link, loads
+
         _tell(net)
+        known = Results("target", out_directory or DIRECTORY).rows or Results("target", DIRECTORY).rows
         results = Results("link", out_directory)
         manifest = runs.template(Path(place) / "template").manifest()
-        wanted = link.ways(quick)
+        wanted = link.pairs(quick)
         task = bar.add_task("link", total=len(wanted))
         found = link.measure(
             net,
@@ -262,6 +265,7 @@ def link_command(
             results,
             10.0 if quick else 60.0,
             lambda what: bar.update(task, description=what),
+            loads.exchanges_to_target(list(known.values())),
         )
         rows, failed = _collect(found, bar, task)
         bar.stop()
@@ -277,15 +281,24 @@ def target_command(
     rank: Annotated[
         int, typer.Option(metavar="N", min=1, help="Of the adapter: 4 has 23,000 parameters, 170 a million.")
     ] = 4,
+    system: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--system",
+            metavar="NAME",
+            help="Only systems with this in their name; may be repeated.",
+            show_default="everyone",
+        ),
+    ] = None,
     quick: QuickOption = False,
     json: JsonOption = False,
     out_directory: OutOption = None,
     loopback: LoopbackOption = False,
 ) -> None:
-    """Bytes, passes and time until a held-out loss: ours, FedAvg with Flower, gradients and DiLoCo over gloo."""
+    """Bytes, passes and time until a held-out loss: ours, published rules, FedAvg with Flower, others over gloo."""
     with failures_explained():
         from benchmarks.bandwidth import contest as contests
-        from benchmarks.bandwidth import target
+        from benchmarks.bandwidth import systems, target
 
         with (
             network(loopback=loopback) as net,
@@ -296,10 +309,10 @@ def target_command(
             results = Results("target", out_directory)
             try:
                 contest = contests.prepare(recipe, Path(place), quick=quick, rank=rank)
+                wanted = systems.chosen(systems.systems(recipe, quick), system or ())
             except ValueError as error:
                 raise ResultsError(str(error)) from error
-            wanted = target.systems(quick)
-            task = bar.add_task("target", total=len(wanted))
+            task = bar.add_task("target", total=sum(each.num_runs for each in wanted))
             found = target.measure(
                 net,
                 contest,

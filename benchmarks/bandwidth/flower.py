@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import machine
-from benchmarks.bandwidth.contest import Contest
 from benchmarks.bandwidth.network import Network
 from benchmarks.bandwidth.wire import Unmeasured
 
@@ -68,21 +67,39 @@ def environment(cache: Path = _CACHE) -> Path:
 
 @contextlib.contextmanager
 def running(
-    network: Network, contest: Contest, rounds: int, steps: int, rate: float, errors: Path
+    network: Network,
+    place: Path,
+    nodes: int,
+    errors: Path,
+    *,
+    rounds: int,
+    steps: int,
+    rate: float = 0.01,
+    int8: bool = False,
 ) -> Iterator[subprocess.Popen[str]]:
     """FedAvg under way: values after each round appear as PLACE/flower/ROUND.npy; the process that was given the run.
+
+    Args:
+        network: to run on.
+        place: of the contest.
+        nodes: how many.
+        errors: file for what the processes say.
+        rounds: of FedAvg.
+        steps: local ones of Adam; 0 for none, and noise in their place.
+        rate: theirs.
+        int8: moves in int8 either way, instead of values in float32.
 
     Raises:
         Unmeasured: Flower did not start.
     """
     commands = environment()
-    home = contest.place / "flower-home"
-    app, out = contest.place / "flower-app", contest.place / "flower"
+    home = place / "flower-home"
+    app, out = place / "flower-app", place / "flower"
     for folder in (home, app, out):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     shutil.copy(Path(__file__).with_name("flower_app.py"), app)
-    (app / "pyproject.toml").write_text(_app(contest, rounds, steps, rate))
+    (app / "pyproject.toml").write_text(_app(place, nodes, rounds, steps, rate, int8))
     host = network.coordinator_address
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "bench"\n\n[superlink.bench]\naddress = "{host}:{_CONTROL}"\ninsecure = true\n'
@@ -111,7 +128,7 @@ def running(
             )
         )
         supernode = [str(commands / "flower-supernode"), "--insecure", "--superlink", f"{host}:{_FLEET}"]
-        for node in range(contest.nodes):
+        for node in range(nodes):
             own = [
                 "--clientappio-api-address",
                 f"127.0.0.1:{_CLIENT + node}",
@@ -137,7 +154,7 @@ def running(
             network.stop(child)
 
 
-def _app(contest: Contest, rounds: int, steps: int, rate: float) -> str:
+def _app(place: Path, nodes: int, rounds: int, steps: int, rate: float, int8: bool) -> str:
     """The app's pyproject.toml."""
     return f"""[build-system]
 requires = ["hatchling"]
@@ -161,9 +178,10 @@ serverapp = "flower_app:server"
 clientapp = "flower_app:client"
 
 [tool.flwr.app.config]
-place = "{contest.place}"
-nodes = {contest.nodes}
+place = "{place}"
+nodes = {nodes}
 rounds = {rounds}
 steps = {steps}
-rate = {rate}
+rate = {float(rate)}
+int8 = {str(int8).lower()}
 """

@@ -108,7 +108,7 @@ class Network:
                 text=True,
                 cwd=machine.ROOT,
                 env=quiet_environment() | (environment or {}),
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
                 start_new_session=True,
             )
         self._children.append(child)
@@ -306,7 +306,8 @@ def _delete(name: str) -> None:
         subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Have the kernel end this process when the one that started it ends, however that was."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -427,12 +427,14 @@ def _course_times(row: Row, links: Sequence[Row]) -> list[tuple[int, float]]:
     found = []
     for each in sorted((each for each in links if not each["loss"]), key=lambda each: each["bits_per_s"]):
         way = link.Way(bits_per_s=each["bits_per_s"], round_trip_s=each["round_trip_s"], loss=0.0)
-        if row["system"].startswith("ours"):
-            seconds = link.seconds_to(hit["exchange"], each)
-        else:
-            seconds = link.seconds_computed(hit["wire_up"], hit["wire_down"], hit["exchange"], way)
-        found.append((each["bits_per_s"], seconds))
-    return found
+        if each.get("system", next(iter(link.OURS))) != row["system"]:
+            continue
+        found.append((way.bits_per_s, link.seconds_to(hit["exchange"], each)))
+    measured = dict(found)
+    for rate in sorted({each["bits_per_s"] for each in links} - measured.keys()):
+        way = link.Way(bits_per_s=rate, round_trip_s=link.ROUND_TRIP_S, loss=0.0)
+        found.append((rate, link.seconds_computed(hit["wire_up"], hit["wire_down"], hit["exchange"], way)))
+    return sorted(found)
 
 
 def _times(chosen: Sequence[Row], links: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

@@ -6,20 +6,36 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from benchmarks import machine
-from benchmarks.bandwidth import cli, link, network, runs, scale, target, theory, wire
+from benchmarks.bandwidth import (
+    cli,
+    flower,
+    int8,
+    link,
+    loads,
+    network,
+    runs,
+    scale,
+    systems,
+    target,
+    theory,
+    wire,
+)
 from benchmarks.bandwidth.chain import Chain
 from benchmarks.bandwidth.counters import differences
 from benchmarks.bandwidth.emulator import QUEUE_BYTES, Link, port_of
 from benchmarks.bandwidth.results import Results, ResultsError, bare, key_of
 from benchmarks.light_node import Onlooker
+from coordinator.rundir import RunDirectory
 from node import embedded
 from transport.brevity import brief
 from transport.messages import Report, encode
@@ -184,6 +200,80 @@ def test_time_over_a_link_is_joining_and_rounds_or_bytes_and_round_trips():
     assert str(way) == "8 kbit/s, 500 ms, 0% loss"
 
 
+def test_an_exchange_waits_for_its_bytes_and_round_trips():
+    server = loads.server_load(1448, 2 * 1448)
+    assert (server.up_bytes, server.down_bytes) == (1514, 3028)
+    assert server.seconds(8 * 1514, 0.6) == pytest.approx(3.6)
+    ring = loads.ring_load(8 * 1448, 8)
+    assert (ring.up_bytes, ring.round_trips) == (14 * 1514, 7)
+    assert ring.seconds(8 * 1514, 0.6) == pytest.approx(14 + 4.2)
+
+
+def test_a_system_is_usable_down_to_the_rate_at_which_it_takes_a_day():
+    load = loads.server_load(10**6, 10**6)
+    rate = load.slowest(4, 0.6)
+    assert rate is not None
+    assert 4 * load.seconds(rate, 0.6) == pytest.approx(loads.DAY_S)
+    assert load.slowest(10**6, 0.6) is None
+
+
+def test_time_to_the_target_is_of_as_many_exchanges_as_were_found():
+    row = {
+        "system": "ours, 16 local steps",
+        "round_trip_s": 0.6,
+        "joined_s": 30.0,
+        "exchange_s": 4.0,
+        "wire_up": 186.0,
+        "wire_down": 289.0,
+    }
+    found = link.with_target(row, 20)
+    assert (found["target_s"], found["is_usable"]) == (110, True)
+    assert found["usable_from"] == pytest.approx(20 * 8 * 475 / (loads.DAY_S - 12))
+    assert not link.with_target(row, 30_000)["is_usable"]
+    assert link.with_target(row, None)["target_s"] is None
+
+
+def test_what_would_take_minutes_an_exchange_or_has_no_server_is_computed():
+    thin, wide = (link.Way(bits_per_s=rate, round_trip_s=0.6, loss=0.0) for rate in (1_200, 1_000_000))
+    assert link.is_measured("ours, 16 local steps", thin)
+    assert not link.is_measured("FedAvg, Flower", thin)
+    assert link.is_measured("FedAvg, Flower", wide)
+    assert not link.is_measured("gradients, gloo", wide)
+    for system, way in link.pairs(quick=False):
+        assert link.is_measured(system, way) or not way.loss
+
+
+def test_where_links_cannot_be_emulated_what_can_be_computed_still_is():
+    wanted = [
+        (name, link.Way(bits_per_s=1_200, round_trip_s=0.6, loss=0.0)) for name in (*link.OURS, *link.FLOWER)
+    ]
+    nowhere = network.Network(None, "no root")
+    found = list(
+        link.measure(nowhere, wanted, None, Results("link", None), 1.0, lambda _: None, {"FedAvg, Flower": 1})
+    )
+    assert [isinstance(each, str) for each in found] == [True, True, False, False]
+    assert "links are emulated between namespaces" in found[0]
+    assert found[2]["on"] == "computed from 96,704 B up, 96,704 B down and 1 round trips"
+    assert found[2]["target_s"] == pytest.approx(8 * 2 * 96_704 / 1_200 + 0.6)
+
+
+def test_exchanges_to_the_target_are_those_of_the_best_whole_runs_of_the_first_recipe():
+    def row(system, exchange, recipe=1, quick=False, search=False):
+        hit = None if exchange is None else {"exchange": exchange, "wire_up": float(exchange)}
+        return {
+            "recipe": recipe,
+            "quick": quick,
+            "rank": 4,
+            "search": search,
+            "system": system,
+            "reached": hit,
+            "end": 3.0,
+        }
+
+    rows = [row("a", 20), row("a", 18), row("a", 2, search=True), row("a", 1, quick=True), row("b", None)]
+    assert loads.exchanges_to_target(rows) == {"a": 18}
+
+
 def samples(*rounds, cpu_s=0.1):
     return [
         scale.Sample(float(i), r, i * cpu_s, 2 * i * cpu_s, 4 * i * cpu_s, 10**6, 100 * r, 200 * r)
@@ -297,19 +387,103 @@ def test_of_a_systems_candidates_the_one_with_the_fewest_bytes_to_the_target_cou
     assert target.best(rows) == [rows[2], rows[4]]
 
 
-def test_every_system_has_as_many_candidates_and_quick_has_one():
-    ours = [
-        each.name for each in target.systems(False) if each.kind != "ours" or each.name.startswith("ours")
+@pytest.mark.parametrize("recipe", [1, 2, 3])
+def test_every_system_has_three_candidates_and_quick_has_one(recipe):
+    everyone = systems.systems(recipe, quick=False)
+    assert {len(each.candidates) for each in everyone} == {3}
+    assert len({each.name for each in everyone}) == len(everyone)
+    few = systems.systems(recipe, quick=True)
+    assert [each.name for each in few] == list(systems.QUICK)
+    assert {(each.num_runs, each.exchanges) for each in few} == {(1, 2)}
+
+
+def test_those_that_need_no_gradient_have_as_many_forward_passes_within_a_tenth():
+    def passes(each):
+        probe = each.candidates[0]["probe"]
+        return (1 if each.alone else 8) * each.exchanges * probe["directions"] * probe["sides"]
+
+    without = [each for each in systems.systems(1, quick=False) if "probe" in each.candidates[0]]
+    counts = {each.name: passes(each) for each in without if each.name != "ours, 4 directions a round"}
+    assert max(counts.values()) < 1.1 * min(counts.values())
+
+
+@pytest.mark.parametrize("system", systems.systems(1, quick=False), ids=lambda each: each.name)
+def test_the_manifest_takes_every_candidate(system, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "candidates"
+    manifest = (RunDirectory(path) if path.exists() else runs.template(path)).manifest()
+    if system.kind == "ours":
+        assert all(runs.knows(manifest, candidate) for candidate in system.candidates)
+
+
+def test_systems_are_chosen_by_a_part_of_their_name():
+    everyone = systems.systems(1, quick=False)
+    assert [each.name for each in systems.chosen(everyone, ["fedavg", "16 LOCAL"])] == [
+        "ours, 16 local steps",
+        "FedAvg, Flower",
+        "FedAvg int8, Flower",
     ]
-    assert {ours.count(name) for name in ours} == {3}
-    few = [each.name for each in target.systems(True)]
-    assert len(few) == len(set(few)) == 4
+    with pytest.raises(ValueError, match="no system is called 'fedprox'; there are: ours, 16 local steps;"):
+        systems.chosen(everyone, ["fedprox"])
 
 
-def test_another_recipe_than_the_first_is_refused():
+def test_a_move_in_int8_is_right_in_the_mean_and_never_off_by_more_than_a_unit():
+    sizes = np.array([3, 4, 2])
+    move = np.array([0.1, -0.2, 0.05, 1e-3, 2e-3, -4e-3, 0.0, 0.0, 0.0], np.float32)
+    rng = np.random.default_rng(1)
+    many = [int8.restored(*int8.quantised(move, sizes, rng), sizes) for _ in range(2000)]
+    unit = np.repeat([0.2, 4e-3, 0.0], sizes) / int8.LIMIT
+    assert (np.abs(np.array(many) - move) <= unit * 1.001).all()
+    assert (np.abs(np.mean(many, axis=0) - move) <= unit / 20).all()
+    codes, scales = int8.quantised(move, sizes, rng)
+    assert (codes.dtype, scales.dtype, scales.size) == (np.int8, np.float32, 3)
+    assert codes[1] == -int8.LIMIT
+
+
+def test_short_runs_choose_a_step_and_are_in_no_table():
+    rows = [
+        {"system": "a", "reached": None, "end": end, "search": search}
+        for end, search in ((3.0, True), (3.5, False))
+    ]
+    assert target.best(rows) == [rows[1]]
+
+
+def test_another_recipe_than_the_first_three_is_refused():
     outcome = CliRunner().invoke(cli.app, ["target", "--recipe", "9", "--loopback"])
     assert outcome.exit_code == 3
-    assert "recipe must be 1" in outcome.stderr
+    assert "recipe must be 1, 2 or 3" in outcome.stderr
+
+
+def test_processes_are_forked_with_arguments_of_their_own_and_a_failure_is_told(tmp_path):
+    (tmp_path / "forked_by_a_test.py").write_text(
+        "import pathlib, sys\n\n\ndef main():\n"
+        "    pathlib.Path(sys.argv[1]).write_text(sys.argv[2])\n"
+        "    return int(sys.argv[3])\n"
+    )
+    with network.network(loopback=True) as net:
+        for status in (0, 3):
+            arguments = [[str(tmp_path / name), name, str(status)] for name in ("a", "b")]
+            module = [sys.executable, "-m", "benchmarks.bandwidth.forks", "forked_by_a_test"]
+            child = net.start(
+                None,
+                module,
+                errors=tmp_path / "err",
+                environment={"PYTHONPATH": f"{machine.ROOT}:{tmp_path}"},
+            )
+            child.stdin.write(json.dumps(arguments) + "\n")
+            child.stdin.flush()
+            assert child.wait() == (1 if status else 0)
+    assert (tmp_path / "a").read_text() == "a"
+
+
+def test_a_flower_that_will_not_install_is_one_line_and_no_more(tmp_path, monkeypatch):
+    def failing(command, **_):
+        return subprocess.CompletedProcess(command, 1, "", "warning\nERROR: No matching distribution found")
+
+    monkeypatch.setattr(flower.subprocess, "run", failing)
+    with pytest.raises(
+        wire.Unmeasured, match=f"flwr {flower.VERSION} cannot be installed: ERROR: No matching"
+    ):
+        flower.environment(tmp_path)
 
 
 def test_the_suite_is_a_part_of_the_installed_program():

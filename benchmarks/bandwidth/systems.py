@@ -1,0 +1,279 @@
+"""Who takes part in a comparison, with which settings, and how each may look for its step.
+
+Everyone has three candidates for the one figure that decides most, a step or a rate. Where a run is long, they are
+compared on short ones, and the best goes the whole way; what everyone else would set is as it was published, as far as
+that carries over to a base a thousandth of the size and directions of ±1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+Kind = Literal["ours", "flower", "gradients", "diloco"]
+Settings = dict[str, Any]
+LOCAL_STEPS: Final = 10
+"""Of every first-order system that takes any: FedAvg, DiLoCo, moves."""
+_EVERY_VOTE: Final = 64
+"""As init's `--full-votes`: so many votes of a round add a whole step each, for each local step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """A system, and what it is run with."""
+
+    name: str
+    kind: Kind
+    exchanges: int
+    candidates: tuple[Settings, ...]
+    """Settings that it may choose from."""
+    search: int = 0
+    """Exchanges of the short runs that choose; 0: every candidate is run as a whole."""
+    alone: bool = False
+    """One worker with everybody's data, as it was published."""
+    good_at: str
+    carried: str = ""
+    """Of a published system: what was taken over, and what was not."""
+
+    @property
+    def num_runs(self) -> int:
+        """How many runs it takes."""
+        return len(self.candidates) + bool(self.search)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """What a recipe asks for: how long runs are, and three candidates around what suits it."""
+
+    walks: tuple[int, int]
+    """Rounds of 16 local steps each: of a run, of a short one."""
+    rounds: tuple[int, int]
+    """Rounds of four one-sided directions."""
+    single: tuple[int, int]
+    """Rounds of one two-sided direction."""
+    moves: int
+    fedavg: int
+    gradients: int
+    diloco: int
+    walk_steps: tuple[float, ...] = (0.00125, 0.0025, 0.005)
+    """Of a vote; docs/recipes.md: 0.001 for each direction of a round."""
+    steps: tuple[float, ...] = (0.0005, 0.001, 0.002)
+    epsilon: float = 0.003
+    raw: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    """Rates that multiply slopes as they are: those of MeZO on bases as small as these."""
+    rates: tuple[float, ...] = (0.003, 0.01, 0.03)
+    """Of Adam."""
+
+
+LENGTHS: Final = {
+    1: Lengths(walks=(20, 2), rounds=(120, 12), single=(300, 30), moves=12, fedavg=2, gradients=40, diloco=4),
+    2: Lengths(walks=(6, 1), rounds=(40, 6), single=(100, 15), moves=6, fedavg=2, gradients=40, diloco=4),
+    3: Lengths(
+        walks=(80, 8),
+        rounds=(1000, 60),
+        single=(1000, 60),
+        moves=20,
+        fedavg=4,
+        gradients=60,
+        diloco=6,
+        walk_steps=(0.0025, 0.005, 0.01),
+        steps=(0.0025, 0.005, 0.01),
+        epsilon=0.01,
+        raw=(0.1, 0.3, 1.0),
+        rates=(0.03, 0.1, 0.3),
+    ),
+}
+_ONE: Final = {"directions": 1, "sides": 2, "epsilon": 0.001}
+_RAW: Final = {"decay": "constant", "normalised": False}
+
+
+def systems(recipe: int, quick: bool) -> list[System]:
+    """Everyone who takes part in a recipe; quick: a few exchanges of one candidate each, of the main systems."""
+    lengths = LENGTHS[recipe]
+    found = [*_ours(lengths), *_first_order(lengths), *_published(lengths)]
+    if not quick:
+        return found
+    return [_shortened(each) for each in found if each.name in QUICK]
+
+
+def chosen(found: Sequence[System], wanted: Sequence[str]) -> list[System]:
+    """Those whose names contain one of these texts; all, if there are none.
+
+    Raises:
+        ValueError: a text is in nobody's name.
+    """
+    for text in wanted:
+        if not any(text.lower() in each.name.lower() for each in found):
+            raise ValueError(
+                f"no system is called {text!r}; there are: {'; '.join(each.name for each in found)}"
+            )
+    return [each for each in found if not wanted or any(text.lower() in each.name.lower() for text in wanted)]
+
+
+QUICK: Final = ("ours, 16 local steps", "FedAvg int8, Flower", "DiLoCo, gloo")
+
+
+def _shortened(system: System) -> System:
+    middle = system.candidates[len(system.candidates) // 2]
+    return replace(system, candidates=(middle,), search=0, exchanges=2)
+
+
+def _ours(lengths: Lengths) -> list[System]:
+    walk = {"directions": 16, "local_steps": 16, "sides": 2, "epsilon": 0.01}
+    few = {"directions": 4, "sides": 1, "epsilon": lengths.epsilon}
+    return [
+        System(
+            name="ours, 16 local steps",
+            kind="ours",
+            exchanges=lengths.walks[0],
+            search=lengths.walks[1],
+            candidates=tuple(
+                {
+                    "probe": walk,
+                    "schedule": {"step": step, "full_votes": 16 * _EVERY_VOTE, "decay": "linear"},
+                }
+                for step in lengths.walk_steps
+            ),
+            good_at="the fewest bytes; memory of inference; nodes come and go; weights equal to the bit",
+        ),
+        System(
+            name="ours, 4 directions a round",
+            kind="ours",
+            exchanges=lengths.rounds[0],
+            search=lengths.rounds[1],
+            candidates=tuple(
+                {"probe": few, "schedule": {"step": step, "full_votes": _EVERY_VOTE, "decay": "linear"}}
+                for step in lengths.steps
+            ),
+            good_at="as before, with the fewest forward passes of those that need no gradient; what init does",
+        ),
+        System(
+            name="ours, moves",
+            kind="ours",
+            exchanges=lengths.moves,
+            candidates=tuple(
+                {
+                    "moves": {"projections": 256, "updates": LOCAL_STEPS, "rate": rate},
+                    "schedule": {"step": 0.001, "decay": "linear"},
+                }
+                for rate in lengths.rates
+            ),
+            good_at="few bytes and few passes, whatever the size of the adapter, where nodes can train; slopes of "
+            "those that cannot count in the same rounds",
+        ),
+    ]
+
+
+def _first_order(lengths: Lengths) -> list[System]:
+    def each(**more: Any) -> tuple[Settings, ...]:
+        return tuple({"rate": rate, **more} for rate in lengths.rates)
+
+    return [
+        System(
+            name="FedAvg, Flower",
+            kind="flower",
+            exchanges=lengths.fedavg,
+            candidates=each(local_steps=LOCAL_STEPS),
+            good_at="few rounds and few passes; a framework for any model, strategy and device",
+        ),
+        System(
+            name="FedAvg int8, Flower",
+            kind="flower",
+            exchanges=lengths.fedavg,
+            candidates=each(local_steps=LOCAL_STEPS, int8=True),
+            good_at="the same in a quarter of the bytes, at the price of state at the clients",
+        ),
+        System(
+            name="gradients, gloo",
+            kind="gradients",
+            exchanges=lengths.gradients,
+            candidates=each(),
+            good_at="the least wall time on a fast link; equals one large batch",
+        ),
+        System(
+            name="DiLoCo, gloo",
+            kind="diloco",
+            exchanges=lengths.diloco,
+            candidates=each(local_steps=LOCAL_STEPS, outer_rate=0.7),
+            good_at="as gradients, with a fraction of the exchanges; no server",
+            carried="Nesterov 0.7 and 0.9 outside, AdamW inside as published; 10 local steps as the others, not 500",
+        ),
+    ]
+
+
+def _published(lengths: Lengths) -> list[System]:
+    """Published systems as settings of our manifest, all with as many forward passes."""
+    rounds, short = lengths.single
+
+    def raw(probe: Settings, full_votes: int, **more: Any) -> tuple[Settings, ...]:
+        return tuple(
+            {"probe": probe, "schedule": {**_RAW, "step": rate, "full_votes": full_votes}, **more}
+            for rate in lengths.raw
+        )
+
+    return [
+        System(
+            name="MeZO's rule, one worker",
+            kind="ours",
+            exchanges=8 * rounds,
+            search=8 * short,
+            alone=True,
+            candidates=raw(_ONE, 1),
+            good_at="memory of inference, nothing to set up; it does not need a network, and none is needed here",
+            carried="both sides, ε 0.001, constant raw rate; rates for small bases, ±1 instead of Gaussian, one byte a "
+            "scalar",
+        ),
+        System(
+            name="Just One Byte's rule",
+            kind="ours",
+            exchanges=rounds,
+            search=short,
+            candidates=raw(_ONE, _EVERY_VOTE),
+            good_at="no state, no schedule; a byte up a step",
+            carried="a byte and a direction a step from each of eight workers, raw rate; ±1 instead of Gaussian",
+        ),
+        System(
+            name="FedKSeed's rule, a pool of 4,096",
+            kind="ours",
+            exchanges=rounds // 15,
+            search=max(short // 15, 1),
+            candidates=raw(
+                {**_ONE, "directions": 16, "local_steps": 16},
+                16,
+                directions={"policy": "pool", "pool_size": 4096},
+            ),
+            good_at="a newcomer loads a number a seed, whatever came before",
+            carried="4,096 seeds, local steps at a raw rate, the mean of the walks; 16 steps a round, not 200; a byte "
+            "a scalar; an adapter, not all weights",
+        ),
+        System(
+            name="DeComFL's rule, shared directions",
+            kind="ours",
+            exchanges=rounds // 10,
+            search=max(short // 10, 1),
+            candidates=raw(
+                {**_ONE, "directions": 10}, _EVERY_VOTE, directions={"policy": "shared", "combine": "mean"}
+            ),
+            good_at="traffic that grows with neither model nor nodes; a commit says one scalar a direction",
+            carried="10 perturbations a round, ε 0.001, mean over clients; all clients in every round, ±1 instead of "
+            "Gaussian, both sides",
+        ),
+        System(
+            name="FeedSign's rule, majority of signs",
+            kind="ours",
+            exchanges=rounds,
+            search=short,
+            candidates=tuple(
+                {
+                    "probe": _ONE,
+                    "codes": {"bits": 1},
+                    "directions": {"policy": "shared", "combine": "majority"},
+                    "schedule": {"decay": "constant", "step": step, "full_votes": 1},
+                }
+                for step in lengths.steps
+            ),
+            good_at="one bit up and down; withstands liars",
+            carried="one shared direction a round, one bit, majority, constant step; ±1 instead of Gaussian",
+        ),
+    ]
