@@ -5,6 +5,7 @@ the same steps from the same ledger. Nodes never run it: they get the integers i
 """
 
 from collections.abc import Iterable
+from fractions import Fraction
 from math import isqrt
 from typing import Final
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from zo.codes import CUT_OFF_BY_BITS, LIMIT, NO_VOTE
 from zo.commit import STEP_MAX
-from zo.manifest import Decay, Manifest
+from zo.manifest import Decay, Manifest, Moves
 from zo.packing import bits_of_commits
 from zo.schedules import scheduled
 from zo.weights import FRACTION_BITS
@@ -75,6 +76,8 @@ class StepRule(msgspec.Struct, frozen=True, kw_only=True):
     """Of a code that was cut off."""
     size: int = 0
     """Number of weights, where the run has moves; else 0."""
+    moves_exponent_max: int = EXPONENT_MAX
+    """Past which codes of moves say more than any move can be: who sends them does not push the step up for all."""
     pipeline: int = 0
     """Rounds that nodes measure ahead, as in the manifest."""
 
@@ -167,6 +170,7 @@ class StepRule(msgspec.Struct, frozen=True, kw_only=True):
             mean_square = int(votes @ votes) * _ONE // votes.size
             is_cut_off = int(np.count_nonzero(np.abs(votes) == self.limit)) * _CUT_OFF_SHARE > votes.size
             suited = _suited(scale.moves_exponent, mean_square, is_cut_off, scale.ahead[1:])
+            suited = min(suited, self.moves_exponent_max)
         else:
             of_moves, suited = 0, self.exponents(scale)[1]
         if not scale.ahead:
@@ -218,6 +222,22 @@ def _exponent_move(mean_square: int) -> int:
     return move
 
 
+def _moves_exponent_max(moves: Moves, size: int) -> int:
+    """The exponent that suits the longest move there can be, or the next one.
+
+    A step of AdamW moves no weight by more than about its rate (Kingma and Ba 2014, arXiv 1412.6980, section 2.1), so
+    that a move of n steps has a length, which is the RMS of its projections, of at most n × rate × sqrt(size). Steps of
+    SGD have no such bound.
+    """
+    if not moves.projections or moves.optimizer != "adamw":
+        return EXPONENT_MAX
+    longest_square = (moves.updates * Fraction(moves.rate)) ** 2 * size
+    return next(
+        (each for each in range(EXPONENT_MIN, EXPONENT_MAX) if 32**2 * Fraction(4) ** each >= longest_square),
+        EXPONENT_MAX,
+    )
+
+
 def step_rule(manifest: Manifest) -> StepRule:
     """The rule of a run."""
     schedule = manifest.schedule
@@ -233,6 +253,7 @@ def step_rule(manifest: Manifest) -> StepRule:
         normalised=schedule.normalised,
         limit=CUT_OFF_BY_BITS[bits_of_commits(manifest)],
         size=manifest.adapter.size if manifest.moves.projections else 0,
+        moves_exponent_max=_moves_exponent_max(manifest.moves, manifest.adapter.size),
         pipeline=manifest.run.pipeline,
     )
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from zo.codes import CUT_OFF_BY_BITS, NO_VOTE, coefficients, encode
 from zo.commit import STEP_MAX
+from zo.manifest import Moves
 from zo.steps import Scale, StepRule, replay_scale, step_rule
 
 RULE = StepRule(rounds=100, step=2**28 // 50, decay="linear", smoothing=3, first_exponent=-4)
@@ -260,6 +261,25 @@ def test_a_round_without_movers_and_one_without_slopes_leave_the_other_class_alo
     (step, of_moves), after = MOVING.of_round(MOVING.start(), 0, NOBODY, codes(3))
     assert step == 0 < of_moves
     assert after.exponent == RULE.first_exponent
+
+
+@pytest.mark.parametrize(
+    ("updates", "rate", "optimizer", "size", "most"),
+    [(2, 0.0625, "adamw", 10_000, -1), (2, 0.0625, "adamw", 65_536, 0), (2, 0.0625, "sgd", 10_000, 63)],
+)
+def test_codes_of_moves_push_their_exponent_no_further_than_a_move_can_go(
+    make_manifest, updates, rate, optimizer, size, most
+):
+    """An eighth of the root of 10,000 is 12.5, at most 32 / 2; of that of 65,536 it is 32."""
+    manifest = make_manifest(size=size)
+    moves = Moves(projections=64, updates=updates, rate=rate, optimizer=optimizer)
+    rule = step_rule(msgspec.structs.replace(manifest, moves=moves))
+    assert rule.moves_exponent_max == most
+    scale, hostile = rule.start(), np.full(64, 127, np.int8)
+    for number in range(50):
+        (_, step), scale = rule.of_round(scale, number, NOBODY, hostile)
+        assert step <= min((1 << (most + 36)) // (64 + size), STEP_MAX)
+    assert scale.moves_exponent == most
 
 
 def test_a_run_without_moves_has_one_class():
