@@ -97,8 +97,8 @@ def test_in_a_pipelined_run_both_rounds_that_are_not_settled_are_answered_as_bef
     said = [node.codes(round) for round in range(3)]
     assert [node.begin().codes(round) for round in (1, 2)] == said[1:]
     assert node.releases == 6
-    assert node.codes(0) != said[0]
-    assert node.releases == 8
+    node.codes(0)
+    assert node.releases == 8, "of the one before them nothing is kept: it is measured anew, and paid for"
 
 
 @pytest.mark.parametrize(
