@@ -263,7 +263,7 @@ def link_command(
             wanted,
             manifest,
             results,
-            10.0 if quick else 60.0,
+            10.0 if quick else 20.0,
             lambda what: bar.update(task, description=what),
             loads.exchanges_to_target(list(known.values())),
         )

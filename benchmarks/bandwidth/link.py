@@ -29,7 +29,8 @@ ROUND_TRIP_S: Final = 0.6
 NODES: Final = 8
 DIRECTIONS: Final = 16
 """As recipe 1 with 16 local steps."""
-OURS: Final = {"ours, 16 local steps": DIRECTIONS, "ours, 4 directions a round": 4}
+PIPELINED: Final = "ours, 4 directions a round, pipelined"
+OURS: Final = {"ours, 16 local steps": DIRECTIONS, "ours, 4 directions a round": 4, PIPELINED: 4}
 """Codes in a report of ours, by the name of the system in `target`."""
 FLOWER: Final = {"FedAvg, Flower": False, "FedAvg int8, Flower": True}
 """Whether in int8."""
@@ -138,13 +139,18 @@ def _row(
     say(name)
     try:
         measured = (
-            _ours(network, way, runs.varied(manifest, {"probe": {"directions": directions}}), seconds)
+            _ours(network, way, runs.varied(manifest, _varying(system)), seconds)
             if system in OURS
             else _flower(network, way, FLOWER[system])
         )
     except (Unmeasured, runs.ServiceError, NetworkError, OSError) as error:
         return f"{name}: {error}"
     return results.add(settings, measured)
+
+
+def _varying(system: str) -> runs.Settings:
+    """What of the manifest is a system of ours' own."""
+    return {"probe": {"directions": OURS[system]}, "run": {"pipeline": int(system == PIPELINED)}}
 
 
 def _computed(load: Load, way: Way) -> Row:
