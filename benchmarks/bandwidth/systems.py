@@ -48,6 +48,8 @@ class Lengths:
 
     walks: tuple[int, int]
     """Rounds of 16 local steps each: of a run, of a short one."""
+    long_walks: int
+    """Rounds of 64 local steps each; a short one has one round."""
     rounds: tuple[int, int]
     """Rounds of four one-sided directions."""
     single: tuple[int, int]
@@ -67,10 +69,29 @@ class Lengths:
 
 
 LENGTHS: Final = {
-    1: Lengths(walks=(20, 2), rounds=(120, 12), single=(300, 30), moves=12, fedavg=2, gradients=40, diloco=4),
-    2: Lengths(walks=(6, 1), rounds=(40, 6), single=(100, 15), moves=6, fedavg=2, gradients=40, diloco=4),
+    1: Lengths(
+        walks=(20, 2),
+        long_walks=7,
+        rounds=(120, 12),
+        single=(300, 30),
+        moves=12,
+        fedavg=2,
+        gradients=40,
+        diloco=4,
+    ),
+    2: Lengths(
+        walks=(6, 1),
+        long_walks=2,
+        rounds=(40, 6),
+        single=(100, 15),
+        moves=6,
+        fedavg=2,
+        gradients=40,
+        diloco=4,
+    ),
     3: Lengths(
         walks=(80, 8),
+        long_walks=20,
         rounds=(1000, 60),
         single=(1000, 60),
         moves=20,
@@ -120,23 +141,10 @@ def _shortened(system: System) -> System:
 
 
 def _ours(lengths: Lengths) -> list[System]:
-    walk = {"directions": 16, "local_steps": 16, "sides": 2, "epsilon": 0.01}
     few = {"directions": 4, "sides": 1, "epsilon": lengths.epsilon}
     return [
-        System(
-            name="ours, 16 local steps",
-            kind="ours",
-            exchanges=lengths.walks[0],
-            search=lengths.walks[1],
-            candidates=tuple(
-                {
-                    "probe": walk,
-                    "schedule": {"step": step, "full_votes": 16 * _EVERY_VOTE, "decay": "linear"},
-                }
-                for step in lengths.walk_steps
-            ),
-            good_at="the fewest bytes; memory of inference; nodes come and go; weights equal to the bit",
-        ),
+        _walking(16, lengths.walks, lengths),
+        _walking(64, (lengths.long_walks, 1), lengths),
         System(
             name="ours, 4 directions a round",
             kind="ours",
@@ -163,6 +171,25 @@ def _ours(lengths: Lengths) -> list[System]:
             "those that cannot count in the same rounds",
         ),
     ]
+
+
+def _walking(local_steps: int, rounds: tuple[int, int], lengths: Lengths) -> System:
+    """Ours with so many local steps, a two-sided direction in each."""
+    walk = {"directions": local_steps, "local_steps": local_steps, "sides": 2, "epsilon": 0.01}
+    return System(
+        name=f"ours, {local_steps} local steps",
+        kind="ours",
+        exchanges=rounds[0],
+        search=rounds[1],
+        candidates=tuple(
+            {
+                "probe": walk,
+                "schedule": {"step": step, "full_votes": local_steps * _EVERY_VOTE, "decay": "linear"},
+            }
+            for step in lengths.walk_steps
+        ),
+        good_at="the fewest bytes; memory of inference; nodes come and go; weights equal to the bit",
+    )
 
 
 def _first_order(lengths: Lengths) -> list[System]:
