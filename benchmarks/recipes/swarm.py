@@ -118,6 +118,8 @@ class Trained:
     traffic: Traffic
     """What a node sent and received, with everything; of the first agent."""
     num_no_votes: int
+    weights: NDArray[np.int32]
+    """Of the first agent after the last round, (size,)."""
     losses: tuple[float, ...]
     """Mean loss of the nodes' own batches in each round."""
 
@@ -192,6 +194,7 @@ def train(
         ledger_bytes=sum(each.ledger_bytes for each in trainers),
         traffic=trainers[0].traffic,
         num_no_votes=sum(each.num_no_votes for each in trainers),
+        weights=trainers[0].weights.copy(),
         losses=tuple(losses),
     )
 
