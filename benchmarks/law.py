@@ -1,4 +1,4 @@
-"""What a direction can gain at a point of training, by the law of docs/recipes.md: gradient, noise of batches, curvature.
+"""What a direction can gain at a point of training, by the law of docs/recipes.md: gradient, noise and curvature.
 
 To first order a direction with the best step lowers the loss by |g|⁴ / (2 · tr H · (|g|² + noise/b)), in the mean over
 directions of ±1. |g|² and the noise come from gradients of single batches, tr H from second differences along
