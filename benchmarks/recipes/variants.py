@@ -23,6 +23,8 @@ FIELD_SHARE: Final = 2.0
 """As a coordinator caps a node's share unless told otherwise."""
 SHARED_SCALE: Final = 3.0
 """Of a step along a direction that all nodes measure."""
+BACKWARD_SCALE: Final = 0.2
+"""Of a step along one of many directions that one gradient is projected on: they say less than as many measurements."""
 LONGER: Final = 1.7
 """How many times as long one bit may take."""
 DIRECTIONS, CODES, NODES, LOCAL_STEPS, ESTIMATORS, FIRST_ORDER = (
@@ -133,7 +135,8 @@ def variants(of: Subject) -> Iterator[Variant]:
         yield tried(ESTIMATORS, "forward", estimators=("forward",))
         fewer = replace(of, passes=of.passes // 2)
         swarms = [
-            fewer.swarm(of.nodes, factor, directions=64, estimators=("backward",)) for factor in of.factors
+            fewer.swarm(of.nodes, BACKWARD_SCALE * factor, directions=64, estimators=("backward",))
+            for factor in of.factors
         ]
         yield Variant(group=ESTIMATORS, name="backward, 64 slopes", nodes=of.nodes, tried=swarms)
     if of.moves is not None:
@@ -212,14 +215,14 @@ def _instructions(quick: bool) -> Subject:
         metric="held-out loss of completions, nats per token",
         problem=lambda nodes: instructions_problem(Form(batch_size=4, sequence_length=256), nodes),
         nodes=16,
-        passes=960,
+        passes=480,
         step=0.002,
         epsilon=0.01,
         directions=1,
         few=16,
-        adam=[FirstOrder(steps=300, rate=0.003)],
+        adam=[FirstOrder(steps=100, rate=0.003)],
         moves=Moves(projections=1024, updates=4, rate=0.003),
-        move_rounds=10,
+        move_rounds=6,
     )
 
 
@@ -232,12 +235,12 @@ def _sentiment(quick: bool) -> Subject:
         other_nodes=(4, 64),
         local_steps=(1, 8, 16, 64),
         few=16,
-        passes=64_000,
+        passes=8000,
         step=0.005,
         epsilon=0.01,
         directions=4,
         adam=[FirstOrder(steps=500, rate=0.1, on_all=True)],
         moves=Moves(projections=64, updates=10, rate=0.1),
-        move_rounds=50,
+        move_rounds=10,
         estimators=True,
     )
