@@ -76,7 +76,8 @@ def jobs(recipes: Sequence[int], quick: bool, seed: int) -> Iterator[Job]:
 def measured(job: Job, problem: Problem) -> Row:
     """Run it."""
     variant, settings, began = job.variant, job.settings, perf_counter()
-    problem = replace(problem, private=problem.private[:: variant.every])
+    if variant.every > 1:
+        problem = replace(problem, private=problem.private[:: variant.every])
     nodes = len(problem.private)
     if isinstance(settings, Swarm):
         trained = train(problem, settings, job.seed, marks=job.marks)

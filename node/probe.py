@@ -62,6 +62,8 @@ class Probe:
     is, and nothing else but the last digits of its losses."""
     estimator: Estimator
     """How slopes are measured. `sides` tells it at first; a node may choose another (`node.estimators`)."""
+    answers: Answers
+    """What the base's frozen backbone, if it has one, said of batches. Who probes the same ones again may keep more."""
     curvature: Curvature | None
     """What is known of it, where one-sided slopes are watched for it and may become two-sided; None: they are not."""
 
@@ -125,7 +127,7 @@ class Probe:
         self._gradients: Gradients | None = None
         self._num_steps = 0
         self._forward_seconds = 0.0
-        self._answers: Answers = deque(maxlen=1)  # a node with no more rows than a batch has only ever one
+        self.answers = deque(maxlen=1)  # a node with no more rows than a batch has only ever one
 
     @property
     def sides(self) -> int:
@@ -249,7 +251,7 @@ class Probe:
         """
         is_shared = sides == 1 if is_shared is None else is_shared
         found = []
-        with once_per_batch(frozen_backbone(self.adapter), self._answers):
+        with once_per_batch(frozen_backbone(self.adapter), self.answers):
             for chunk in self._in_view(weights, directions, sides, epsilon):
                 batches = [self.draw(directions[0] if is_shared else name) for name in chunk]
                 found.append(self._measured(batches, sides).means(sides * len(chunk)).reshape(-1, sides))
@@ -295,7 +297,7 @@ class Probe:
             (rows, n, sides).
         """
         losses = np.empty((len(rows), len(directions), sides))
-        with once_per_batch(frozen_backbone(self.adapter), self._answers):
+        with once_per_batch(frozen_backbone(self.adapter), self.answers):
             for start in range(0, len(rows), self.batch_size):
                 part = slice(start, start + self.batch_size)
                 drawn, done = self.windows.take(rows[part]), 0

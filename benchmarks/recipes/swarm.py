@@ -158,6 +158,8 @@ def train(
             at_once=settings.at_once,
         )
         probe.estimator = msgspec.convert(estimator, manifests.Estimator)
+        if form.batch_size >= windows.num_windows:
+            probe.answers = problem.known  # all its batches are the same, in every run
         return probe
 
     probes = [measuring(node, windows) for node, windows in enumerate(problem.private)]
