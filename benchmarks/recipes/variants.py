@@ -25,6 +25,8 @@ SHARED_SCALE: Final = 3.0
 """Of a step along a direction that all nodes measure."""
 BACKWARD_SCALE: Final = 0.2
 """Of a step along one of many directions that one gradient is projected on: they say less than as many measurements."""
+MIXED_SCALE: Final = 0.3
+"""Of a step of those that probe beside others that move."""
 LONGER: Final = 1.7
 """How many times as long one bit may take."""
 DIRECTIONS, CODES, NODES, LOCAL_STEPS, ESTIMATORS, FIRST_ORDER = (
@@ -145,7 +147,9 @@ def variants(of: Subject) -> Iterator[Variant]:
         yield Variant(group=ESTIMATORS, name=ALL_MOVE, nodes=of.few, tried=[moving])
         if of.estimators:
             yield Variant(group=ESTIMATORS, name=HALF_ALONE, nodes=of.few, tried=[moving], every=2)
-            mixed = replace(moving, estimators=(MOVES, "two-sided"), directions=16)
+            # Moves soon come to where slopes want a smaller step (docs/recipes.md, the law).
+            step = MIXED_SCALE * of.step
+            mixed = replace(moving, estimators=(MOVES, "two-sided"), directions=16, step=step)
             yield Variant(group=ESTIMATORS, name=HALF_MOVE, nodes=of.few, tried=[mixed])
     yield Variant(group=FIRST_ORDER, name=ADAM, nodes=1, tried=of.adam)
 
