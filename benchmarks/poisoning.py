@@ -165,7 +165,7 @@ class Arena:
         ]
 
         def probe(windows: Sequences, node: int) -> Probe:
-            return Probe(
+            made = Probe(
                 self.adapter,
                 windows,
                 key=self.key,
@@ -178,6 +178,8 @@ class Arena:
                 naming=naming(self.manifest),
                 objective=objective(problem.task, base, windows),
             )
+            made.answers = problem.known  # a node's batch is all of its rows, in every run
+            return made
 
         self.probes = [probe(windows, node) for node, windows in enumerate(problem.private)]
         self.public = probe(problem.held_out[0], NODES)
