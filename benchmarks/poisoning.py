@@ -160,9 +160,7 @@ class Arena:
         self.manifest = make_manifest(base, form, settings, 1, problem.task)
         self.key = run_key(self.manifest.run_id)
         self.adapter = adapt(base, self.manifest)
-        self.held_out = [
-            HeldOut(replace(problem, metric=each), self.adapter) for each in (row_losses, row_misses)
-        ]
+        self.held_out = [HeldOut(problem.judged_by(each), self.adapter) for each in (row_losses, row_misses)]
 
         def probe(windows: Sequences, node: int) -> Probe:
             made = Probe(
