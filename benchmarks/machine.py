@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +56,12 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
     return found
 
 
-def command(module: str) -> str:
-    """The command line that measures this again."""
-    return shlex.join(["python", "-m", module, *sys.argv[1:]])
+def command(program: str) -> str:
+    """The command line that measures this again, but for the place on this machine where results are kept: DIR.
+
+    Args:
+        program: a module's whole name, or a command's.
+    """
+    names = ["python", "-m", program] if "." in program else [program]
+    shown = ["DIR" if before == "--out" else each for before, each in pairwise(["", *sys.argv[1:]])]
+    return shlex.join([*names, *shown])

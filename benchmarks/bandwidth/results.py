@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
-import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,7 +38,7 @@ def provenance() -> Row:
         "load": round(os.getloadavg()[0], 1),
         "commit": machine.commit(),
         "versions": machine.versions(PACKAGES),
-        "command": shlex.join(["zo-bench", *sys.argv[1:]]),
+        "command": machine.command("zo-bench"),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
