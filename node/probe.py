@@ -350,8 +350,7 @@ class Probe:
         for side in range(sides):
             if side:
                 self.adapter.views[0].copy_(self.adapter.views[side])
-            with side_by_side(self.adapter, 1):
-                found.append(self.objective(self.adapter.model, drawn))
+            found.append(self.objective(self.adapter.model, drawn))
         return RowLosses(
             np.concatenate([each.sums for each in found]), np.concatenate([each.counts for each in found])
         )

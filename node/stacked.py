@@ -2,9 +2,8 @@
 
 Decides how a LoRA layer computes with one pair of factors per part, and a head with one weight per part. The base's
 layer runs once on the whole stack, so that a pass bound by reading the base's weights costs no more for several views
-than for one; layers below the first adapted one run on every batch once, however many views it meets. Where rows are
-many, a layer of float32 takes its factors into its weights for the time of the product instead, and costs what the base
-alone costs. When several views at once are worth it is measured elsewhere (`node.rehearsal`).
+than for one; layers below the first adapted one run on every batch once, however many views it meets. When that is
+worth it is measured elsewhere (`node.rehearsal`); the plain forward with one view is PEFT's.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 
 from node.adapter import NAME, Adapter
 from zo.layout import HEAD, HEAD_BIAS, HEAD_WEIGHT
@@ -54,7 +52,7 @@ def side_by_side(adapter: Adapter, num_views: int, num_copies: int = 1) -> Itera
                 layer.forward = _linear(stacks[HEAD_WEIGHT], stacks.get(HEAD_BIAS))
                 continue
             A = stacks.get(f"{name}.lora_A", layer.lora_A[NAME].weight)
-            layer.forward = low_rank(layer.base_layer, A, stacks[f"{name}.lora_B"], layer.scaling[NAME])
+            layer.forward = _low_rank(layer.base_layer, A, stacks[f"{name}.lora_B"], layer.scaling[NAME])
         if num_copies > 1:
             frozen, _ = frozen_layers(adapter)
             replaced += frozen
@@ -84,14 +82,10 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.
     return forward
 
 
-def low_rank(
+def _low_rank(
     base: torch.nn.Module, A: torch.Tensor, B: torch.Tensor, scaling: float
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The forward of a LoRA layer: base(x) + scaling · B_i A_i x for part i of the rows of x.
-
-    With n rows to a part, the factors take n · rank · (in + out) products, and as many passes over what comes out; to
-    merge them, W + scaling · B_i A_i, takes rank · in · out, and memory for in · out entries. So they are merged where
-    n · (in + out) > in · out, and the weights are float32: in fewer bits, what the factors add would be rounded away.
 
     Args:
         base: the frozen layer.
@@ -99,20 +93,10 @@ def low_rank(
         B: (num_views, out_features, rank).
         scaling: alpha / rank.
     """
-    weight = base.weight if type(base) is torch.nn.Linear and base.weight.dtype == torch.float32 else None
-    bias: torch.Tensor | None = None if weight is None else vars(base)["_parameters"]["bias"]
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        parts = x.to(B.dtype).reshape(len(B), -1, x.shape[-1])
-        if weight is not None and parts.shape[1] * sum(weight.shape) > weight.numel():
-            merged = torch.baddbmm(weight, B, A.expand(len(B), *A.shape[-2:]), alpha=scaling)
-            if len(B) == 1:
-                return linear(x, merged[0], bias)
-            product = torch.bmm(parts, merged.mT)
-            if bias is not None:
-                product += bias
-            return product.view(*x.shape[:-1], -1)
         result = base(x)
+        parts = x.to(B.dtype).reshape(len(B), -1, x.shape[-1])
         sums = result.to(B.dtype).reshape(len(B), -1, result.shape[-1])
         sums = torch.baddbmm(sums, torch.matmul(parts, A.mT), B.mT, alpha=scaling)
         return sums.to(result.dtype).view(result.shape)

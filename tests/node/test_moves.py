@@ -92,7 +92,7 @@ def replaced(manifest, **changes):
 
 def test_a_move_that_is_not_finite_is_no_vote(trainer, manifest):
     trainer.choose_estimator("moves", trainer.rehearse())
-    trainer._mover._manifest = replaced(manifest, rate=1e38)
+    trainer._mover._manifest = replaced(manifest, rate=np.inf)
     assert (trainer.probe(trainer.initial_weights(), 0, 3, -6).codes == NO_VOTE).all()
     trainer._mover._manifest = manifest
 

@@ -179,7 +179,10 @@ def test_without_bound_and_noise_slopes_are_the_plain_ones_of_all_rows(adapter, 
     made = mechanism(noise=1e-9, clip=100.0)
     private, loss = make_probe(adapter, rows, made, sides=sides, at_once=at_once).slopes(weights, 5, NODE)
     plain, plain_loss = make_probe(adapter, rows, None, sides=sides, batch_size=9).slopes(weights, 5, NODE)
-    assert np.allclose(private, plain, rtol=2e-3, atol=2e-3 * np.abs(plain).max())
+    rounding = (
+        2 * loss * np.finfo(np.float32).eps / EPSILON
+    )  # passes of other sizes are added up in another order
+    assert np.allclose(private, plain, rtol=2e-3, atol=max(2e-3 * np.abs(plain).max(), rounding))
     assert loss == pytest.approx(plain_loss, rel=1e-5)
 
 

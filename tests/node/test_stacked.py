@@ -12,7 +12,7 @@ from node.adapter import Adapter
 from node.base import load_base
 from node.data import Batch, LabelledBatch, stacked
 from node.losses import row_losses
-from node.stacked import frozen_layers, low_rank, side_by_side
+from node.stacked import frozen_layers, side_by_side
 
 TARGETS = ("q_proj", "v_proj", "layers.1.mlp.up_proj", "down_proj")
 
@@ -70,44 +70,6 @@ def test_every_part_meets_its_own_view(quantize, tolerance, train):
     assert len(set(apart.round(3))) == 8, "the views differ"
     assert together.sums == pytest.approx(apart, rel=tolerance)
     assert list(together.counts) == [count for each in batches for count in each.scored[:, 1:].sum(1)]
-
-
-@pytest.mark.parametrize("num_views", [1, 3])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(
-    ("dtype", "num_rows", "is_merged"),
-    [
-        (torch.float32, 24, True),  # 24 * (40 + 60) = 40 * 60: at 24 rows both cost the same
-        (torch.float32, 23, False),
-        (torch.bfloat16, 500, False),
-    ],
-)
-def test_factors_are_merged_where_that_is_less_work_and_nothing_is_rounded_away(
-    num_views, bias, dtype, num_rows, is_merged
-):
-    generator = torch.Generator().manual_seed(5)
-    layer = torch.nn.Linear(40, 60, bias=bias, dtype=dtype).requires_grad_(False)
-    A = torch.randn(num_views, 2, 40, generator=generator)
-    B = torch.randn(num_views, 60, 2, generator=generator)
-    num_rows += is_merged
-    x = torch.randn(num_views * num_rows, 40, generator=generator).to(dtype)
-    calls = []
-    layer.register_forward_hook(lambda *_: calls.append(1))
-    with torch.inference_mode():
-        found = low_rank(layer, A, B, 0.5)(x)
-        each = zip(x.float().split(num_rows), A, B, strict=True)
-        added = torch.cat([0.5 * part @ a.T @ b.T for part, a, b in each])
-        expected = torch.nn.functional.linear(x.float(), layer.weight.float()) + added
-        if bias:
-            expected += layer.bias.float()
-    assert bool(calls) == (not is_merged)
-    assert found.dtype == dtype
-    assert torch.allclose(
-        found.float(),
-        expected,
-        rtol=1e-5 if dtype == torch.float32 else 2e-2,
-        atol=1e-4 if dtype == torch.float32 else 0.2,
-    )
 
 
 def test_text_is_generated_side_by_side(adapter):
