@@ -408,7 +408,7 @@ def test_those_that_need_no_gradient_have_as_many_forward_passes_within_a_tenth(
         "ours, 64 local steps"
     )  # few rounds: it stops at whole ones, as docs/bandwidth.md says
     assert max(counts.values()) < 1.1 * min(counts.values())
-    assert longest <= 1.4 * min(counts.values())
+    assert longest <= 1.4 * counts["ours, 16 local steps"]
 
 
 @pytest.mark.parametrize("system", systems.systems(1, quick=False), ids=lambda each: each.name)
