@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.recipes import variants as v
+from benchmarks.recipes.course import passes_to
 
 MOST_APART: Final = 0.01
 """Of a pool's end from that of private directions."""
@@ -112,7 +113,7 @@ def targets(rows: Sequence[Row]) -> Iterator[str]:
 
     if pair := found(v.INT8, v.ONE_BIT_LONGER):
         private, bit = pair
-        needed = _forwards_to(bit, private.end)
+        needed = passes_to(bit.points, private.end)
         if needed is None:
             yield f"one bit does not come down to {private.end:.3f} in {v.LONGER} times the rounds: **not met**"
         else:
@@ -152,15 +153,6 @@ def targets(rows: Sequence[Row]) -> Iterator[str]:
 
 def _verdict(text: str, is_met: bool) -> str:
     return f"{text}: {'met' if is_met else '**not met**'}"
-
-
-def _forwards_to(row: Row, metric: float) -> float | None:
-    """After how many forward passes a run came down to a metric, between two points linearly; None if never."""
-    for (before, above), (after, below) in zip(row.points, row.points[1:], strict=False):
-        if below <= metric:
-            share = (above - metric) / (above - below) if above > metric else 0.0
-            return before + share * (after - before)
-    return None
 
 
 def _line(row: Row) -> str:

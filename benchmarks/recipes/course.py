@@ -6,6 +6,7 @@ Decides when a run is measured; `show` is told how far it is, for people.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 MARKS: Final = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -24,6 +25,20 @@ class Point(NamedTuple):
     """Sent up by all nodes so far, without the transport's frames; computed, not measured."""
     metric: float
     """On everything that is held out."""
+
+
+def passes_to(points: Sequence[tuple[int, float]], metric: float) -> float | None:
+    """After how many forward passes a run came down to a metric, between two points linearly; None if it never did.
+
+    Args:
+        points: forward passes and the metric after them, in order.
+        metric: to come down to.
+    """
+    for (before, above), (after, below) in pairwise(points):
+        if below <= metric:
+            share = (above - metric) / (above - below) if above > metric else 0.0
+            return before + share * (after - before)
+    return None
 
 
 class Course:

@@ -7,6 +7,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Final
 
+from benchmarks.recipes.course import passes_to
 from benchmarks.recipes.results import Row
 
 FLOAT_TOLERANCE: Final = 0.01
@@ -103,14 +104,8 @@ def best(rows: Sequence[Row], method: str) -> Row | None:
 
 
 def forwards_to(row: Row, metric: float) -> float | None:
-    """After how many forward passes a run came down to a metric, between two points linearly; None if it never did."""
-    for before, after in zip(row.points, row.points[1:], strict=False):
-        if after.metric <= metric:
-            if before.metric <= metric:
-                return before.forwards
-            share = (before.metric - metric) / (before.metric - after.metric)
-            return before.forwards + share * (after.forwards - before.forwards)
-    return None
+    """After how many forward passes a run came down to a metric; None if it never did."""
+    return passes_to([(point.forwards, point.metric) for point in row.points], metric)
 
 
 def plot(rows: Sequence[Row], metric: str, forwards_path: Path, bytes_path: Path) -> None:
