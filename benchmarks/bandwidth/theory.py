@@ -32,11 +32,16 @@ def report_bytes(directions: int, bits: int) -> int:
 def commit_bytes(nodes: int, directions: int, bits: int, policy: str) -> int:
     """Payload of a commit for a node that has the one before: an extension of step, exponent and codes.
 
-    With the policy `shared` it has the means of all nodes' codes, which are of 8 bits whatever theirs are. Codes out of
-    thin air cannot be squeezed.
+    With the policy `shared` it has the means of all nodes' codes, which are of 8 bits whatever theirs are. See
+    `may_be_squeezed`.
     """
     num, bits = (directions, 8) if policy == "shared" else (nodes * directions, bits)
     return extension_bytes(_STEP_AND_EXPONENT_BYTES + packed_bytes(num, bits))
+
+
+def may_be_squeezed(bits: int, policy: str) -> bool:
+    """Whether a commit may come to less: means of narrow codes are few different bytes. Other codes fill theirs."""
+    return policy == "shared" and bits < 8
 
 
 def deviation(measured: float, expected: float) -> float:

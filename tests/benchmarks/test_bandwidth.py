@@ -39,6 +39,9 @@ from coordinator.rundir import RunDirectory
 from node import embedded
 from transport.brevity import brief
 from transport.messages import Report, encode
+from transport.squeezing import squeezed
+from zo.codes import encode as encode_codes
+from zo.combine import combine
 from zo.commit import Commit, decode_entry, genesis
 from zo.replica import ChainError, Replica
 
@@ -58,6 +61,19 @@ def test_the_theory_counts_what_the_codec_makes_of_a_commit(round, nodes, direct
     short = brief(before, msgspec.structs.replace(before, round=round + 1, previous=before.digest()))
     assert short is not None
     assert theory.commit_bytes(nodes, directions, 8, "private") == len(encode(short))
+
+
+@pytest.mark.parametrize("nodes", [1, 16])
+@pytest.mark.parametrize("bits", [8, 4, 1])
+def test_the_theory_says_which_commits_may_be_squeezed(bits, nodes):
+    rng = np.random.default_rng(0)
+    codes = encode_codes(rng.normal(0, 32, (nodes, 256)), 0, rng, bits)
+    before = Commit(7, (2**20,), (-4,), (0,), bytes(256), bytes(16))
+    after = msgspec.structs.replace(before, round=8, codes=combine(codes, "mean").tobytes())
+    frame = encode(brief(before, msgspec.structs.replace(after, previous=before.digest())))
+    assert len(frame) == theory.commit_bytes(nodes, 256, bits, "shared")
+    assert len(squeezed(frame)) == len(frame) or theory.may_be_squeezed(bits, "shared")
+    assert len(squeezed(frame)) < len(frame) or bits > 1
 
 
 def test_narrow_codes_share_bytes():
