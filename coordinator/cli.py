@@ -169,7 +169,10 @@ def init(
         typer.Option(metavar="adamw|sgd", help="What makes them.", show_default="adamw"),
     ] = None,
     rate: Annotated[
-        float | None, typer.Option(metavar="X", help="Its learning rate.", show_default="0.003")
+        float | None,
+        typer.Option(
+            metavar="X", help="Its learning rate; it decays as the step does.", show_default="0.003"
+        ),
     ] = None,
     local_steps: Annotated[
         int,

@@ -7,6 +7,7 @@ the weights (as the projected updates of Ferret, arXiv 2409.06277). How they bec
 from __future__ import annotations
 
 from time import perf_counter
+from typing import Final
 
 import numpy as np
 import torch
@@ -21,8 +22,11 @@ from zo.codes import encode
 from zo.directions import Direction, RunKey, stack
 from zo.manifest import Manifest
 from zo.replica import samples
+from zo.schedules import scheduled
 from zo.spsa import finite_mean
 from zo.weights import to_float
+
+_ONE: Final = 2**32
 
 
 class Mover:
@@ -76,15 +80,17 @@ class Mover:
     ) -> tuple[NDArray[np.float32], list[float]]:
         """Where some first-order steps lead from `values`, less these, (size,); and the loss at each step.
 
-        The optimizer starts anew every round: its state would be that of a walk that the commit did not follow.
+        The optimizer starts anew every round: its state would be that of a walk that the commit did not follow. Its
+        rate is that of `rate_of`.
         """
         settings = self._manifest.moves
+        rate = rate_of(self._manifest, round)
         walked = torch.from_numpy(values.copy()).requires_grad_()
         optimizer: torch.optim.Optimizer
         if settings.optimizer == "adamw":
-            optimizer = torch.optim.AdamW([walked], settings.rate)
+            optimizer = torch.optim.AdamW([walked], rate)
         else:
-            optimizer = torch.optim.SGD([walked], settings.rate)
+            optimizer = torch.optim.SGD([walked], rate)
         losses = []
         for update in range(settings.updates):
             rows = batch(
@@ -96,3 +102,20 @@ class Mover:
             optimizer.step()
         moved: NDArray[np.float32] = walked.detach().numpy() - values
         return moved, losses
+
+
+def rate_of(manifest: Manifest, round: int) -> float:
+    """The learning rate of a round's moves: as the run's schedule has it, by the share that a step has then.
+
+    What is unknown of a move stays in the weights as noise. Long moves are worth it as long as there is far to go.
+    """
+    schedule = manifest.schedule
+    share = scheduled(
+        _ONE,
+        schedule.decay,
+        round,
+        manifest.run.rounds,
+        warm_up=schedule.warm_up,
+        half_life=schedule.half_life,
+    )
+    return manifest.moves.rate * share / _ONE

@@ -573,7 +573,12 @@ class Moves(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         Literal["adamw", "sgd"],
         Meta(description="What makes them; it starts anew in every round."),
     ] = "adamw"
-    rate: Annotated[float, Meta(gt=0, le=10, description="Its learning rate.")] = 0.003
+    rate: Annotated[
+        float,
+        Meta(
+            gt=0, le=10, description="Its learning rate, before warm-up and decay, which are the schedule's."
+        ),
+    ] = 0.003
 
 
 class Parity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -25,7 +25,7 @@ SHARED_SCALE: Final = 3.0
 """Of a step along a direction that all nodes measure."""
 BACKWARD_SCALE: Final = 0.2
 """Of a step along one of many directions that one gradient is projected on: they say less than as many measurements."""
-MIXED_SCALE: Final = 0.3
+MIXED_SCALE: Final = 0.1
 """Of a step of those that probe beside others that move."""
 LONGER: Final = 1.7
 """How many times as long one bit may take."""
@@ -200,8 +200,8 @@ def _shakespeare(quick: bool) -> Subject:
         epsilon=0.01,
         directions=1,
         adam=[FirstOrder(steps=1500, rate=0.01)],
-        moves=Moves(projections=1024, updates=10, rate=0.01),
-        move_rounds=28,
+        moves=Moves(projections=4096, updates=80, rate=0.006),
+        move_rounds=7,
         estimators=True,
     )
 

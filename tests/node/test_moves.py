@@ -9,6 +9,7 @@ from node.base import load_base
 from node.data import Windows
 from node.estimators import EstimatorError
 from node.language import LanguageTrainer
+from node.moves import rate_of
 from zo import reference
 from zo.codes import NO_VOTE, encode
 from zo.commit import Commit
@@ -79,11 +80,24 @@ def test_one_step_of_sgd_is_the_gradient_and_adamw_goes_its_own_way(trainer, man
     _, gradient = mover._gradients.gradient(values, drawn)
     mover._manifest = replaced(manifest, updates=1)
     moved, _ = mover.move(values, 4, 5)
-    assert np.allclose(moved, -0.5 * gradient, atol=1e-6)
+    assert rate_of(manifest, 4) == pytest.approx(0.4)
+    assert np.allclose(moved, -0.4 * gradient, atol=1e-6)
     mover._manifest = replaced(manifest, updates=1, optimizer="adamw", rate=0.01)
     moved, _ = mover.move(values, 4, 5)
-    assert np.abs(moved).max() == pytest.approx(0.01, rel=0.1)  # Adam's first step: the sign of the gradient
+    assert np.abs(moved).max() == pytest.approx(0.008, rel=0.1)  # Adam's first step: the sign of the gradient
     mover._manifest = manifest
+
+
+def test_the_rate_of_moves_follows_the_schedule_of_the_run(manifest):
+    assert [rate_of(manifest, round) for round in (0, 5, 10, 19)] == pytest.approx([0.5, 0.375, 0.25, 0.025])
+    warm = scheduled_as(manifest, decay="constant", warm_up=3)
+    assert [rate_of(warm, round) for round in (0, 2, 3, 19)] == pytest.approx([0.125, 0.375, 0.5, 0.5])
+    halving = scheduled_as(manifest, decay="halving", half_life=4)
+    assert [rate_of(halving, round) for round in (3, 4, 19)] == pytest.approx([0.5, 0.25, 0.03125])
+
+
+def scheduled_as(manifest, **changes):
+    return msgspec.structs.replace(manifest, schedule=msgspec.structs.replace(manifest.schedule, **changes))
 
 
 def replaced(manifest, **changes):
