@@ -118,9 +118,11 @@ def test_a_run_that_allows_no_moves_says_so(trainer, monkeypatch):
         trainer.choose_estimator("moves", rehearsal)
 
 
-def test_movers_and_others_learn_together_and_commits_follow_the_mean_move(trainer, manifest):
+def test_movers_and_others_learn_together_and_commits_follow_the_mean_move(trainer, manifest, monkeypatch):
     """Four nodes, two of either kind, by commits alone; the loss is that of the batches of movers."""
     rehearsal = trainer.rehearse()
+    manifest = replaced(manifest, rate=2.0)
+    monkeypatch.setattr(trainer, "_manifest", manifest)
     rule = step_rule(manifest)
     scale, replica = rule.start(), Replica(manifest, trainer.initial_weights())
     losses = []
