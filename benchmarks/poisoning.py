@@ -122,6 +122,8 @@ POLICIES: Final[dict[str, tuple[Directions, Literal[8, 1]]]] = {
     "shared, median": (Directions(policy="shared", combine="median"), 8),
     "shared, majority of signs": (Directions(policy="shared", combine="majority"), 1),
     "4 groups, median": (Directions(policy="groups", groups=4, combine="median"), 8),
+    "2 groups, median": (Directions(policy="groups", groups=2, combine="median"), 8),
+    "2 groups, trimmed mean, 25 %": (Directions(policy="groups", groups=2, combine="trimmed", trim=25), 8),
 }
 """Policy and width of the codes of runs in which nodes share directions."""
 SHARED_ATTACKS: Final = ("none", "inverted", "maximal")
