@@ -30,8 +30,8 @@ MEZO_RATES: Final = (1e-4, 3e-4, 1e-3, 3e-3)
 SCALARS: Final = ("int8", "float")
 BABYLLAMA: Final = "babyllama-tok361-pad64"
 OUTPUT_TOO: Final = Form(quantize="nf4", targets=(*PROJECTIONS, "lm_head"), train="B", batch_size=16)
-"""By the law (docs/recipes.md) a direction is worth most in the output layer, and late in a run on larger batches; and B
-alone, as `init` has it, does not raise the curvature of A by what it leaves there."""
+"""By the law (docs/recipes.md) a direction is worth most in the output layer, and late in a run on larger batches. B
+alone, as `init` has it, leaves nothing in A that would raise its own curvature."""
 OUTPUT_TOO_STEP: Final = 0.016
 
 
