@@ -238,9 +238,10 @@ def _sentiment(quick: bool) -> Subject:
         nodes=16,
         local_steps=(1, 8, 16),
         few=16,
-        passes=8000,
+        passes=16_000,
         step=0.005,
         epsilon=0.01,
         directions=4,
+        factors=(0.25, 0.5, 1.0, 2.0),
         adam=[FirstOrder(steps=500, rate=0.1, on_all=True)],
     )
