@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import machine
+from benchmarks import rows as rows_of
 from benchmarks.recipes import comparison
 from benchmarks.recipes.assets import AssetMissing
 from benchmarks.recipes.baselines import FirstOrder, first_order
@@ -35,7 +36,6 @@ from benchmarks.recipes.results import key_of
 from benchmarks.recipes.runner import described
 from benchmarks.recipes.swarm import Swarm, train
 from benchmarks.recipes.variants import Subject, Variant, subject, variants
-from transport.durable import write_atomically
 
 MARKS: Final = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 _NOT_HERE: Final = 3
@@ -165,15 +165,12 @@ def run(wanted: Sequence[Job], known: dict[str, Row], path: Path, err: Console) 
 
 def load(path: Path) -> list[Row]:
     """What was run already. Raises ValueError, TypeError or KeyError if the file is of something else."""
-    if not path.exists():
-        return []
-    return [Row(**row) for row in json.loads(path.read_text("utf-8"))["rows"]]
+    return [Row(**row) for row in rows_of.read(path)]
 
 
 def save(path: Path, rows: Sequence[Row]) -> None:
     """Keep all rows, at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps({"rows": [asdict(row) for row in rows]}, indent=1) + "\n").encode())
+    rows_of.write(path, map(asdict, rows))
 
 
 def _picture(path: Path, recipe: int) -> Path:

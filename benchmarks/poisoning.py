@@ -11,8 +11,6 @@ again.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +25,7 @@ from rich.console import Console
 from rich.status import Status
 
 from benchmarks import machine
+from benchmarks import rows as rows_of
 from benchmarks.recipes import problem as problems
 from benchmarks.recipes.catalogue import sentiment_problem
 from benchmarks.recipes.problem import HeldOut, Problem
@@ -296,21 +295,16 @@ def _say(status: Status, title: str, text: str) -> None:
 
 def load(path: Path) -> list[Row]:
     """What was run already."""
-    if not path.exists():
-        return []
-    rows = json.loads(path.read_text("utf-8"))["rows"]
-    for each in rows:
+    found = rows_of.read(path)
+    for each in found:
         each["found"] = {int(node): number for node, number in each["found"].items()}
         each["points"] = [tuple(point) for point in each["points"]]
-    return [Row(**each) for each in rows]
+    return [Row(**each) for each in found]
 
 
 def save(path: Path, rows: Sequence[Row]) -> None:
     """Keep all rows, at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1) + "\n", "utf-8")
-    os.replace(partial, path)
+    rows_of.write(path, map(asdict, rows))
 
 
 def page(rows: Sequence[Row], shared: Sequence[Row], settings: Swarm, command: str) -> str:

@@ -97,7 +97,7 @@ def _low_rank(
     def forward(x: torch.Tensor) -> torch.Tensor:
         result = base(x)
         parts = x.to(B.dtype).reshape(len(B), -1, x.shape[-1])
-        sums = result.to(B.dtype).reshape(len(B), -1, result.shape[-1])
+        sums: torch.Tensor = result.to(B.dtype).reshape(len(B), -1, result.shape[-1])
         sums.baddbmm_(torch.matmul(parts, A.mT), B.mT, alpha=scaling)  # what the base made is ours to add to
         return sums.to(result.dtype).view(result.shape)
 

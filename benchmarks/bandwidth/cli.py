@@ -344,15 +344,11 @@ def report_command(
     with failures_explained():
         from benchmarks.bandwidth import report
 
-        rows_by_part = report.load(results)
+        rows_by_part, notes = report.load(results)
+        for note in notes:
+            err.print(note, style="yellow", highlight=False, soft_wrap=True)
         if not any(rows_by_part.values()):
             raise ResultsError(f"{results} holds no results; measure some with --out {results}")
-        for part in report.PARTS:
-            foreign = Results(part, results).foreign()
-            if foreign:
-                err.print(
-                    f"{part}: rows of other commits: {', '.join(foreign)}", style="yellow", highlight=False
-                )
         found, lines = report.sections(rows_by_part), report.provenance(rows_by_part)
         says = report.summary(rows_by_part)
         place = out_directory or results

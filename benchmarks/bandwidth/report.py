@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.bandwidth import link, plots, scale, wire
-from benchmarks.bandwidth.results import Results, Row
+from benchmarks.bandwidth.results import Results, ResultsError, Row
 from transport.meter import si_bytes
 
 PARTS: Final = ("wire", "session", "scale", "link", "target")
@@ -70,9 +70,21 @@ def sections(rows_by_part: dict[str, list[Row]]) -> list[Section]:
     return found
 
 
-def load(directory: Path) -> dict[str, list[Row]]:
-    """The rows of every part in a directory. Raises ResultsError."""
-    return {part: list(Results(part, directory).rows.values()) for part in PARTS}
+def load(directory: Path) -> tuple[dict[str, list[Row]], list[str]]:
+    """The rows of every part in a directory, and what to know of them: of other commits, or a file that is none."""
+    rows_by_part: dict[str, list[Row]] = {}
+    notes = []
+    for part in PARTS:
+        try:
+            results = Results(part, directory)
+        except ResultsError as error:
+            rows_by_part[part] = []
+            notes.append(f"{error}; the page goes without")
+            continue
+        rows_by_part[part] = list(results.rows.values())
+        if foreign := results.foreign():
+            notes.append(f"{part}: rows of other commits: {', '.join(foreign)}")
+    return rows_by_part, notes
 
 
 def provenance(rows_by_part: dict[str, list[Row]]) -> list[str]:

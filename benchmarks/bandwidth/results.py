@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import machine
+from benchmarks import machine, rows
 
 PACKAGES: Final = ("pyzmq", "msgspec", "numpy", "numba", "torch", "transformers", "peft")
 DIRECTORY: Final = Path("docs/results/bandwidth")
@@ -54,9 +54,9 @@ class Results:
         """
         self.path = None if directory is None else directory / f"{part}.json"
         self.rows: dict[str, Row] = {}
-        if self.path is not None and self.path.exists():
+        if self.path is not None:
             try:
-                self.rows = {row["key"]: row for row in json.loads(self.path.read_text("utf-8"))["rows"]}
+                self.rows = {row["key"]: row for row in rows.read(self.path)}
             except (ValueError, KeyError, TypeError, OSError) as error:
                 raise ResultsError(
                     f"{self.path} holds no results ({type(error).__name__}: {error}); remove it, or name another --out"
@@ -72,10 +72,7 @@ class Results:
         row = {"key": key_of(settings), **settings, **measured, "measured": provenance()}
         self.rows[row["key"]] = row
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(".part")
-            partial.write_text(json.dumps({"rows": list(self.rows.values())}, indent=1) + "\n", "utf-8")
-            os.replace(partial, self.path)
+            rows.write(self.path, self.rows.values())
         return row
 
     def foreign(self) -> list[str]:

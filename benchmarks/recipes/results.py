@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import rows
 from benchmarks.recipes.course import Point
 
 
@@ -67,10 +67,9 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[Row] = []
-        if path.exists():
-            for each in json.loads(path.read_text("utf-8"))["rows"]:
-                points = tuple(Point(*point) for point in each.pop("points"))
-                self.rows.append(Row(points=points, **each))
+        for each in rows.read(path):
+            points = tuple(Point(*point) for point in each.pop("points"))
+            self.rows.append(Row(points=points, **each))
 
     def find(self, key: str) -> Row | None:
         """The row of this key, if it was run already."""
@@ -85,7 +84,4 @@ class Results:
         """Put the rows into the order of these keys, and drop all others."""
         by_key = {row.key: row for row in self.rows}
         self.rows = [by_key[key] for key in dict.fromkeys(keys)]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".part")
-        partial.write_text(json.dumps({"rows": [asdict(row) for row in self.rows]}, indent=1) + "\n", "utf-8")
-        os.replace(partial, self.path)
+        rows.write(self.path, map(asdict, self.rows))

@@ -104,7 +104,7 @@ def test_both_pages_have_every_part_and_say_what_is_missing(results):
 
 
 def test_the_time_over_a_link_is_measured_for_ours_and_computed_for_others(results):
-    rows = report.load(results)
+    rows, _ = report.load(results)
     ours, flower = rows["target"][0], rows["target"][2]
     assert report._course_times(ours, rows["link"]) == [(1_200, 28.0), (1_000_000, 21.2)]
     (thin, _) = report._course_times(flower, rows["link"])
@@ -195,6 +195,16 @@ def test_what_is_made_stands_between_its_marks():
         report.inserted("nothing", ["new"])
 
 
+def test_a_damaged_file_is_named_and_the_page_goes_without(results):
+    (results / "session.json").write_text('{"rows": [{}]}')
+    outcome = CliRunner().invoke(cli.app, ["report", "--results", str(results)])
+    assert outcome.exit_code == 0, outcome.stderr
+    assert "session.json holds no results" in outcome.stderr
+    text = (results / "report.md").read_text("utf-8")
+    assert "Not measured yet: `zo-bench session --out DIR`" in text
+    assert "1.2 kbit/s" in text
+
+
 def test_a_report_of_nothing_is_refused(tmp_path):
     outcome = CliRunner().invoke(cli.app, ["report", "--results", str(tmp_path)])
     assert outcome.exit_code == 3
@@ -203,6 +213,6 @@ def test_a_report_of_nothing_is_refused(tmp_path):
 
 def test_the_readmes_table_is_that_of_the_committed_results():
     text = (ROOT / "README.md").read_text("utf-8")
-    rows = report.load(ROOT / DIRECTORY)["wire"]
+    rows = report.load(ROOT / DIRECTORY)[0]["wire"]
     assert len(report.wire_table(rows)) == 2 + 8
     assert report.inserted(text, report.wire_table(rows)) == text
