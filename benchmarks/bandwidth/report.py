@@ -254,8 +254,8 @@ def _wire(rows: list[Row]) -> list[Section]:
     ]
     text = (
         "Bytes per node and round. Up: a report, and the acknowledgement of the commit. Down: the commit. Measured "
-        "with a real coordinator and the real session, by an interface; payloads are within 5 % of theory, or less where narrow "
-        "codes that all share are squeezed. Rows "
+        "with a real coordinator and the real session, by an interface; payloads are within 5 % of theory, or "
+        "less where narrow codes that all share are squeezed. Rows "
         "without CURVE are the same frames over bare sockets: the product has no such mode."
     )
     caption = "Bytes of a round by layer: up (left) and down (right), int8, private directions, with CURVE."
