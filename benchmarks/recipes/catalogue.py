@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.recipes import assets
 from benchmarks.recipes.baselines import FirstOrder, Mezo
-from benchmarks.recipes.problem import PROJECTIONS, Form, Problem
+from benchmarks.recipes.problem import Form, Problem
 from benchmarks.recipes.results import Row
 from benchmarks.recipes.runner import Runner
 from benchmarks.recipes.swarm import Swarm
@@ -29,10 +29,6 @@ FIRST_ORDER_RATES: Final = (0.003, 0.01, 0.03)
 MEZO_RATES: Final = (1e-4, 3e-4, 1e-3, 3e-3)
 SCALARS: Final = ("int8", "float")
 BABYLLAMA: Final = "babyllama-tok361-pad64"
-OUTPUT_TOO: Final = Form(quantize="nf4", targets=(*PROJECTIONS, "lm_head"), train="B", batch_size=16)
-"""By the law (docs/recipes.md) a direction is worth most in the output layer, and late in a run on larger batches. B
-alone, as `init` has it, leaves nothing in A that would raise its own curvature."""
-OUTPUT_TOO_STEP: Final = 0.016
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,18 +150,6 @@ def shakespeare(run: Runner, quick: bool) -> None:
         run(subject, problem, replace(swarm, rounds=625, step=tried.whole))
         for rate in [each for each in tried.mezo if each <= _best_rate(mezo)][-2:]:
             run(subject, problem, Mezo(steps=tried.mezo_steps, rate=rate))
-    if quick:
-        return
-    form, tried = OUTPUT_TOO, TRIED[BABYLLAMA]
-    subject = f"{BABYLLAMA} in nf4, B alone, output layer too, batches of {form.batch_size}"
-    problem = text_problem(assets.model(BABYLLAMA), text, form, nodes=8)
-    for rate in tried.adam[:2]:
-        run(subject, problem, FirstOrder(steps=tried.adam_steps, rate=rate))
-    run(
-        subject,
-        problem,
-        Swarm(rounds=625, directions=4, sides=1, step=OUTPUT_TOO_STEP, epsilon=0.003, at_once=2),
-    )
 
 
 def instructions_problem(form: Form, num_clients: int) -> Problem:
