@@ -159,8 +159,9 @@ def _line(row: Row) -> str:
     step = row.settings.get("step", row.settings.get("rate"))
     sent = [f"{each:,.0f}" if each else "" for each in (row.payload_up, row.payload_down, row.wire)]
     passes = f"{row.forwards:,}" + (f" + {row.backwards:,} backward" if row.backwards else "")
+    nodes = row.nodes if row.wire else ""
     return (
-        f"| {row.name} | {row.nodes} | {row.rounds:,} | {step:.4g} | {row.start:.3f} → {row.end:.4g} | {passes} | "
+        f"| {row.name} | {nodes} | {row.rounds:,} | {step:.4g} | {row.start:.3f} → {row.end:.4g} | {passes} | "
         f"{' | '.join(sent)} |"
     )
 

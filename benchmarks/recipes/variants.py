@@ -151,7 +151,8 @@ def variants(of: Subject) -> Iterator[Variant]:
             step = MIXED_SCALE * of.step
             mixed = replace(moving, estimators=(MOVES, "two-sided"), directions=16, step=step)
             yield Variant(group=ESTIMATORS, name=HALF_MOVE, nodes=of.few, tried=[mixed])
-    yield Variant(group=FIRST_ORDER, name=ADAM, nodes=1, tried=of.adam)
+    # One worker with everybody's data: what all nodes have, however many there are.
+    yield Variant(group=FIRST_ORDER, name=ADAM, nodes=of.nodes, tried=of.adam)
 
 
 def subject(recipe: int, quick: bool) -> Subject:
@@ -243,5 +244,5 @@ def _sentiment(quick: bool) -> Subject:
         epsilon=0.01,
         directions=4,
         factors=(0.25, 0.5, 1.0, 2.0),
-        adam=[FirstOrder(steps=500, rate=0.1, on_all=True)],
+        adam=[FirstOrder(steps=1000, rate=0.1, on_all=True)],
     )
