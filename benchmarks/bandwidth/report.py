@@ -353,17 +353,26 @@ def _target(rows: list[Row], links: list[Row]) -> list[Section]:
 def verdict(chosen: Sequence[Row]) -> str:
     """Who needs fewer bytes and who fewer passes, in a sentence; empty unless ours and Flower both got there."""
     ours = [row for row in chosen if row["system"].startswith("ours") and row["reached"]]
-    theirs = [row["reached"] for row in chosen if "Flower" in row["system"] and row["reached"]]
+    theirs = {row["system"]: row["reached"] for row in chosen if "Flower" in row["system"] and row["reached"]}
     if not ours or not theirs:
         return ""
     best = min(ours, key=lambda row: row["reached"]["wire_up"])
-    mine, other = best["reached"], min(theirs, key=lambda hit: hit["wire_up"])
-    fewer = other["wire_up"] / mine["wire_up"]
-    of_bytes = f"{_times_as(fewer)} fewer" if fewer >= 1 else f"{_times_as(1 / fewer)} more"
+    # Floats are what Flower sends of itself; in 8 bits it is an app of ours.
+    usual = min(theirs, key=lambda name: ("int8" in name, theirs[name]["wire_up"]))
+    mine, other = best["reached"], theirs.pop(usual)
+
+    def beside(hit: Row) -> str:
+        ratio = hit["wire_up"] / mine["wire_up"]
+        return f"{_times_as(ratio)} fewer" if ratio >= 1 else f"{_times_as(1 / ratio)} more"
+
+    more = "".join(
+        f" ({beside(hit)} than {name.partition(',')[0]}, {si_bytes(hit['wire_up'])})"
+        for name, hit in theirs.items()
+    )
     return (
-        f"Ours ({best['system'].removeprefix('ours, ')}) sends {si_bytes(mine['wire_up'])} from a node, {of_bytes} "
-        f"bytes up than FedAvg with Flower, {si_bytes(other['wire_up'])}, and takes "
-        f"{_times_as(mine['forwards'] / other['forwards'])} as many forward passes; FedAvg has as many backward."
+        f"Ours ({best['system'].removeprefix('ours, ')}) sends {si_bytes(mine['wire_up'])} from a node, "
+        f"{beside(other)} bytes up than {usual.partition(',')[0]} with Flower, {si_bytes(other['wire_up'])}{more}, and "
+        f"takes {_times_as(mine['forwards'] / other['forwards'])} as many forward passes; FedAvg has as many backward."
     )
 
 

@@ -117,6 +117,21 @@ def test_the_time_over_a_link_is_measured_for_ours_and_computed_for_others(resul
     ]
 
 
+def test_fedavg_in_floats_is_what_counts_and_int8_is_beside_it():
+    rows = [
+        {**settings, **found}
+        for settings, found in (
+            target_row("ours, 64 local steps", [4.8, 3.7], 1000.0, 800),
+            target_row("FedAvg int8, Flower", [4.8, 3.3], 25_000.0, 80),
+            target_row("FedAvg, Flower", [4.8, 3.3], 100_000.0, 80),
+        )
+    ]
+    assert (
+        "sends 1.0 kB from a node, 100 times fewer bytes up than FedAvg with Flower, 100.0 kB "
+        "(25 times fewer than FedAvg int8, 25.0 kB), and takes 10 times as many" in report.verdict(rows)
+    )
+
+
 def test_where_first_order_wins_the_report_says_so():
     rows = [
         {**settings, **found}
