@@ -174,6 +174,7 @@ def plot(rows: Sequence[Row], title: tuple[str, str], path: Path) -> None:
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     chosen = best(rows)
     groups = [group for group in _GROUPS if any(row.group == group for row in chosen)]
@@ -199,6 +200,7 @@ def plot(rows: Sequence[Row], title: tuple[str, str], path: Path) -> None:
                 panel.plot(*zip(*shown, strict=True), style, marker=".", label=row.name)
             if total:
                 panel.set_xscale("log")
+                panel.xaxis.set_minor_formatter(NullFormatter())  # within a decade they would overlap
             else:
                 panel.xaxis.set_major_formatter("{x:,.0f}")
             panel.set_xlabel(label, fontsize=9)
