@@ -17,25 +17,6 @@ settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Lay the files of end-to-end tests evenly among the others.
-
-    Each worker gets a stretch of the list. These tests mostly wait for processes of their own; all in one stretch, they
-    would be what everybody waits for at the end.
-    """
-    by_file: dict[Path, list[pytest.Item]] = {}
-    for item in items:
-        by_file.setdefault(item.path, []).append(item)
-    places: dict[Path, float] = {}
-    for are_slow in (True, False):
-        files = [path for path in by_file if ("e2e" in path.parts) == are_slow]
-        num_items, before = sum(len(by_file[path]) for path in files), 0
-        for path in files:
-            places[path] = (before + len(by_file[path]) / 2) / num_items
-            before += len(by_file[path])
-    items[:] = [item for path in sorted(by_file, key=places.__getitem__) for item in by_file[path]]
-
-
 @pytest.fixture(scope="session", autouse=True)
 def compiled_kernels() -> None:
     """On a fresh machine the first command says that it compiles; tests of what commands say come after that."""
