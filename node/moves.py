@@ -9,6 +9,7 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Final
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -22,8 +23,8 @@ from zo.codes import encode
 from zo.directions import Direction, RunKey, stack
 from zo.manifest import Manifest
 from zo.replica import samples
-from zo.schedules import scheduled
 from zo.spsa import finite_mean
+from zo.steps import step_rule
 from zo.weights import to_float
 
 _ONE: Final = 2**32
@@ -109,13 +110,5 @@ def rate_of(manifest: Manifest, round: int) -> float:
 
     What is unknown of a move stays in the weights as noise. Long moves are worth it as long as there is far to go.
     """
-    schedule = manifest.schedule
-    share = scheduled(
-        _ONE,
-        schedule.decay,
-        round,
-        manifest.run.rounds,
-        warm_up=schedule.warm_up,
-        half_life=schedule.half_life,
-    )
-    return manifest.moves.rate * share / _ONE
+    rule = msgspec.structs.replace(step_rule(manifest), step=_ONE)
+    return manifest.moves.rate * rule.scheduled(round) / _ONE
