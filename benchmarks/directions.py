@@ -21,7 +21,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Final
 
-import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -36,9 +35,9 @@ from benchmarks.recipes.results import key_of
 from benchmarks.recipes.runner import described
 from benchmarks.recipes.swarm import Swarm, train
 from benchmarks.recipes.variants import Subject, Variant, subject, variants
+from transport.exits import Exit
 
 MARKS: Final = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
-_NOT_HERE: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,15 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.out / f"{name}.json"
     try:
         known = {row.key: row for row in load(path)}
-    except (ValueError, TypeError, KeyError, msgspec.ValidationError) as error:
-        err.print(f"{path} holds no results of this benchmark ({error}); name another --out", style="red")
-        return _NOT_HERE
-    try:
         wanted = list(jobs(options.recipe, options.quick, options.seed))
         run(wanted, known, path, err)
-    except AssetMissing as error:
+    except (AssetMissing, rows_of.ResultsError) as error:
         err.print(f"benchmarks.directions: {error}", style="red", highlight=False, soft_wrap=True)
-        return _NOT_HERE
+        return Exit.INPUT
     rows = [known[job.key] for job in wanted]
     titles = {job.recipe: (job.subject.title, job.subject.metric) for job in wanted}
     command = f"python -m benchmarks.directions{' --quick' * options.quick}"
@@ -164,8 +159,8 @@ def run(wanted: Sequence[Job], known: dict[str, Row], path: Path, err: Console) 
 
 
 def load(path: Path) -> list[Row]:
-    """What was run already. Raises ValueError, TypeError or KeyError if the file is of something else."""
-    return [Row(**row) for row in rows_of.read(path)]
+    """What was run already. Raises ResultsError."""
+    return rows_of.read(path, lambda row: Row(**row))
 
 
 def save(path: Path, rows: Sequence[Row]) -> None:

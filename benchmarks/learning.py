@@ -30,7 +30,9 @@ from benchmarks.recipes.problem import Form
 from benchmarks.recipes.results import Results
 from benchmarks.recipes.runner import Runner
 from benchmarks.recipes.swarm import Swarm, train
+from benchmarks.rows import ResultsError
 from node import base as bases
+from transport.exits import Exit
 from zo.quantization import KINDS, Kind
 
 LOSS_EVERY = 25
@@ -162,13 +164,13 @@ def run_recipe(options: argparse.Namespace) -> int:
     recipe = RECIPES[options.recipe]
     name = f"recipe-{recipe.number}{'-quick' * options.quick}"
     folder = options.out or Path("learning-out")
-    results = Results(folder / f"{name}.json")
-    runner = Runner(recipe.number, results, again=options.again)
     try:
+        results = Results(folder / f"{name}.json")
+        runner = Runner(recipe.number, results, again=options.again)
         recipe.run(runner, options.quick)
-    except AssetMissing as error:
+    except (AssetMissing, ResultsError) as error:
         print(f"benchmarks.learning: {error}", file=sys.stderr)
-        return 3
+        return Exit.INPUT
     results.keep(runner.keys)
     command = f"python -m benchmarks.learning --recipe {recipe.number}{' --quick' * options.quick}"
     text = page.markdown(f"Recipe {recipe.number}: {recipe.title}", command, recipe.metric, results.rows)

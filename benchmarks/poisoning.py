@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,7 @@ from node.language import adapt
 from node.losses import row_losses, row_misses
 from node.objectives import objective
 from node.probe import Probe
+from transport.exits import Exit
 from zo.codes import NO_VOTE
 from zo.combine import combined
 from zo.commit import Commit
@@ -294,12 +295,14 @@ def _say(status: Status, title: str, text: str) -> None:
 
 
 def load(path: Path) -> list[Row]:
-    """What was run already."""
-    found = rows_of.read(path)
-    for each in found:
+    """What was run already. Raises ResultsError."""
+
+    def row(each: dict[str, Any]) -> Row:
         each["found"] = {int(node): number for node, number in each["found"].items()}
         each["points"] = [tuple(point) for point in each["points"]]
-    return [Row(**each) for each in found]
+        return Row(**each)
+
+    return rows_of.read(path, row)
 
 
 def save(path: Path, rows: Sequence[Row]) -> None:
@@ -440,7 +443,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = Swarm(rounds=10 if given.quick else 300, directions=4, sides=2, step=0.3, epsilon=0.01)
     path = given.out / ("poisoning-quick.json" if given.quick else "poisoning.json")
     err = Console(stderr=True)
-    known = {row.key: row for row in load(path)}
+    try:
+        known = {row.key: row for row in load(path)}
+    except rows_of.ResultsError as error:
+        parser.exit(Exit.INPUT, f"benchmarks.poisoning: {error}\n")
     num_rows = 8 if given.quick else ROWS
 
     def ran(arena: Arena, runs: Sequence[tuple[str, Defence]]) -> list[Row]:

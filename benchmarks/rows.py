@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transport.durable import write_atomically
 
+T = TypeVar("T")
 
-def read(path: Path) -> list[dict[str, Any]]:
+
+class ResultsError(ValueError):
+    """A file of results that is none; the message says which and what to do."""
+
+
+def read(path: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
     """The rows of a file; none if there is no file.
 
+    Args:
+        path: the file.
+        make: what a row is made of what JSON has of it; its ValueError, KeyError or TypeError says that it is no row.
+
     Raises:
-        ValueError: it is no file of rows.
+        ResultsError: it is no file of such rows.
     """
     if not path.exists():
         return []
-    found = json.loads(path.read_text("utf-8"))
-    rows = found.get("rows") if isinstance(found, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("it has no list of rows")
-    return rows
+    try:
+        return [make(row) for row in json.loads(path.read_text("utf-8"))["rows"]]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ResultsError(
+            f"{path} holds no results ({type(error).__name__}: {error}); remove it, or name another --out"
+        ) from error
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

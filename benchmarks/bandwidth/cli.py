@@ -18,8 +18,9 @@ from rich.table import Table
 from benchmarks import machine
 from benchmarks.bandwidth import runs, scale, wire
 from benchmarks.bandwidth.network import Network, NetworkError, network
-from benchmarks.bandwidth.results import DIRECTORY, Results, ResultsError, Row, bare
+from benchmarks.bandwidth.results import DIRECTORY, Results, Row, bare
 from benchmarks.recipes.assets import AssetMissing
+from benchmarks.rows import ResultsError
 from transport.exits import HELP, Exit
 
 app = typer.Typer(

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.bandwidth import link, plots, scale, wire
-from benchmarks.bandwidth.results import Results, ResultsError, Row
+from benchmarks.bandwidth.results import Results, Row
+from benchmarks.rows import ResultsError
 from transport.meter import si_bytes
 
 PARTS: Final = ("wire", "session", "scale", "link", "target")

@@ -20,10 +20,6 @@ DIRECTORY: Final = Path("docs/results/bandwidth")
 Row = dict[str, Any]
 
 
-class ResultsError(ValueError):
-    """A results file that is none; the message says which and what to do."""
-
-
 def key_of(settings: Mapping[str, Any]) -> str:
     """Hex name of what a row was measured with: 16 characters."""
     text = json.dumps(settings, sort_keys=True, default=str)
@@ -55,12 +51,7 @@ class Results:
         self.path = None if directory is None else directory / f"{part}.json"
         self.rows: dict[str, Row] = {}
         if self.path is not None:
-            try:
-                self.rows = {row["key"]: row for row in rows.read(self.path)}
-            except (ValueError, KeyError, TypeError, OSError) as error:
-                raise ResultsError(
-                    f"{self.path} holds no results ({type(error).__name__}: {error}); remove it, or name another --out"
-                ) from error
+            self.rows = dict(rows.read(self.path, lambda row: (row["key"], row)))
 
     def find(self, settings: Mapping[str, Any]) -> Row | None:
         """The row of these settings, if it was measured at this commit already."""

@@ -65,11 +65,9 @@ class Results:
     """The rows of one recipe in one file."""
 
     def __init__(self, path: Path) -> None:
+        """Read what is there. Raises ResultsError."""
         self.path = path
-        self.rows: list[Row] = []
-        for each in rows.read(path):
-            points = tuple(Point(*point) for point in each.pop("points"))
-            self.rows.append(Row(points=points, **each))
+        self.rows = rows.read(path, _row)
 
     def find(self, key: str) -> Row | None:
         """The row of this key, if it was run already."""
@@ -85,3 +83,8 @@ class Results:
         by_key = {row.key: row for row in self.rows}
         self.rows = [by_key[key] for key in dict.fromkeys(keys)]
         rows.write(self.path, map(asdict, self.rows))
+
+
+def _row(each: dict[str, Any]) -> Row:
+    points = tuple(Point(*point) for point in each.pop("points"))
+    return Row(points=points, **each)

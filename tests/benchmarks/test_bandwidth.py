@@ -33,8 +33,9 @@ from benchmarks.bandwidth import (
 from benchmarks.bandwidth.chain import Chain
 from benchmarks.bandwidth.counters import differences
 from benchmarks.bandwidth.emulator import QUEUE_BYTES, Link, port_of
-from benchmarks.bandwidth.results import Results, ResultsError, bare, key_of
+from benchmarks.bandwidth.results import Results, bare, key_of
 from benchmarks.light_node import Onlooker
+from benchmarks.rows import ResultsError
 from coordinator.rundir import RunDirectory
 from node import embedded
 from transport.brevity import brief
