@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import node.bnb  # noqa: F401  # before peft imports what this imports
+
+# isort: split
 import numpy as np
 import torch
 from numpy.typing import NDArray
