@@ -18,7 +18,7 @@ demo: $(READY)
 	$(BIN)/zo-node demo --output demo-out
 
 test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -n 4 --dist worksteal
 
 soak: $(READY)
 	$(BIN)/python -m benchmarks.soak $(if $(HOURS),--hours $(HOURS))

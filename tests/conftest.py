@@ -1,5 +1,6 @@
 """What all tests share: property tests that draw the same examples every time, and a run that needs no model."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,23 @@ from zo.manifest import Adapter, BaseModel, Manifest, Parity, Probing, Run, Sche
 # No deadline: a busy machine fails no test.
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Deal the end-to-end tests out to the workers of xdist, each of which gets a stretch of the list.
+
+    They mostly wait for processes of their own; all in one stretch, they would be what everybody waits for at the end.
+    Every second worker begins with its own, the others end with theirs, so that there are always some of both kinds.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    waiting = [item for item in items if item.get_closest_marker("e2e")]
+    others = [item for item in items if not item.get_closest_marker("e2e")]
+    stretches = []
+    for worker in range(workers):
+        mine = waiting[worker::workers]
+        part = others[len(others) * worker // workers : len(others) * (worker + 1) // workers]
+        stretches += [mine, part] if worker % 2 else [part, mine]
+    items[:] = [item for stretch in stretches for item in stretch]
 
 
 @pytest.fixture(scope="session", autouse=True)

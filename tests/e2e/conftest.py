@@ -82,11 +82,12 @@ class Process:
 
 def poll(condition, what, witnesses):
     """Wait until `condition()` is true, and return it; fail with what the witnesses wrote if it never is."""
-    deadline = time.monotonic() + DEADLINE_S
+    began = time.monotonic()
     while not (answer := condition()):
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > DEADLINE_S:
             pytest.fail(f"never {what}: {witnesses}")
-        time.sleep(0.01)
+        time.sleep(min(0.01 + waited / 50, 0.1))  # to look costs time that those who are waited for need
     return answer
 
 

@@ -91,14 +91,12 @@ def test_prompts_and_completions_on_a_base_in_four_bits(swarm, says, tmp_path):
     swarm.serve()
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "Return the", "completion": " absolute value."}\n' * 3)
-    says(
-        join(swarm, "cho", rows, "--quantize", "int8"),
-        3,
-        "all nodes of this run hold the base quantised as nf4",
-    )
     (tmp_path / "data.txt").write_text("Return the absolute value of the number. " * 20)
-    says(join(swarm, "dia", tmp_path / "data.txt"), 3, "rows of prompt and completion are expected")
+    join(swarm, "cho", rows, "--quantize", "int8")
+    join(swarm, "dia", tmp_path / "data.txt")
     join(swarm, "ada", rows)
+    says(swarm.nodes["cho"], 3, "all nodes of this run hold the base quantised as nf4")
+    says(swarm.nodes["dia"], 3, "rows of prompt and completion are expected")
     join(swarm, "ben", rows)
     swarm.assert_finished("ada", "ben")
     assert "training data: 3 rows, " in swarm.nodes["ada"].err
@@ -110,18 +108,21 @@ def test_prompts_and_completions_on_a_base_in_four_bits(swarm, says, tmp_path):
     assert (model / "model.safetensors").stat().st_size > 0
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("rows.jsonl", '{"text": "fine"}\n\n{"txt": "not fine"}\n', "rows.jsonl, line 3: no field .text."),
-        ("rows.jsonl", '{"text": "fine"}\nnot JSON\n', "rows.jsonl, line 2: "),
-        ("short.txt", "Hi", "do not fill one window of 16; give this node more text"),
-    ],
-)
-def test_data_that_cannot_be_used_is_said_with_its_line(language_swarm, says, tmp_path, name, content, words):
+def test_data_that_cannot_be_used_is_said_with_its_line(language_swarm, says, tmp_path):
     language_swarm.serve()
-    (tmp_path / name).write_text(content)
-    says(join(language_swarm, "ada", tmp_path / name), 3, words)
+    wrong = {
+        "field.jsonl": (
+            '{"text": "fine"}\n\n{"txt": "not fine"}\n',
+            "field.jsonl, line 3: no field .text.",
+        ),
+        "rows.jsonl": ('{"text": "fine"}\nnot JSON\n', "rows.jsonl, line 2: "),
+        "short.txt": ("Hi", "do not fill one window of 16; give this node more text"),
+    }
+    for name, (content, _) in wrong.items():
+        (tmp_path / name).write_text(content)
+        join(language_swarm, name.partition(".")[0], tmp_path / name)
+    for name, (_, words) in wrong.items():
+        says(language_swarm.nodes[name.partition(".")[0]], 3, words)
     assert language_swarm.coordinator.is_running
 
 
@@ -145,8 +146,8 @@ def test_an_encoder_learns_labels_through_a_head(swarm, encoder, says, tmp_path)
     other.write_text("text\tlabel\nReturn\t2\n")
     columns = ("--column", "text=1", "--column", "label=2", "--model", encoder)
     wrong = join(swarm, "cho", other, "--model", encoder)
-    says(wrong, 3, "line 2: the label '2' is none of this run's, which are '0', '1'")
     join(swarm, "ada", rows, "--eval", rows, "--eval-every", 2, *columns)
+    says(wrong, 3, "line 2: the label '2' is none of this run's, which are '0', '1'")
     join(swarm, "ben", rows, *columns)
     proof = swarm.assert_finished("ada", "ben")
     assert "training data: 2 rows (1 0, 1 1), " in swarm.nodes["ada"].err
@@ -177,10 +178,11 @@ def test_a_function_of_the_nodes_own_judges_what_the_model_writes(swarm, says, t
     swarm.serve()
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "Return the", "completion": " absolute value."}\n' * 3)
-    says(join(swarm, "cho", rows), 3, "every node has of its own, 'judge:score': name yours with --score")
+    nameless = join(swarm, "cho", rows)
     wrong = join(swarm, "dia", rows, "--score", "tests.e2e.judge:broken")
-    says(wrong, 3, "the score must be a number, got None for the prompt 'Return the' and the completion ")
     join(swarm, "ada", rows, "--score", "tests.e2e.judge:score")
+    says(nameless, 3, "every node has of its own, 'judge:score': name yours with --score")
+    says(wrong, 3, "the score must be a number, got None for the prompt 'Return the' and the completion ")
     join(swarm, "ben", rows, "--score", "tests.e2e.judge:score")
     swarm.assert_finished("ada", "ben")
 
