@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
     settings = replace(SETTINGS, rounds=20) if options.quick else SETTINGS
-    problem = sentiment_problem(options.quick, options.nodes)
+    problem = sentiment_problem(options.quick, 4 if options.quick else options.nodes)
     path = None if options.out is None else options.out / f"{NAME}.json"
     about = {
         "settings": described(settings),

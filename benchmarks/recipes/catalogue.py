@@ -152,8 +152,15 @@ def shakespeare(run: Runner, quick: bool) -> None:
             run(subject, problem, Mezo(steps=tried.mezo_steps, rate=rate))
 
 
-def instructions_problem(form: Form, num_clients: int) -> Problem:
-    """Completions of clients of natural-instructions, a node for each."""
+def instructions_problem(form: Form, num_clients: int, nodes: int = 0) -> Problem:
+    """Completions of clients of natural-instructions; every client's held-out ones count alike.
+
+    Args:
+        form: what is trained, and on how much at a time.
+        num_clients: whose data there are.
+        nodes: as many as there are clients if 0; else a multiple of that, which share a client's rows, or a divisor, so
+            that each has those of several clients.
+    """
     model = assets.model(BABYLLAMA)
     tokenizer = bases.load_base(model, threads=1).tokenizer
     folder = assets.data("natural-instructions")
@@ -162,14 +169,36 @@ def instructions_problem(form: Form, num_clients: int) -> Problem:
         return read_completions([folder / name for name in names], tokenizer, form.sequence_length)
 
     clients = [f"client{number:02}" for number in range(num_clients)]
+    nodes = nodes or num_clients
+    together, apart = max(num_clients // nodes, 1), max(nodes // num_clients, 1)
+    assert nodes * together == num_clients * apart
+    groups = [clients[first : first + together] for first in range(0, num_clients, together)]
     return Problem(
         model=str(model),
         form=form,
         task=Task(kind="completion"),
-        private=[rows(f"{client}.train.jsonl") for client in clients],
+        private=[
+            dealt
+            for group in groups
+            for dealt in _dealt(rows(*(f"{client}.train.jsonl" for client in group)), apart)
+        ],
         pooled=rows(*(f"{client}.train.jsonl" for client in clients)),
         held_out=[rows(f"{client}.test.jsonl") for client in clients],
     )
+
+
+def _dealt(rows: Completions, hands: int) -> list[Completions]:
+    """The rows in so many parts, one after the other to each; nothing of them is counted as cut anew."""
+    return [
+        replace(
+            rows,
+            tokens=rows.tokens[hand::hands],
+            begins=rows.begins[hand::hands],
+            ends=rows.ends[hand::hands],
+            pairs=rows.pairs[hand::hands],
+        )
+        for hand in range(hands)
+    ]
 
 
 def instructions(run: Runner, quick: bool) -> None:
@@ -184,16 +213,16 @@ def instructions(run: Runner, quick: bool) -> None:
 
 
 def sentiment_problem(quick: bool, nodes: int = 16) -> Problem:
-    """Films praised or not: a linear head on a frozen sentence encoder, some nodes of 432 rows each.
+    """Films praised or not: a linear head on a frozen sentence encoder, some nodes of 432 rows each, or fewer.
 
     A node's batch is all of its rows: the encoder reads them once, and what a round costs is the head.
 
     Args:
-        quick: four nodes of 32 rows.
-        nodes: 16 share all rows; with fewer, the other rows are nobody's.
+        quick: nodes of 32 rows, and an eighth of what is held out.
+        nodes: 16 share all rows, and more of them too; with fewer, the other rows are nobody's.
     """
     model = assets.encoder()
-    nodes, num_rows = (4, 32) if quick else (nodes, 432)
+    num_rows = 32 if quick else 432 * 16 // max(nodes, 16)
     form = Form(targets=(), batch_size=num_rows, sequence_length=64)
     task = Task(kind="head", labels=("0", "1"))
     base = bases.load_base(model, threads=1, labels=task.labels)
@@ -217,7 +246,7 @@ def sentiment_problem(quick: bool, nodes: int = 16) -> Problem:
 
 def sentiment(run: Runner, quick: bool) -> None:
     """The methods on films praised or not."""
-    problem = sentiment_problem(quick)
+    problem = sentiment_problem(quick, nodes=4 if quick else 16)
     swarm = Swarm(rounds=100 if quick else 8000, directions=4, sides=1, step=0.3, epsilon=0.01)
     few = 20 if quick else 1000
     rates = {"adam_rates": (0.03, 0.1, 0.3), "mezo_rates": (0.03, 0.1, 0.3, 1.0)}

@@ -92,6 +92,8 @@ class Subject:
     """Nodes of the runs with local steps, and of those that move."""
     factors: Sequence[float] = (1.0,)
     """Of the step, as tried."""
+    averaged: Sequence[float] = ()
+    """Of the step, as tried also where the weights move by the mean of all walks instead of their sum."""
     moves: Moves | None = None
     move_rounds: int = 0
     estimators: bool = False
@@ -131,7 +133,11 @@ def variants(of: Subject) -> Iterator[Variant]:
             shared = POLICIES["shared, mean"]
             yield tried(NODES, f"shared, {nodes} nodes", nodes=nodes, scale=SHARED_SCALE, policy=shared)
     for steps in of.local_steps:
-        yield tried(LOCAL_STEPS, LOCAL.format(steps), nodes=of.few, directions=steps, local_steps=steps)
+        settings = {"directions": steps, "local_steps": steps}
+        summed = tried(LOCAL_STEPS, LOCAL.format(steps), nodes=of.few, **settings)
+        # As many whole votes as one node has: the mean of the walks.
+        averaged = [of.swarm(of.few, factor, full_votes=steps, **settings) for factor in of.averaged]
+        yield replace(summed, tried=[*summed.tried, *averaged])
     if of.estimators:
         yield tried(ESTIMATORS, "one-sided, of 4", sides=1, directions=4, epsilon=of.epsilon / 3)
         yield tried(ESTIMATORS, "forward", estimators=("forward",))
@@ -177,6 +183,7 @@ def subject(recipe: int, quick: bool) -> Subject:
         few=2 if found.few else 0,
         passes=16,
         factors=(1.0,),
+        averaged=found.averaged[:1],
         moves=moves,
         move_rounds=2,
         adam=[replace(found.adam[0], steps=4)],
@@ -215,19 +222,23 @@ def _fewer_held_out(problem: Problem) -> Problem:
 
 
 def _instructions(quick: bool) -> Subject:
+    form = Form(batch_size=4, sequence_length=256)
     return Subject(
         title="recipe 2: babyllama in float32 on 16 tasks of natural-instructions, rank 4, batches of 4 × 256",
         metric="held-out loss of completions, nats per token",
-        problem=lambda nodes: instructions_problem(Form(batch_size=4, sequence_length=256), nodes),
+        problem=lambda nodes: instructions_problem(form, 4 if quick else 16, nodes),
         nodes=16,
-        passes=480,
+        other_nodes=(1, 4, 64),
+        local_steps=(1, 8, 64),
+        few=4,
+        passes=1024,
         step=0.002,
         epsilon=0.01,
         directions=1,
-        few=16,
         adam=[FirstOrder(steps=100, rate=0.003)],
-        moves=Moves(projections=1024, updates=4, rate=0.003),
+        moves=Moves(projections=1024, updates=16, rate=0.003),
         move_rounds=6,
+        estimators=True,
     )
 
 
@@ -237,12 +248,15 @@ def _sentiment(quick: bool) -> Subject:
         metric="held-out error, share of labels",
         problem=lambda nodes: sentiment_problem(quick, nodes),
         nodes=16,
-        local_steps=(1, 8, 16),
+        other_nodes=(1, 4, 64),
+        local_steps=(1, 8, 16, 64),
         few=16,
         passes=16_000,
         step=0.005,
         epsilon=0.01,
         directions=4,
         factors=(0.25, 0.5, 1.0, 2.0),
+        averaged=(8.0, 16.0, 32.0, 64.0),
+        estimators=True,
         adam=[FirstOrder(steps=1000, rate=0.1, on_all=True)],
     )

@@ -1,6 +1,7 @@
 """Recipes: what is run once is not run again, and what a page claims follows from its rows."""
 
 import json
+import os
 from dataclasses import replace
 from pydoc_data.topics import topics
 
@@ -10,7 +11,7 @@ import pytest
 from benchmarks.learning import main
 from benchmarks.recipes import assets, page
 from benchmarks.recipes.baselines import FirstOrder, Mezo
-from benchmarks.recipes.catalogue import RECIPES, Recipe, text_problem
+from benchmarks.recipes.catalogue import RECIPES, Recipe, instructions_problem, text_problem
 from benchmarks.recipes.course import Course, Point
 from benchmarks.recipes.problem import Form
 from benchmarks.recipes.results import Results, Row
@@ -229,3 +230,19 @@ def test_agents_learn_apart_and_are_measured_together(problem):
     assert two.course.points[-1].forwards == 2 * one.course.points[-1].forwards
     assert two.course.points[-1].metric != one.course.points[-1].metric
     assert two.ledger_bytes > 1.9 * one.ledger_bytes
+
+
+@pytest.mark.assets
+@pytest.mark.skipif(assets.VARIABLE not in os.environ, reason=f"{assets.VARIABLE} names no directory")
+def test_any_number_of_nodes_has_all_rows_of_the_clients_between_them():
+    form = Form(batch_size=4, sequence_length=64)
+    by_nodes = {nodes: instructions_problem(form, 4, nodes) for nodes in (0, 1, 2, 16)}
+    assert [len(problem.private) for problem in by_nodes.values()] == [4, 1, 2, 16]
+    for problem in by_nodes.values():
+        pairs = [pair for rows in problem.private for pair in rows.pairs]
+        assert sorted(pairs) == sorted(problem.pooled.pairs)
+        assert len(problem.held_out) == 4
+    first, shared = by_nodes[0].private[0], by_nodes[16].private[:4]
+    assert [len(rows.pairs) for rows in shared] == [rows.num_windows for rows in shared]
+    assert max(rows.num_windows for rows in shared) - min(rows.num_windows for rows in shared) <= 1
+    assert sum(rows.num_scored for rows in shared) == first.num_scored
