@@ -6,6 +6,7 @@ Where the numbers come from is decided elsewhere: `load` takes a view, `export` 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -94,7 +95,10 @@ class Adapter:
             task_type="CAUSAL_LM",
         )
         if modules:
-            inject_adapter_in_model(self.config, base.model, adapter_name=NAME)
+            with warnings.catch_warnings():
+                # Of merging an adapter of the output layer, which `export_merged` does as it should be.
+                warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+                inject_adapter_in_model(self.config, base.model, adapter_name=NAME)
         self.model = base.model
         self.model.eval()
         self.model.requires_grad_(False)
@@ -218,7 +222,8 @@ class Adapter:
     def export_merged(self, directory: str | Path, weights: NDArray[np.int32], tokenizer: Any) -> None:
         """Write a plain model with the adapter merged into its weights, and the tokenizer beside it.
 
-        The base must not be quantised. This adapter is used up: its layers are gone from the model.
+        The base must not be quantised. This adapter is used up: its layers are gone from the model. If the output layer
+        has an adapter, and was the input embedding, it no longer is.
 
         Args:
             directory: made if it is missing; receives what `save_pretrained` writes, in float32.
@@ -229,13 +234,18 @@ class Adapter:
             ValueError: the weights do not fit the layout.
         """
         self.load_weights(weights)
+        model: Any = self.model
         for name in adapted_modules(self.layout):
             path = self.paths[name]
             parent, _, last = path.rpartition(".")
             module: Any = self.model.get_submodule(path)
+            layer = module.get_base_layer()
+            if _num_holders(self.model, layer.weight) > 1:
+                # The output layer of many models is the input embedding, which must stay as it is.
+                layer.weight = torch.nn.Parameter(layer.weight.clone(), requires_grad=False)
+                model.config.tie_word_embeddings = False
             module.merge()
-            setattr(self.model.get_submodule(parent), last, module.get_base_layer())
-        model: Any = self.model
+            setattr(self.model.get_submodule(parent), last, layer)
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
 
@@ -266,6 +276,10 @@ def with_adapter(model: torch.nn.Module, adapter: Path, name: str = NAME) -> tor
     except Exception as error:  # PEFT raises many kinds for a broken file
         raise BaseError(f"cannot load the adapter {adapter}: {error}") from error
     return loaded
+
+
+def _num_holders(model: torch.nn.Module, weight: torch.nn.Parameter) -> int:
+    return sum(each is weight for _, each in model.named_parameters(remove_duplicate=False))
 
 
 def _targets(model: torch.nn.Module, targets: Sequence[str], paths: Sequence[str]) -> list[str] | str:

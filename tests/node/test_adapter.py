@@ -111,10 +111,14 @@ def test_plain_peft_loads_the_export_with_the_same_loss(adapted, tokens, tmp_pat
     assert mean_loss(merged, tokens) == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("train", ["B", "AB"])
-def test_a_merged_export_is_a_plain_model_with_the_same_loss(train, tokens, tmp_path):
+@pytest.mark.parametrize(
+    ("train", "targets"),
+    [("B", TARGETS), ("AB", TARGETS), ("AB", ("lm_head",)), ("B", ("q_proj", "lm_head"))],
+)
+def test_a_merged_export_is_a_plain_model_with_the_same_loss(train, targets, tokens, tmp_path):
+    """Also where the output layer is adapted, which is the input embedding in the base, and no more in the export."""
     base = load_base(embedded.path(), threads=1)
-    adapter = Adapter(base, key=KEY, targets=TARGETS, rank=2, alpha=4, train=train)
+    adapter = Adapter(base, key=KEY, targets=targets, rank=2, alpha=4, train=train)
     weights = some_weights(adapter.size)
     adapter.load(to_float(weights))
     loss = mean_loss(adapter.model, tokens)
