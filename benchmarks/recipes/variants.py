@@ -231,7 +231,7 @@ def _instructions(quick: bool) -> Subject:
         other_nodes=(1, 4, 64),
         local_steps=(1, 8, 64),
         few=4,
-        passes=1024,
+        passes=480,
         step=0.002,
         epsilon=0.01,
         directions=1,
