@@ -310,7 +310,7 @@ def target_command(
             results = Results("target", out_directory)
             try:
                 contest = contests.prepare(recipe, Path(place), quick=quick, rank=rank)
-                wanted = systems.chosen(systems.systems(recipe, quick), system or ())
+                wanted = systems.chosen(systems.systems(recipe, quick, rank), system or ())
             except ValueError as error:
                 raise ResultsError(str(error)) from error
             task = bar.add_task("target", total=sum(each.num_runs for each in wanted))

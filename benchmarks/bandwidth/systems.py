@@ -62,10 +62,33 @@ class Lengths:
     """Of a vote; docs/recipes.md: 0.001 for each direction of a round."""
     steps: tuple[float, ...] = (0.0005, 0.001, 0.002)
     epsilon: float = 0.003
+    walk_epsilon: float = 0.01
+    """Where both sides are measured."""
     raw: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     """Rates that multiply slopes as they are: those of MeZO on bases as small as these."""
     rates: tuple[float, ...] = (0.003, 0.01, 0.03)
     """Of Adam."""
+
+    def at_rank(self, rank: int) -> Lengths:
+        """For an adapter of another rank than 4.
+
+        |g|² and tr H grow in proportion to the rank, so the best step of a vote, |g| / tr H, and what epsilon may be
+        fall with its root, a raw rate, 1 / tr H, with the rank itself (docs/recipes.md, the law).
+        """
+        ratio = rank / 4
+
+        def divided(values: tuple[float, ...], by: float) -> tuple[float, ...]:
+            return tuple(float(f"{value / by:.3g}") for value in values)
+
+        (epsilon, walk_epsilon) = divided((self.epsilon, self.walk_epsilon), ratio**0.5)
+        return replace(
+            self,
+            walk_steps=divided(self.walk_steps, ratio**0.5),
+            steps=divided(self.steps, ratio**0.5),
+            epsilon=epsilon,
+            walk_epsilon=walk_epsilon,
+            raw=divided(self.raw, ratio),
+        )
 
 
 LENGTHS: Final = {
@@ -109,9 +132,15 @@ _ONE: Final = {"directions": 1, "sides": 2, "epsilon": 0.001}
 _RAW: Final = {"decay": "constant", "normalised": False}
 
 
-def systems(recipe: int, quick: bool) -> list[System]:
-    """Everyone who takes part in a recipe; quick: a few exchanges of one candidate each, of the main systems."""
-    lengths = LENGTHS[recipe]
+def systems(recipe: int, quick: bool, rank: int = 4) -> list[System]:
+    """Everyone who takes part in a recipe.
+
+    Args:
+        recipe: 1, 2 or 3.
+        quick: a few exchanges of one candidate each, of the main systems.
+        rank: of the adapter; the head of recipe 3 has none.
+    """
+    lengths = LENGTHS[recipe] if recipe == 3 else LENGTHS[recipe].at_rank(rank)
     found = [*_ours(lengths), *_first_order(lengths), *_published(lengths)]
     if not quick:
         return found
@@ -175,7 +204,12 @@ def _ours(lengths: Lengths) -> list[System]:
 
 def _walking(local_steps: int, rounds: tuple[int, int], lengths: Lengths) -> System:
     """Ours with so many local steps, a two-sided direction in each."""
-    walk = {"directions": local_steps, "local_steps": local_steps, "sides": 2, "epsilon": 0.01}
+    walk = {
+        "directions": local_steps,
+        "local_steps": local_steps,
+        "sides": 2,
+        "epsilon": lengths.walk_epsilon,
+    }
     return System(
         name=f"ours, {local_steps} local steps",
         kind="ours",

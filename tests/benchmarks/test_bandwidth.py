@@ -428,6 +428,20 @@ def test_those_that_need_no_gradient_have_as_many_forward_passes_within_a_tenth(
     assert longest <= 1.4 * counts["ours, 16 local steps"]
 
 
+def test_an_adapter_of_a_larger_rank_gets_smaller_steps():
+    assert systems.systems(1, quick=False, rank=4) == systems.systems(1, quick=False)
+    assert systems.systems(3, quick=False, rank=16) == systems.systems(3, quick=False)
+    wide = {each.name: each for each in systems.systems(1, quick=False, rank=64)}
+    for small in systems.systems(1, quick=False):
+        for one, other in zip(small.candidates, wide[small.name].candidates, strict=True):
+            if one.get("schedule", {}).get("normalised") is False:
+                assert other["schedule"]["step"] == pytest.approx(one["schedule"]["step"] / 16, rel=1e-2)
+            elif "probe" in one:
+                assert other["schedule"]["step"] == pytest.approx(one["schedule"]["step"] / 4, rel=1e-2)
+            else:
+                assert other == one
+
+
 @pytest.mark.parametrize("system", systems.systems(1, quick=False), ids=lambda each: each.name)
 def test_the_manifest_takes_every_candidate(system, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "candidates"
