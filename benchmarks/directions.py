@@ -36,6 +36,7 @@ from benchmarks.recipes.runner import described
 from benchmarks.recipes.swarm import Swarm, train
 from benchmarks.recipes.variants import Subject, Variant, subject, variants
 from transport.exits import Exit
+from zo.weights import WeightsOverflow
 
 MARKS: Final = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
@@ -126,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (AssetMissing, rows_of.ResultsError) as error:
         err.print(f"benchmarks.directions: {error}", style="red", highlight=False, soft_wrap=True)
         return Exit.INPUT
-    rows = [known[job.key] for job in wanted]
+    rows = [known[job.key] for job in wanted if job.key in known]
     titles = {job.recipe: (job.subject.title, job.subject.metric) for job in wanted}
     command = f"python -m benchmarks.directions{' --quick' * options.quick}"
     for recipe in titles:
@@ -139,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(wanted: Sequence[Job], known: dict[str, Row], path: Path, err: Console) -> None:
-    """Run all that is not known, and keep each."""
+    """Run all that is not known, and keep each; who diverges has no row, and the others go on."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     left = [job for job in wanted if job.key not in known]
     made: dict[int, Any] = {}
@@ -148,7 +149,13 @@ def run(wanted: Sequence[Job], known: dict[str, Row], path: Path, err: Console) 
         for job in left:
             bar.update(task, description=f"recipe {job.recipe}: {job.variant.name}")
             problem_of = made.setdefault(job.recipe, cache(job.subject.problem))
-            known[job.key] = row = measured(job, problem_of(job.variant.nodes))
+            try:
+                row = measured(job, problem_of(job.variant.nodes))
+            except WeightsOverflow as error:
+                err.print(f"recipe {job.recipe}: {job.variant.name}, no row: {error}", highlight=False)
+                bar.advance(task)
+                continue
+            known[job.key] = row
             save(path, list(known.values()))
             bar.advance(task)
             err.print(

@@ -136,7 +136,8 @@ def variants(of: Subject) -> Iterator[Variant]:
         settings = {"directions": steps, "local_steps": steps}
         summed = tried(LOCAL_STEPS, LOCAL.format(steps), nodes=of.few, **settings)
         # As many whole votes as one node has: the mean of the walks.
-        averaged = [of.swarm(of.few, factor, full_votes=steps, **settings) for factor in of.averaged]
+        factors = of.averaged if steps > 1 else ()
+        averaged = [of.swarm(of.few, factor, full_votes=steps, **settings) for factor in factors]
         yield replace(summed, tried=[*summed.tried, *averaged])
     if of.estimators:
         yield tried(ESTIMATORS, "one-sided, of 4", sides=1, directions=4, epsilon=of.epsilon / 3)

@@ -76,6 +76,26 @@ def test_all_are_run_and_a_second_call_goes_on_after_what_is_done(tmp_path, caps
     assert again == {name: row["points"] for name, row in by_name.items()}, "the same run again is the same"
 
 
+def test_who_diverges_has_no_row_and_the_others_go_on(tmp_path, capsys, monkeypatch):
+    def fast(*_):
+        return dataclasses.replace(
+            tiny(),
+            factors=(1.0, 4000.0),
+            other_nodes=(),
+            local_steps=(),
+            moves=None,
+            estimators=False,
+            passes=32,
+        )
+
+    monkeypatch.setattr(directions, "subject", fast)
+    assert directions.main(["--recipe", "1", "--out", str(tmp_path)]) == 0
+    rows = directions.load(tmp_path / "directions.json")
+    assert {row.name for row in rows} == {variant.name for variant in v.variants(fast())}
+    assert 0.002 in {row.settings["step"] for row in rows}
+    assert "private, 8 bits, no row: a weight of magnitude" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_what_is_no_results_file_is_not_written_over(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(directions, "subject", tiny)
     (tmp_path / "directions.json").write_text('{"rows": [{"recipe": 1}]}')
