@@ -96,8 +96,9 @@ class Subject:
     """Of the step, as tried also where the weights move by the mean of all walks instead of their sum."""
     moves: Moves | None = None
     move_rounds: int = 0
-    estimators: bool = False
-    """Whether one-sided, forward and backward slopes are compared, and fleets that mix them."""
+    estimators: Sequence[float] = ()
+    """Factors of the step, as tried with one-sided, forward and backward slopes, and with fleets that mix moves and
+    slopes; none: these are not compared. A pass of forward mode takes several times as long as others."""
 
     def swarm(self, nodes: int, factor: float, **settings: Any) -> Swarm:
         """As many rounds as give the passes, two-sided, under the cap that a coordinator has unless told otherwise."""
@@ -112,8 +113,15 @@ class Subject:
 def variants(of: Subject) -> Iterator[Variant]:
     """All runs of a subject."""
 
-    def tried(group: str, name: str, nodes: int = of.nodes, scale: float = 1.0, **settings: Any) -> Variant:
-        swarms = [of.swarm(nodes, scale * factor, **settings) for factor in of.factors]
+    def tried(
+        group: str,
+        name: str,
+        nodes: int = of.nodes,
+        scale: float = 1.0,
+        factors: Sequence[float] = of.factors,
+        **settings: Any,
+    ) -> Variant:
+        swarms = [of.swarm(nodes, scale * factor, **settings) for factor in factors]
         return Variant(group=group, name=name, nodes=nodes, tried=swarms)
 
     yield tried(DIRECTIONS, INT8)
@@ -140,12 +148,13 @@ def variants(of: Subject) -> Iterator[Variant]:
         averaged = [of.swarm(of.few, factor, full_votes=steps, **settings) for factor in factors]
         yield replace(summed, tried=[*summed.tried, *averaged])
     if of.estimators:
-        yield tried(ESTIMATORS, "one-sided, of 4", sides=1, directions=4, epsilon=of.epsilon / 3)
-        yield tried(ESTIMATORS, "forward", estimators=("forward",))
+        one_sided: dict[str, Any] = {"sides": 1, "directions": 4, "epsilon": of.epsilon / 3}
+        yield tried(ESTIMATORS, "one-sided, of 4", factors=of.estimators, **one_sided)
+        yield tried(ESTIMATORS, "forward", factors=of.estimators, estimators=("forward",))
         fewer = replace(of, passes=of.passes // 2)
         swarms = [
             fewer.swarm(of.nodes, BACKWARD_SCALE * factor, directions=64, estimators=("backward",))
-            for factor in of.factors
+            for factor in of.estimators
         ]
         yield Variant(group=ESTIMATORS, name="backward, 64 slopes", nodes=of.nodes, tried=swarms)
     if of.moves is not None:
@@ -184,6 +193,7 @@ def subject(recipe: int, quick: bool) -> Subject:
         few=2 if found.few else 0,
         passes=16,
         factors=(1.0,),
+        estimators=found.estimators[:1],
         averaged=found.averaged[:1],
         moves=moves,
         move_rounds=2,
@@ -211,7 +221,7 @@ def _shakespeare(quick: bool) -> Subject:
         adam=[FirstOrder(steps=1500, rate=0.01)],
         moves=Moves(projections=4096, updates=80, rate=0.006),
         move_rounds=7,
-        estimators=True,
+        estimators=(1.0,),
     )
 
 
@@ -239,7 +249,7 @@ def _instructions(quick: bool) -> Subject:
         adam=[FirstOrder(steps=100, rate=0.003)],
         moves=Moves(projections=1024, updates=16, rate=0.003),
         move_rounds=6,
-        estimators=True,
+        estimators=(1.0,),
     )
 
 
@@ -258,6 +268,6 @@ def _sentiment(quick: bool) -> Subject:
         directions=4,
         factors=(0.25, 0.5, 1.0, 2.0),
         averaged=(4.0, 8.0, 16.0),
-        estimators=True,
+        estimators=(0.5, 1.0),
         adam=[FirstOrder(steps=1000, rate=0.1, on_all=True)],
     )

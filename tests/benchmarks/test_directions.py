@@ -42,7 +42,7 @@ def tiny(*_):
         adam=[FirstOrder(steps=2, rate=0.01)],
         moves=Moves(projections=24, updates=2, rate=0.01),
         move_rounds=2,
-        estimators=True,
+        estimators=(1.0,),
     )
 
 
@@ -84,7 +84,7 @@ def test_who_diverges_has_no_row_and_the_others_go_on(tmp_path, capsys, monkeypa
             other_nodes=(),
             local_steps=(),
             moves=None,
-            estimators=False,
+            estimators=(),
             passes=32,
         )
 
