@@ -87,9 +87,9 @@ def markdown(
         "follow one rule: so much for each vote, three times as much on a direction that all share, twice on one of a "
         "group; they were not tuned one by one, but on recipe 3, where passes are cheap, a quarter to twice as much "
         "was tried (with other estimators half as much and as much), and with local steps also the mean of the "
-        "walks, in steps that are 4 to 16 times as large, and the best counts. One seed. Frames are made as the transport makes them; what is around them "
-        "on the wire is computed by the formula that `zo-bench wire` confirms on an interface. Bytes are of one node, "
-        "over the whole run.",
+        "walks, in steps that are 4 to 16 times as large, and the best counts. One seed. Frames are made as the "
+        "transport makes them; what is around them on the wire is computed by the formula that `zo-bench wire` "
+        "confirms on an interface. Bytes are of one node, over the whole run.",
         "",
     ]
     for recipe, (title, metric) in titles.items():

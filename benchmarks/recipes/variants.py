@@ -141,7 +141,7 @@ def variants(of: Subject) -> Iterator[Variant]:
             shared = POLICIES["shared, mean"]
             yield tried(NODES, f"shared, {nodes} nodes", nodes=nodes, scale=SHARED_SCALE, policy=shared)
     for steps in of.local_steps:
-        settings = {"directions": steps, "local_steps": steps}
+        settings: dict[str, Any] = {"directions": steps, "local_steps": steps}
         summed = tried(LOCAL_STEPS, LOCAL.format(steps), nodes=of.few, **settings)
         # As many whole votes as one node has: the mean of the walks.
         factors = of.averaged if steps > 1 else ()
