@@ -73,7 +73,8 @@ class Lengths:
         """For an adapter of another rank than 4.
 
         |g|² and tr H grow in proportion to the rank, so the best step of a vote, |g| / tr H, and what epsilon may be
-        fall with its root, a raw rate, 1 / tr H, with the rank itself (docs/recipes.md, the law).
+        fall with its root, a raw rate, 1 / tr H, with the rank itself (docs/recipes.md, the law). Adam moves each entry
+        by its rate, whatever the slope: so many more entries want a rate that falls with the root as well.
         """
         ratio = rank / 4
 
@@ -88,6 +89,7 @@ class Lengths:
             epsilon=epsilon,
             walk_epsilon=walk_epsilon,
             raw=divided(self.raw, ratio),
+            rates=divided(self.rates, ratio**0.5),
         )
 
 

@@ -434,12 +434,16 @@ def test_an_adapter_of_a_larger_rank_gets_smaller_steps():
     wide = {each.name: each for each in systems.systems(1, quick=False, rank=64)}
     for small in systems.systems(1, quick=False):
         for one, other in zip(small.candidates, wide[small.name].candidates, strict=True):
-            if one.get("schedule", {}).get("normalised") is False:
-                assert other["schedule"]["step"] == pytest.approx(one["schedule"]["step"] / 16, rel=1e-2)
-            elif "probe" in one:
-                assert other["schedule"]["step"] == pytest.approx(one["schedule"]["step"] / 4, rel=1e-2)
-            else:
-                assert other == one
+            (name, step), (_, smaller) = (deciding(settings) for settings in (one, other))
+            assert step / smaller == pytest.approx(16 if name == "raw" else 4, rel=1e-2), small.name
+
+
+def deciding(settings):
+    """The figure of a candidate that a search is about, and what it is."""
+    if "rate" in settings or "moves" in settings:
+        return "rate", (settings | settings.get("moves", {}))["rate"]
+    schedule = settings["schedule"]
+    return "step" if schedule.get("normalised", True) else "raw", schedule["step"]
 
 
 @pytest.mark.parametrize("system", systems.systems(1, quick=False), ids=lambda each: each.name)
