@@ -1,7 +1,7 @@
 """Imports bitsandbytes without torch's compiler, before peft imports it with that.
 
-Some of its kernels are wrapped in `torch.compile` where they are defined, for which torch loads Dynamo and Inductor: a
-fifth of what the start of a node costs. The wrapped ones are the fall-backs for devices without kernels of their own,
+Some of its kernels are wrapped in `torch.compile` where they are defined, for which torch loads Dynamo and Inductor, some
+hundred modules that a node has no other use for. The wrapped ones are the fall-backs for devices without kernels of their own,
 and compile on their first call; here they compute as they are written, on every machine alike.
 """
 
@@ -21,6 +21,6 @@ _compile = torch.compile
 torch.compile = _as_it_is  # type: ignore[assignment]
 try:
     with suppress(ImportError):  # who needs it says so
-        import bitsandbytes  # noqa: F401
+        import bitsandbytes as bitsandbytes
 finally:
     torch.compile = _compile

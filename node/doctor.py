@@ -322,8 +322,9 @@ def quantised_kernels(wanted: Kind) -> Iterator[Finding]:
 
 def _quantised_error(kind: Kind) -> float:
     """How far a quantised layer of 128 × 64 is from the exact one, relative to the result's norm."""
-    import bitsandbytes as bnb
     import torch
+
+    from node.bnb import bitsandbytes as bnb
 
     generator = torch.Generator().manual_seed(0)  # any values do
     weight = torch.randn(128, 64, generator=generator)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from typing import Final
 
-import bitsandbytes as bnb
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from node.adapter import Adapter
+from node.bnb import bitsandbytes as bnb
 from node.data import AnyBatch
 from node.estimators import EstimatorError
 from node.frozen import Answers, frozen_backbone, once_per_batch

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,12 @@ FIRST_ORDER_RATES: Final = (0.003, 0.01, 0.03)
 MEZO_RATES: Final = (1e-4, 3e-4, 1e-3, 3e-3)
 SCALARS: Final = ("int8", "float")
 BABYLLAMA: Final = "babyllama-tok361-pad64"
+Rows = TypeVar("Rows", Completions, Labelled)
+_OF_EACH_ROW: Final[dict[type, tuple[str, ...]]] = {
+    Completions: ("tokens", "begins", "ends", "pairs"),
+    Labelled: ("tokens", "lengths", "labels"),
+}
+"""Fields that have an entry for each row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +90,7 @@ class Tried:
     adapted: str = ""
     """What of it, in words, if it is not all projections."""
     targets: tuple[str, ...] = PROJECTIONS
-    adam: tuple[float, ...]
+    adam: tuple[float, ...] = FIRST_ORDER_RATES
     adam_steps: int
     """More than were tried."""
     mezo: tuple[float, ...]
@@ -101,7 +107,6 @@ class Tried:
 TRIED: Final = (
     Tried(
         model="stories260K-pad64",
-        adam=FIRST_ORDER_RATES,
         adam_steps=1500,
         mezo=MEZO_RATES,
         mezo_steps=10_000,
@@ -111,7 +116,6 @@ TRIED: Final = (
     ),
     Tried(
         model=BABYLLAMA,
-        adam=FIRST_ORDER_RATES,
         adam_steps=900,
         mezo=(3e-5, 1e-4, 3e-4, 1e-3),
         mezo_steps=2000,
@@ -124,7 +128,6 @@ TRIED: Final = (
         model=BABYLLAMA,
         adapted="output layer",
         targets=("lm_head",),
-        adam=FIRST_ORDER_RATES,
         adam_steps=900,
         mezo=(1e-3, 3e-3, 1e-2, 3e-2),
         mezo_steps=2000,
@@ -197,27 +200,13 @@ def instructions_problem(form: Form, num_clients: int, nodes: int = 0) -> Proble
         form=form,
         task=Task(kind="completion"),
         private=[
-            dealt
+            _every(rows(*(f"{client}.train.jsonl" for client in group)), apart, first)
             for group in groups
-            for dealt in _dealt(rows(*(f"{client}.train.jsonl" for client in group)), apart)
+            for first in range(apart)
         ],
         pooled=rows(*(f"{client}.train.jsonl" for client in clients)),
         held_out=[rows(f"{client}.test.jsonl") for client in clients],
     )
-
-
-def _dealt(rows: Completions, hands: int) -> list[Completions]:
-    """The rows in so many parts, one after the other to each; nothing of them is counted as cut anew."""
-    return [
-        replace(
-            rows,
-            tokens=rows.tokens[hand::hands],
-            begins=rows.begins[hand::hands],
-            ends=rows.ends[hand::hands],
-            pairs=rows.pairs[hand::hands],
-        )
-        for hand in range(hands)
-    ]
 
 
 def instructions(run: Runner, quick: bool) -> None:
@@ -311,10 +300,10 @@ def _compare(
         run(subject, problem, Mezo(steps=few, rate=rate, on_all=on_all))
 
 
-def _every(rows: Labelled, stride: int, first: int, most: int | None = None) -> Labelled:
+def _every(rows: Rows, stride: int, first: int, most: int | None = None) -> Rows:
     """Every `stride`th row from the one numbered `first` on, at most so many."""
     chosen = slice(first, None if most is None else first + stride * most, stride)
-    return replace(rows, tokens=rows.tokens[chosen], lengths=rows.lengths[chosen], labels=rows.labels[chosen])
+    return replace(rows, **{name: getattr(rows, name)[chosen] for name in _OF_EACH_ROW[type(rows)]})
 
 
 RECIPES: Final = {

@@ -141,12 +141,12 @@ def variants(of: Subject) -> Iterator[Variant]:
             shared = POLICIES["shared, mean"]
             yield tried(NODES, f"shared, {nodes} nodes", nodes=nodes, scale=SHARED_SCALE, policy=shared)
     for steps in of.local_steps:
-        settings: dict[str, Any] = {"directions": steps, "local_steps": steps}
-        summed = tried(LOCAL_STEPS, LOCAL.format(steps), nodes=of.few, **settings)
+        walks: dict[str, Any] = {"nodes": of.few, "directions": steps, "local_steps": steps}
+        name, factors = LOCAL.format(steps), of.averaged if steps > 1 else ()
+        summed = tried(LOCAL_STEPS, name, **walks)
         # As many whole votes as one node has: the mean of the walks.
-        factors = of.averaged if steps > 1 else ()
-        averaged = [of.swarm(of.few, factor, full_votes=steps, **settings) for factor in factors]
-        yield replace(summed, tried=[*summed.tried, *averaged])
+        averaged = tried(LOCAL_STEPS, name, factors=factors, full_votes=steps, **walks)
+        yield replace(summed, tried=[*summed.tried, *averaged.tried])
     if of.estimators:
         one_sided: dict[str, Any] = {"sides": 1, "directions": 4, "epsilon": of.epsilon / 3}
         yield tried(ESTIMATORS, "one-sided, of 4", factors=of.estimators, **one_sided)
