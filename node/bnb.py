@@ -1,8 +1,8 @@
 """Imports bitsandbytes without torch's compiler, before peft imports it with that.
 
-Some of its kernels are wrapped in `torch.compile` where they are defined, for which torch loads Dynamo and Inductor, some
-hundred modules that a node has no other use for. The wrapped ones are the fall-backs for devices without kernels of their own,
-and compile on their first call; here they compute as they are written, on every machine alike.
+Some of its kernels are wrapped in `torch.compile` where they are defined, for which torch loads Dynamo and Inductor,
+some hundred modules that a node has no other use for. The wrapped ones are the fall-backs for devices without kernels
+of their own, and compile on their first call; here they compute as they are written, on every machine alike.
 """
 
 from collections.abc import Callable
