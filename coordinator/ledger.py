@@ -464,7 +464,9 @@ class Ledger:
 
     def _read(self, statement: str, *values: Any) -> Generator[Any, None, None]:
         try:
-            yield from self._db.execute(statement, values)
+            # Not "yield from": that closes the cursor of who stops in the middle, also after the database's own end.
+            for row in self._db.execute(statement, values):  # noqa: UP028
+                yield row
         except sqlite3.DatabaseError as error:
             raise LedgerError(f"{self.path} is damaged: {error}") from error
 
