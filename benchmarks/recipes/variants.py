@@ -269,5 +269,7 @@ def _sentiment(quick: bool) -> Subject:
         factors=(0.25, 0.5, 1.0, 2.0),
         averaged=(4.0, 8.0, 16.0),
         estimators=(0.5, 1.0),
+        moves=Moves(projections=256, updates=16, rate=0.03),
+        move_rounds=60,
         adam=[FirstOrder(steps=1000, rate=0.1, on_all=True)],
     )
