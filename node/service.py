@@ -229,7 +229,7 @@ class NodeService:
         Raises:
             NodeError: the node cannot go on.
             StateError: its state cannot be written.
-            Whatever `open_trainer` raises.
+            Whatever `open_trainer` and its trainer raise; the coordinator is told that this node leaves.
         """
         previous = {
             number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
@@ -242,6 +242,10 @@ class NodeService:
             except BudgetSpentError:
                 self._carry_out(self._sessions.leave())
                 self._save()
+                raise
+            except Exception:
+                # Who cannot go on says so too: else the end of the run would wait for its return.
+                self._carry_out(self._sessions.leave())
                 raise
             if self._end is None:
                 self._carry_out(self._sessions.leave())
@@ -409,7 +413,6 @@ class NodeService:
         try:
             self.view.agents = len(self._sessions.check(manifest))
         except AssignmentError as error:
-            self._carry_out(self._sessions.leave())
             raise NodeError(Exit.INPUT, str(error)) from error
         self._manifest = manifest
         self._state.save_manifest(manifest)

@@ -372,7 +372,7 @@ class Session:
         return self._greet()
 
     def leave(self) -> list[Effect]:
-        """The person at the node wants to stop."""
+        """The person at the node wants to stop, or it cannot go on."""
         connected = self.stage in (Stage.FOLLOWING, Stage.REPORTED, Stage.FETCHING)
         self.stage = Stage.ENDED
         return [Transmit(Leave())] if connected else []

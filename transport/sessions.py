@@ -140,7 +140,7 @@ class Sessions:
         return [effect for agent, each in self._each() for effect in self._of(agent, each.on_tick(now))]
 
     def leave(self) -> list[AgentEffect]:
-        """The person at the node wants to stop."""
+        """The person at the node wants to stop, or it cannot go on."""
         return [effect for agent, each in self._each() for effect in self._of(agent, each.leave())]
 
     # ---- what the service may ask ---------------------------------------------------------------------------------

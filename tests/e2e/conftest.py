@@ -1,5 +1,7 @@
 """A swarm of processes for one test: it starts them, looks at what they wrote, and leaves none behind."""
 
+import atexit
+import functools
 import json
 import os
 import re
@@ -19,6 +21,7 @@ from coordinator.cli import app
 from coordinator.rundir import RunDirectory
 from coordinator.status import read_status
 from node.state import load_result
+from tests.e2e.zygote import HEAVY, LIGHT, Zygote
 from transport.keys import new_key_pair
 from transport.ticket import parse_ticket
 from zo import kernels
@@ -29,19 +32,35 @@ DEADLINE_S = 120.0
 """Long, since it only ever passes when something is broken."""
 
 
+def environment():
+    """Of all processes of ours."""
+    ours = {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "200",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return {**os.environ, **ours}
+
+
+@functools.cache
+def zygote(modules):
+    """The one that has imported these modules; it ends with this process."""
+    started = Zygote(modules, environment())
+    atexit.register(started.close)
+    return started
+
+
 class Process:
     """A process of ours, its output in files."""
 
     def __init__(self, arguments, directory, name, **options):
         self.name = name
         self.stdout_path, self.stderr_path = directory / f"{name}.out", directory / f"{name}.err"
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "COLUMNS": "200",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        if not options and "ZO_TEST_EXEC" not in os.environ:
+            modules = HEAVY if "node.cli" in arguments else LIGHT
+            self.popen = zygote(modules).fork(arguments, self.stdout_path, self.stderr_path)
+            return
         with self.stdout_path.open("wb") as out, self.stderr_path.open("wb") as err:
             self.popen = subprocess.Popen(
                 [sys.executable, *map(str, arguments)],
@@ -49,7 +68,7 @@ class Process:
                 stderr=err,
                 stdin=subprocess.DEVNULL,
                 cwd=ROOT,
-                env=environment,
+                env=environment(),
                 **options,
             )
 

@@ -149,6 +149,21 @@ def test_a_node_that_may_say_no_more_leaves_in_good_order(service, state, manife
     assert state.agent(0).load(manifest.run_id)[1].round == 9, "what it has is saved"
 
 
+def test_a_node_that_cannot_go_on_says_so_before_it_ends(service, monkeypatch):
+    """Else the end of the run would wait for its return."""
+    carried_out = []
+
+    def load():
+        raise ValueError("rows.jsonl, line 2: no field 'text'")
+
+    monkeypatch.setattr(service, "_loop", load)
+    monkeypatch.setattr(service._sessions, "leave", lambda: ["leave"])
+    monkeypatch.setattr(service, "_carry_out", carried_out.extend)
+    with pytest.raises(ValueError, match="line 2"):
+        service.run()
+    assert carried_out == ["leave"]
+
+
 def test_pieces_are_kept_until_the_snapshot_is_taken(service, state, manifest):
     service._carry_out([(0, Open(manifest)), (0, Keep(bytes(16), b"abc"))])
     assert bytes(state.agent(0).load_download().data) == b"abc"
