@@ -129,11 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return Exit.INPUT
     rows = [known[job.key] for job in wanted if job.key in known]
     titles = {job.recipe: (job.subject.title, job.subject.metric) for job in wanted}
-    command = f"python -m benchmarks.directions{' --quick' * options.quick}"
     for recipe in titles:
         comparison.plot([row for row in rows if row.recipe == recipe], titles[recipe], _picture(path, recipe))
     pictures = {recipe: _picture(path, recipe).name for recipe in titles}
-    text = comparison.markdown(rows, titles, pictures, command)
+    text = comparison.markdown(rows, titles, pictures, quick=options.quick)
     path.with_suffix(".md").write_text(text, "utf-8")
     print(json.dumps([asdict(row) for row in rows]) if options.json else text)
     return 0

@@ -76,14 +76,15 @@ def best(rows: Sequence[Row]) -> list[Row]:
 
 
 def markdown(
-    rows: Sequence[Row], titles: Mapping[int, tuple[str, str]], pictures: Mapping[int, str], command: str
+    rows: Sequence[Row], titles: Mapping[int, tuple[str, str]], pictures: Mapping[int, str], *, quick: bool
 ) -> str:
-    """The page."""
+    """The page; that of quick runs judges no targets."""
     lines = [
         "# Directions, codes, estimators, local steps",
         "",
-        f"`{command} --out`: swarms of virtual nodes in one process, over the code path of real ones (probe, codes, "
-        "cap, step rule, commit, replica). Everybody of a recipe has about the same number of forward passes. Steps "
+        f"`python -m benchmarks.directions{' --quick' * quick} --out`: swarms of virtual nodes in one process, over "
+        "the code path of real ones (probe, codes, cap, step rule, commit, replica). Everybody of a recipe has about "
+        "the same number of forward passes. Steps "
         "follow one rule: so much for each vote, three times as much on a direction that all share, twice on one of a "
         "group; they were not tuned one by one, but on recipe 3, where passes are cheap, a quarter to twice as much "
         "was tried (with other estimators half as much and as much), and with local steps also the mean of the "
@@ -94,7 +95,10 @@ def markdown(
     ]
     for recipe, (title, metric) in titles.items():
         mine = best([row for row in rows if row.recipe == recipe])
-        lines += [f"## {title[0].upper()}{title[1:]}", "", *(f"- {each}" for each in targets(mine)), ""]
+        said = (
+            ["very short runs: that all of it works, and nothing about targets"] if quick else targets(mine)
+        )
+        lines += [f"## {title[0].upper()}{title[1:]}", "", *(f"- {each}" for each in said), ""]
         lines += [f"![{metric}]({pictures[recipe]})", ""]
         lines += [
             f"| | nodes | rounds | step | {metric} | forward passes | payload up | payload down | wire, both ways |",

@@ -92,6 +92,9 @@ def test_who_diverges_has_no_row_and_the_others_go_on(tmp_path, capsys, monkeypa
     assert directions.main(["--recipe", "1", "--out", str(tmp_path)]) == 0
     rows = directions.load(tmp_path / "directions.json")
     assert {row.name for row in rows} == {variant.name for variant in v.variants(fast())}
+    title = {1: ("a text", "loss")}
+    pages = [comparison.markdown(rows, title, {1: "a.png"}, quick=quick) for quick in (False, True)]
+    assert ["met" in page for page in pages] == [True, False], "two rounds say nothing about targets"
     assert 0.002 in {row.settings.get("step") for row in rows}
     assert "pool, no row: a weight of magnitude" in capsys.readouterr().err.replace("\n", " ")
 
