@@ -140,8 +140,7 @@ def _ours(
     made = RunDirectory(contest.place / "template")
     if not made.path.exists():
         made = runs.template(made.path, base, *_init_options(contest))
-    varied = {**settings, "run": {"rounds": exchanges}, "parity": {"digest_every": 64}}
-    manifest = runs.varied(made.manifest(), varied)
+    manifest = runs.varied(made.manifest(), varying(contest, alone, settings, exchanges))
     nodes = 1 if alone else contest.nodes
     run = runs.make(place / "run", manifest, nodes, [], base)
     with runs.serving(network, run, errors) as (ticket, _):
@@ -165,6 +164,16 @@ def _ours(
         ):
             seen = watch(network, exchanges, ledger.num_commits, is_well, say, among_nodes=False)
     return _replayed(run, nodes, seen)
+
+
+def varying(contest: Contest, alone: bool, settings: Settings, exchanges: int) -> runs.Settings:
+    """What of the manifest is of one run alone."""
+    varied = {**settings, "run": {"rounds": exchanges}, "parity": {"digest_every": 64}}
+    if (
+        alone and contest.whole
+    ):  # in any other batch the frozen part of the base would be computed anew every time
+        varied["probe"] = {**settings["probe"], "batch_size": contest.nodes * contest.form.batch_size}
+    return varied
 
 
 def _init_options(contest: Contest) -> list[str]:

@@ -36,8 +36,10 @@ SEED: Final = 1
 FLOAT_BYTES: Final = 4
 RECIPES: Final = (1, 2, 3)
 _TEXT: Final = Task()
-_ROWS_OF_A_NODE: Final = 432
-"""In recipe 3: a batch is all of them, so that the encoder reads them once."""
+_NODES_OF_LABELS: Final = 8
+_ROWS_OF_A_NODE: Final = 216
+"""In recipe 3: a batch is all of them, so that the encoder reads them once. Every process of every run reads its own
+anew, so there are a quarter of what there could be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,8 @@ class Contest:
     """What fields are called in them, as `--column` has it."""
     held_out: int = 1
     """Parts that count alike."""
+    whole: bool = False
+    """A batch is all rows that somebody has."""
     at_once: int = 0
     """Directions whose views share a forward pass: what a node finds fastest when it tries, told to save the trial."""
 
@@ -192,13 +196,14 @@ def _completions(place: Path, quick: bool, rank: int) -> Contest:
 
 def _labels(place: Path, quick: bool, rank: int) -> Contest:
     """Recipe 3: films praised or not, a head on a frozen encoder; a node's batch is all of its rows."""
-    nodes, num_rows = (2, 32) if quick else (16, _ROWS_OF_A_NODE)
+    nodes, num_rows = (2, 32) if quick else (_NODES_OF_LABELS, _ROWS_OF_A_NODE)
     contest = Contest(
         place=place,
         model=str(assets.encoder()),
         nodes=nodes,
         target=0.49 if quick else 0.33,
         metric="error",
+        whole=True,
         form=Form(targets=(), rank=rank, alpha=2.0 * rank, batch_size=num_rows, sequence_length=64),
         task=Task(kind="head", labels=("0", "1")),
         suffix=".tsv",
@@ -213,7 +218,7 @@ def _labels(place: Path, quick: bool, rank: int) -> Contest:
 
     train, held_out = lines("train"), lines("dev") + lines("test")
     for node in range(nodes):
-        write(contest.data_path(node), train[node::16][:num_rows])
+        write(contest.data_path(node), train[node::_NODES_OF_LABELS][:num_rows])
     write(contest.held_out_path(0), held_out[::8] if quick else held_out)
     return contest
 

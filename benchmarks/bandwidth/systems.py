@@ -60,6 +60,8 @@ class Lengths:
     diloco: int
     walk_steps: tuple[float, ...] = (0.00125, 0.0025, 0.005)
     """Of a vote; docs/recipes.md: 0.001 for each direction of a round."""
+    walk_votes: int = _EVERY_VOTE
+    """Of a round, for each local step, that add a whole step each; 1: weights move by the mean of all walks."""
     steps: tuple[float, ...] = (0.0005, 0.001, 0.002)
     epsilon: float = 0.003
     walk_epsilon: float = 0.01
@@ -120,10 +122,12 @@ LENGTHS: Final = {
         rounds=(1000, 60),
         single=(1000, 60),
         moves=20,
-        fedavg=4,
-        gradients=60,
-        diloco=6,
-        walk_steps=(0.0025, 0.005, 0.01),
+        fedavg=2,
+        gradients=40,
+        diloco=4,
+        # Batches that are always the same send all walks the same way (docs/directions.md): their mean, longer steps.
+        walk_steps=(0.02, 0.04, 0.08),
+        walk_votes=1,
         steps=(0.0025, 0.005, 0.01),
         epsilon=0.01,
         raw=(0.1, 0.3, 1.0),
@@ -220,7 +224,7 @@ def _walking(local_steps: int, rounds: tuple[int, int], lengths: Lengths) -> Sys
         candidates=tuple(
             {
                 "probe": walk,
-                "schedule": {"step": step, "full_votes": local_steps * _EVERY_VOTE, "decay": "linear"},
+                "schedule": {"step": step, "full_votes": local_steps * lengths.walk_votes, "decay": "linear"},
             }
             for step in lengths.walk_steps
         ),

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks.bandwidth import contest as contests
-from benchmarks.bandwidth import runs
-from benchmarks.bandwidth.contenders import _init_options, passes
+from benchmarks.bandwidth import runs, systems
+from benchmarks.bandwidth.contenders import _init_options, passes, varying
 from benchmarks.recipes import assets
 from coordinator.rundir import RunDirectory
 from node.data import Batch, LabelledBatch
@@ -77,6 +77,19 @@ def test_init_makes_the_adapter_of_the_contest_and_a_run_of_it_begins(recipe, tm
     assert manifest.task == made.task
     again = runs.make(tmp_path / "again", runs.varied(manifest, {}), 2, [], Path(made.model))
     assert again.manifest().adapter == manifest.adapter
+
+
+@needs_assets
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_worker_with_all_data_takes_all_of_it_at_once_where_nodes_do(recipe, tmp_path):
+    made = prepared(recipe, tmp_path)
+    (mezo,) = (each for each in systems.systems(recipe, False) if each.alone)
+    (alone, shared) = (varying(made, is_alone, mezo.candidates[0], 10) for is_alone in (True, False))
+    size = made.form.batch_size
+    assert shared["probe"].get("batch_size", size) == size
+    assert alone["probe"].get("batch_size", size) == (made.nodes * size if recipe == 3 else size)
+    assert alone["probe"]["epsilon"] == mezo.candidates[0]["probe"]["epsilon"]
+    assert alone["run"] == {"rounds": 10}
 
 
 def test_passes_are_those_of_slopes_or_of_moves(tmp_path):
