@@ -99,7 +99,7 @@ LENGTHS: Final = {
     1: Lengths(
         walks=(20, 2),
         long_walks=7,
-        rounds=(120, 12),
+        rounds=(150, 15),
         single=(300, 30),
         moves=12,
         fedavg=2,
