@@ -48,8 +48,8 @@ class Lengths:
 
     walks: tuple[int, int]
     """Rounds of 16 local steps each: of a run, of a short one."""
-    long_walks: int
-    """Rounds of 64 local steps each; a short one has one round."""
+    long_walks: tuple[int, int]
+    """Rounds of 64 local steps each."""
     rounds: tuple[int, int]
     """Rounds of four one-sided directions."""
     single: tuple[int, int]
@@ -98,7 +98,7 @@ class Lengths:
 LENGTHS: Final = {
     1: Lengths(
         walks=(20, 2),
-        long_walks=7,
+        long_walks=(7, 1),
         rounds=(150, 15),
         single=(300, 30),
         moves=12,
@@ -108,7 +108,7 @@ LENGTHS: Final = {
     ),
     2: Lengths(
         walks=(6, 1),
-        long_walks=2,
+        long_walks=(2, 1),
         rounds=(40, 6),
         single=(100, 15),
         moves=6,
@@ -118,7 +118,7 @@ LENGTHS: Final = {
     ),
     3: Lengths(
         walks=(80, 8),
-        long_walks=20,
+        long_walks=(20, 4),
         rounds=(1000, 60),
         single=(1000, 60),
         moves=20,
@@ -179,7 +179,7 @@ def _ours(lengths: Lengths) -> list[System]:
     few = {"directions": 4, "sides": 1, "epsilon": lengths.epsilon}
     return [
         _walking(16, lengths.walks, lengths),
-        _walking(64, (lengths.long_walks, 1), lengths),
+        _walking(64, lengths.long_walks, lengths),
         System(
             name="ours, 4 directions a round",
             kind="ours",
