@@ -64,9 +64,13 @@ def calibrate(
         if progress is not None:
             progress(len(found), len(EPSILONS))
     steps = list(pairwise(found))
-    rests = [
-        _rms(s * less / epsilon - s_less) / hypot(less / epsilon, 1) for (less, s_less), (epsilon, s) in steps
-    ]
+    with np.errstate(
+        invalid="ignore"
+    ):  # where losses overflow, the rest is NaN, and no epsilon there is proposed
+        rests = [
+            _rms(s * less / epsilon - s_less) / hypot(less / epsilon, 1)
+            for (less, s_less), (epsilon, s) in steps
+        ]
     noise = float(np.median(rests[: len(rests) // 2]))
     rows: list[Row] = []
     for rest, ((less, _), (epsilon, s)) in reversed(list(zip(rests, steps, strict=True))):

@@ -297,3 +297,8 @@ def fail(error: Exception, code: Exit) -> None:
     """Say what went wrong in one line, and leave with its exit code."""
     err.print(f"zo-node: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(code) from None
+
+
+def warn(what: str) -> None:
+    """Say what may not be as the person at the node expects, and go on."""
+    err.print(f"warning: {what}", style="yellow", markup=False, highlight=False, soft_wrap=True)
