@@ -143,7 +143,7 @@ def _ours(
     manifest = runs.varied(made.manifest(), varying(contest, alone, settings, exchanges))
     nodes = 1 if alone else contest.nodes
     run = runs.make(place / "run", manifest, nodes, [], base)
-    with runs.serving(network, run, errors) as (ticket, _):
+    with runs.serving(network, run, errors) as (ticket, coordinator):
         arguments = []
         for node in range(nodes):
             mine = range(contest.nodes) if alone else (node,)
@@ -162,7 +162,16 @@ def _ours(
             attended(network, ("node.cli", "node.language"), arguments, errors) as is_well,
             directory.ledger(directory.manifest(), read_only=True) as ledger,
         ):
-            seen = watch(network, exchanges, ledger.num_commits, is_well, say, among_nodes=False)
+            seen = watch(
+                network,
+                exchanges,
+                ledger.num_commits,
+                lambda: (
+                    is_well() and coordinator.poll() in (None, 0)
+                ),  # whose weights overflow serves no longer
+                say,
+                among_nodes=False,
+            )
     return _replayed(run, nodes, seen)
 
 

@@ -116,8 +116,10 @@ def make(
 
 
 @contextlib.contextmanager
-def serving(network: Network, run: RunDirectory, errors: Path) -> Iterator[tuple[Ticket, int]]:
-    """A real `zo-coordinator serve` on the coordinator's side: its ticket and process id.
+def serving(
+    network: Network, run: RunDirectory, errors: Path
+) -> Iterator[tuple[Ticket, subprocess.Popen[str]]]:
+    """A real `zo-coordinator serve` on the coordinator's side: its ticket and its process.
 
     Raises:
         ServiceError: it did not start.
@@ -141,6 +143,6 @@ def serving(network: Network, run: RunDirectory, errors: Path) -> Iterator[tuple
         if not line:
             child.wait()
             raise ServiceError(f"the coordinator did not start: {errors.read_text()[-1000:]}")
-        yield parse_ticket(line), child.pid
+        yield parse_ticket(line), child
     finally:
         network.stop(child)

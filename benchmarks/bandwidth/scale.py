@@ -144,7 +144,7 @@ def _measure(network: Network, count: int, manifest: Manifest, seconds: float) -
                         share=True,
                     )
                 own = [each.process for each in clients]
-                samples = list(_samples(network, run.path, process, own, seconds))
+                samples = list(_samples(network, run.path, process.pid, own, seconds))
                 answers = [each.answer() for each in clients]
         finally:
             for each in clients:

@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 from benchmarks import machine
 from benchmarks.bandwidth import (
     cli,
+    contenders,
+    contest,
     flower,
     int8,
     link,
@@ -35,6 +37,7 @@ from benchmarks.bandwidth.counters import differences
 from benchmarks.bandwidth.emulator import QUEUE_BYTES, Link, port_of
 from benchmarks.bandwidth.results import Results, bare, key_of
 from benchmarks.light_node import Onlooker
+from benchmarks.recipes import assets
 from benchmarks.rows import ResultsError
 from coordinator.rundir import RunDirectory
 from node import embedded
@@ -490,6 +493,24 @@ def test_another_recipe_than_the_first_three_is_refused():
     outcome = CliRunner().invoke(cli.app, ["target", "--recipe", "9", "--loopback"])
     assert outcome.exit_code == 3
     assert "recipe must be 1, 2 or 3" in outcome.stderr
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif(assets.VARIABLE not in os.environ, reason=f"{assets.VARIABLE} names no directory")
+def test_a_run_whose_weights_overflow_is_given_up_at_once_and_says_so(tmp_path):
+    made = contest.prepare(1, tmp_path, quick=True, rank=1)
+    (own,) = systems.chosen(systems.systems(1, quick=False), ["just one byte"])
+    settings = {
+        "probe": {"directions": 1, "sides": 2, "epsilon": 0.01, "batch_size": 1, "sequence_length": 8},
+        "schedule": {"decay": "constant", "normalised": False, "step": 4.0, "full_votes": 1},
+    }
+    with (
+        network.network(loopback=True) as net,
+        pytest.raises(
+            wire.Unmeasured, match=r"(?s)it ended after \d+ of 500 exchanges: .*a weight of magnitude"
+        ),
+    ):
+        contenders.run(net, made, own, settings, 500, lambda exchange: None)
 
 
 def test_processes_are_forked_with_arguments_of_their_own_and_a_failure_is_told(tmp_path):
