@@ -109,6 +109,12 @@ def test_the_time_over_a_link_is_measured_for_ours_and_computed_for_others(resul
     assert report._course_times(ours, rows["link"]) == [(1_200, 28.0), (1_000_000, 21.2)]
     (thin, _) = report._course_times(flower, rows["link"])
     assert thin == (1_200, pytest.approx(8 * 200_000 / 1200 + 0.6))
+    over_links = [{**each, "system": flower["system"]} for each in rows["link"]]
+    assert report._course_times(flower, over_links)[0] == (1_200, 24.0)
+    larger = {**flower, "parameters": 982_600}
+    assert thin == report._course_times(larger, over_links)[0], (
+        "exchanges over links are those of the small adapter"
+    )
     assert [report.duration(each) for each in (90, 600, 10_000, 10**6)] == [
         "90 s",
         "10 min",
