@@ -322,16 +322,15 @@ def _target(rows: list[Row], links: list[Row]) -> list[Section]:
         mine = [row for row in rows if (row["recipe"], row["quick"], row["rank"]) == (recipe, quick, rank)]
         chosen = target.best(mine)
         short = " (a short form, which shows that all of it works and no more)" if quick else ""
+        metric = _metric(chosen[0])
         text = (
-            f"Recipe {recipe}{short}: held-out loss {chosen[0]['target']:g}, {chosen[0]['nodes']} nodes, an adapter of "
-            f"{chosen[0]['parameters']:,} parameters. Bytes are per node, joining included; passes are of all nodes. "
-            + verdict(chosen)
+            f"Recipe {recipe}{short}: held-out {metric} {chosen[0]['target']:g}, {max(row['nodes'] for row in chosen)} "
+            f"nodes, an adapter of {chosen[0]['parameters']:,} parameters. Bytes are per node, joining included; "
+            "passes are of all nodes. " + verdict(chosen)
         )
         cells = [[*target.cells(row), row["good_at"]] for row in chosen]
-        title = f"To the same loss, {chosen[0]['parameters']:,} parameters" + (", short" if quick else "")
-        caption = (
-            "Held-out loss against bytes that a node sends (left) and forward passes of all nodes (right)."
-        )
+        title = f"To the same {metric}, {chosen[0]['parameters']:,} parameters" + (", short" if quick else "")
+        caption = f"Held-out {metric} against bytes that a node sends (left) and forward passes of all nodes (right)."
         found.append(
             Section(title, text, (*target.HEADINGS, "good at"), cells, plots.courses(chosen), caption)
         )
@@ -350,6 +349,11 @@ def _target(rows: list[Row], links: list[Row]) -> list[Section]:
                 )
             )
     return found
+
+
+def _metric(row: Row) -> str:
+    """What a row's target is of."""
+    return "error" if row["metric"] == "error" else "loss"
 
 
 def verdict(chosen: Sequence[Row]) -> str:
@@ -393,7 +397,7 @@ def summary(rows_by_part: dict[str, list[Row]]) -> list[str]:
         says = verdict(chosen)
         if says:
             found.append(
-                f"To a held-out loss of {chosen[0]['target']:g}, recipe {recipe}, rank {rank}, "
+                f"To a held-out {_metric(chosen[0])} of {chosen[0]['target']:g}, recipe {recipe}, rank {rank}, "
                 f"{chosen[0]['parameters']:,} parameters: {says[0].lower()}{says[1:]}"
             )
     usual = {

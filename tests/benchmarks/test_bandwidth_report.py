@@ -45,6 +45,7 @@ def target_row(system, losses, wire_up, forwards, **more):
         "nodes": 8,
         "parameters": 23120,
         "target": 3.75,
+        "metric": "loss",
         "points": points,
         "reached": hit,
         "end": losses[-1],

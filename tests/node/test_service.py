@@ -156,6 +156,7 @@ def test_a_node_that_cannot_go_on_says_so_before_it_ends(service, monkeypatch):
     def load():
         raise ValueError("rows.jsonl, line 2: no field 'text'")
 
+    monkeypatch.setattr(service._socket, "close", lambda: None)
     monkeypatch.setattr(service, "_loop", load)
     monkeypatch.setattr(service._sessions, "leave", lambda: ["leave"])
     monkeypatch.setattr(service, "_carry_out", carried_out.extend)
