@@ -64,9 +64,8 @@ def calibrate(
         if progress is not None:
             progress(len(found), len(EPSILONS))
     steps = list(pairwise(found))
-    with np.errstate(
-        invalid="ignore"
-    ):  # where losses overflow, the rest is NaN, and no epsilon there is proposed
+    # Where losses overflow, the rest is NaN, and no epsilon there is proposed.
+    with np.errstate(invalid="ignore"):
         rests = [
             _rms(s * less / epsilon - s_less) / hypot(less / epsilon, 1)
             for (less, s_less), (epsilon, s) in steps

@@ -162,25 +162,20 @@ def _ours(
             attended(network, ("node.cli", "node.language"), arguments, errors) as is_well,
             directory.ledger(directory.manifest(), read_only=True) as ledger,
         ):
-            seen = watch(
-                network,
-                exchanges,
-                ledger.num_commits,
-                lambda: (
-                    is_well() and coordinator.poll() in (None, 0)
-                ),  # whose weights overflow serves no longer
-                say,
-                among_nodes=False,
-            )
+
+            def all_well() -> bool:
+                """A coordinator whose weights overflow ends, and its nodes would look for it for ever."""
+                return is_well() and coordinator.poll() in (None, 0)
+
+            seen = watch(network, exchanges, ledger.num_commits, all_well, say, among_nodes=False)
     return _replayed(run, nodes, seen)
 
 
 def varying(contest: Contest, alone: bool, settings: Settings, exchanges: int) -> runs.Settings:
     """What of the manifest is of one run alone."""
     varied = {**settings, "run": {"rounds": exchanges}, "parity": {"digest_every": 64}}
-    if (
-        alone and contest.whole
-    ):  # in any other batch the frozen part of the base would be computed anew every time
+    # In any other batch the frozen part of the base would be computed anew every time.
+    if alone and contest.whole:
         varied["probe"] = {**settings["probe"], "batch_size": contest.nodes * contest.form.batch_size}
     return varied
 

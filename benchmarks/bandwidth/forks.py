@@ -9,6 +9,8 @@ minutes. Ends with 0 when all have, and with another status as soon as one has a
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib
 import json
 import os
@@ -16,9 +18,9 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from benchmarks.bandwidth.network import Network, Side, die_with_parent
 
@@ -60,20 +62,38 @@ def main() -> int:
 def _fork(module: Any, arguments: Sequence[str]) -> int:
     sys.stdout.flush()
     child = os.fork()
-    if child:
-        return child
+    if not child:
+        become(lambda: _run(module, arguments))
+    return child
+
+
+def _run(module: Any, arguments: Sequence[str]) -> int | None:
+    die_with_parent()
+    sys.argv = [module.__name__, *arguments]
+    status: int | None = module.main()
+    return status
+
+
+def become(run: Callable[[], int | None]) -> NoReturn:
+    """What an interpreter does with a program, in a process that was forked for it: this does not return.
+
+    Args:
+        run: the program; its exit status, or None for 0.
+    """
     status = 1
     try:
-        die_with_parent()
-        sys.argv = [module.__name__, *arguments]
-        status = int(module.main() or 0)
+        status = int(run() or 0)
     except SystemExit as error:
+        if not (error.code is None or isinstance(error.code, int)):
+            print(error.code, file=sys.stderr)
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
         os._exit(status)
 
 

@@ -53,7 +53,7 @@ def courses(rows: Sequence[Row]) -> bytes:
         panel.set_xlabel(label)
     left.xaxis.set_major_formatter(lambda value, _: si_bytes(value))
     right.xaxis.set_major_formatter(lambda value, _: quantity(value, _PASSES))
-    left.set_ylabel("held-out error" if rows[0]["metric"] == "error" else "held-out loss")
+    left.set_ylabel(f"held-out {rows[0]['metric']}")
     _legend(figure, left, columns=3)
     return _png(plt, figure)
 

@@ -322,7 +322,7 @@ def _target(rows: list[Row], links: list[Row]) -> list[Section]:
         mine = [row for row in rows if (row["recipe"], row["quick"], row["rank"]) == (recipe, quick, rank)]
         chosen = target.best(mine)
         short = " (a short form, which shows that all of it works and no more)" if quick else ""
-        metric = _metric(chosen[0])
+        metric = chosen[0]["metric"]
         text = (
             f"Recipe {recipe}{short}: held-out {metric} {chosen[0]['target']:g}, {max(row['nodes'] for row in chosen)} "
             f"nodes, an adapter of {chosen[0]['parameters']:,} parameters. Bytes are per node, joining included; "
@@ -349,11 +349,6 @@ def _target(rows: list[Row], links: list[Row]) -> list[Section]:
                 )
             )
     return found
-
-
-def _metric(row: Row) -> str:
-    """What a row's target is of."""
-    return "error" if row["metric"] == "error" else "loss"
 
 
 def verdict(chosen: Sequence[Row]) -> str:
@@ -397,7 +392,7 @@ def summary(rows_by_part: dict[str, list[Row]]) -> list[str]:
         says = verdict(chosen)
         if says:
             found.append(
-                f"To a held-out {_metric(chosen[0])} of {chosen[0]['target']:g}, recipe {recipe}, rank {rank}, "
+                f"To a held-out {chosen[0]['metric']} of {chosen[0]['target']:g}, recipe {recipe}, rank {rank}, "
                 f"{chosen[0]['parameters']:,} parameters: {says[0].lower()}{says[1:]}"
             )
     usual = {

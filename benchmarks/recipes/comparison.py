@@ -84,20 +84,17 @@ def markdown(
         "",
         f"`python -m benchmarks.directions{' --quick' * quick} --out`: swarms of virtual nodes in one process, over "
         "the code path of real ones (probe, codes, cap, step rule, commit, replica). Everybody of a recipe has about "
-        "the same number of forward passes. Steps "
-        "follow one rule: so much for each vote, three times as much on a direction that all share, twice on one of a "
-        "group; they were not tuned one by one, but on recipe 3, where passes are cheap, a quarter to twice as much "
-        "was tried (with other estimators half as much and as much), and with local steps also the mean of the "
-        "walks, in steps that are 4 to 16 times as large, and the best counts. One seed. Frames are made as the "
-        "transport makes them; what is around them on the wire is computed by the formula that `zo-bench wire` "
-        "confirms on an interface. Bytes are of one node, over the whole run.",
+        "the same number of forward passes. Steps follow one rule: so much for each vote, three times as much on a "
+        "direction that all share, twice on one of a group; they were not tuned one by one, but on recipe 3, where "
+        "passes are cheap, a quarter to twice as much was tried (with other estimators half as much and as much), and "
+        "with local steps also the mean of the walks, in steps that are 4 to 16 times as large, and the best counts. "
+        "One seed. Frames are made as the transport makes them; what is around them on the wire is computed by the "
+        "formula that `zo-bench wire` confirms on an interface. Bytes are of one node, over the whole run.",
         "",
     ]
     for recipe, (title, metric) in titles.items():
         mine = best([row for row in rows if row.recipe == recipe])
-        said = (
-            ["very short runs: that all of it works, and nothing about targets"] if quick else targets(mine)
-        )
+        said = ["very short runs: they judge no targets"] if quick else targets(mine)
         lines += [f"## {title[0].upper()}{title[1:]}", "", *(f"- {each}" for each in said), ""]
         lines += [f"![{metric}]({pictures[recipe]})", ""]
         lines += [

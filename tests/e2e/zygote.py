@@ -7,8 +7,6 @@ sockets and signals, and a child of the test's, which waits for it. `ZO_TEST_EXE
     python zygote.py MODULE…        then a line of JSON on standard input for each process
 """
 
-import atexit
-import contextlib
 import ctypes
 import importlib
 import json
@@ -19,7 +17,8 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
+
+from benchmarks.bandwidth.forks import become
 
 _PR_SET_CHILD_SUBREAPER = 36
 LIGHT = ("benchmarks.soak_node", "coordinator.cli", "node.service")
@@ -116,35 +115,19 @@ def _fork(told):
         if child:
             os.write(sender, str(child).encode())
             os._exit(0)
-        _become(told)
+        become(lambda: _start(told))
     os.close(sender)
     os.waitpid(between, 0)
     with open(receiver) as file:
         return int(file.read())
 
 
-def _become(told):
-    """What the interpreter does with a command line, until the end of the process."""
-    status = 1
-    try:
-        files = (os.open(os.devnull, os.O_RDONLY), *(_new_file(told[name]) for name in ("out", "err")))
-        for number, file in enumerate(files):
-            os.dup2(file, number)
-        os.closerange(3, 256)
-        _run(told["arguments"])
-        status = 0
-    except SystemExit as error:
-        if not (error.code is None or isinstance(error.code, int)):
-            print(error.code, file=sys.stderr)
-        status = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(status)
+def _start(told):
+    files = (os.open(os.devnull, os.O_RDONLY), *(_new_file(told[name]) for name in ("out", "err")))
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+    os.closerange(3, 256)
+    _run(told["arguments"])
 
 
 def _new_file(path):
