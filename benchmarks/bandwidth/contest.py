@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.bandwidth.systems import NODES
 from benchmarks.recipes import assets
 from benchmarks.recipes.baselines import trained_parameters
 from benchmarks.recipes.catalogue import BABYLLAMA, HELD_OUT, fold
@@ -36,7 +37,6 @@ SEED: Final = 1
 FLOAT_BYTES: Final = 4
 RECIPES: Final = (1, 2, 3)
 _TEXT: Final = Task()
-_NODES_OF_LABELS: Final = 8
 _ROWS_OF_A_NODE: Final = 216
 """In recipe 3: a batch is all of them, so that the encoder reads them once. Every process of every run reads its own
 anew, so there are a quarter of what there could be."""
@@ -160,7 +160,7 @@ def _text(place: Path, quick: bool, rank: int) -> Contest:
     contest = Contest(
         place=place,
         model=str(assets.model("stories260K")),
-        nodes=2 if quick else 8,
+        nodes=2 if quick else NODES[1],
         target=4.65 if quick else 3.75,
         form=Form(rank=rank, alpha=2.0 * rank),
     )
@@ -175,7 +175,7 @@ def _text(place: Path, quick: bool, rank: int) -> Contest:
 def _completions(place: Path, quick: bool, rank: int) -> Contest:
     """Recipe 2: a client's task for every node, each with rows of its own held out."""
     folder = assets.data("natural-instructions")
-    nodes = 2 if quick else 16
+    nodes = 2 if quick else NODES[2]
     contest = Contest(
         place=place,
         model=str(assets.model(BABYLLAMA)),
@@ -196,7 +196,7 @@ def _completions(place: Path, quick: bool, rank: int) -> Contest:
 
 def _labels(place: Path, quick: bool, rank: int) -> Contest:
     """Recipe 3: films praised or not, a head on a frozen encoder; a node's batch is all of its rows."""
-    nodes, num_rows = (2, 32) if quick else (_NODES_OF_LABELS, _ROWS_OF_A_NODE)
+    nodes, num_rows = (2, 32) if quick else (NODES[3], _ROWS_OF_A_NODE)
     contest = Contest(
         place=place,
         model=str(assets.encoder()),
@@ -218,7 +218,7 @@ def _labels(place: Path, quick: bool, rank: int) -> Contest:
 
     train, held_out = lines("train"), lines("dev") + lines("test")
     for node in range(nodes):
-        write(contest.data_path(node), train[node::_NODES_OF_LABELS][:num_rows])
+        write(contest.data_path(node), train[node :: NODES[3]][:num_rows])
     write(contest.held_out_path(0), held_out[::8] if quick else held_out)
     return contest
 

@@ -13,6 +13,8 @@ from typing import Any, Final, Literal
 
 Kind = Literal["ours", "flower", "gradients", "diloco"]
 Settings = dict[str, Any]
+NODES: Final = {1: 8, 2: 16, 3: 8}
+"""Of each recipe."""
 LOCAL_STEPS: Final = 10
 """Of every first-order system that takes any: FedAvg, DiLoCo, moves."""
 _EVERY_VOTE: Final = 64
@@ -109,7 +111,7 @@ LENGTHS: Final = {
     2: Lengths(
         walks=(6, 1),
         long_walks=(2, 1),
-        rounds=(40, 6),
+        rounds=(50, 6),
         single=(100, 15),
         moves=6,
         fedavg=2,
@@ -147,7 +149,7 @@ def systems(recipe: int, quick: bool, rank: int = 4) -> list[System]:
         rank: of the adapter; the head of recipe 3 has none.
     """
     lengths = LENGTHS[recipe] if recipe == 3 else LENGTHS[recipe].at_rank(rank)
-    found = [*_ours(lengths), *_first_order(lengths), *_published(lengths)]
+    found = [*_ours(lengths), *_first_order(lengths), *_published(lengths, NODES[recipe])]
     if not quick:
         return found
     return [_shortened(each) for each in found if each.name in QUICK]
@@ -269,8 +271,8 @@ def _first_order(lengths: Lengths) -> list[System]:
     ]
 
 
-def _published(lengths: Lengths) -> list[System]:
-    """Published systems as settings of our manifest, all with as many forward passes."""
+def _published(lengths: Lengths, nodes: int) -> list[System]:
+    """Published systems as settings of our manifest, all with as many forward passes: one worker takes all nodes'."""
     rounds, short = lengths.single
 
     def raw(probe: Settings, full_votes: int, **more: Any) -> tuple[Settings, ...]:
@@ -283,8 +285,8 @@ def _published(lengths: Lengths) -> list[System]:
         System(
             name="MeZO's rule, one worker",
             kind="ours",
-            exchanges=8 * rounds,
-            search=8 * short,
+            exchanges=nodes * rounds,
+            search=nodes * short,
             alone=True,
             candidates=raw(_ONE, 1),
             good_at="memory of inference, nothing to set up; it does not need a network, and none is needed here",
@@ -298,7 +300,7 @@ def _published(lengths: Lengths) -> list[System]:
             search=short,
             candidates=raw(_ONE, _EVERY_VOTE),
             good_at="no state, no schedule; a byte up a step",
-            carried="a byte and a direction a step from each of eight workers, raw rate; ±1 instead of Gaussian",
+            carried="a byte and a direction a step from each worker, raw rate; ±1 instead of Gaussian",
         ),
         System(
             name="FedKSeed's rule, a pool of 4,096",
