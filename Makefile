@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench soak attack clean help
+.PHONY: demo test test-cuda lint bench soak attack clean help
 
 help:
 	@echo "make demo    four nodes fine-tune one model on this machine (about a minute)"
 	@echo "make test    format, types, layer contracts and all tests"
+	@echo "make test-cuda  the tests of a GPU, on a machine that has one"
 	@echo "make lint    the first three alone"
 	@echo "make soak    kills, stops and joins at random for 5 minutes; HOURS=8 for the long form"
 	@echo "make attack  strangers and liars against a coordinator, floods in full size"
@@ -19,6 +20,10 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest -n 4 --dist worksteal
+
+# Processes are started anew there: CUDA does not survive a fork.
+test-cuda: $(READY)
+	ZO_TEST_CUDA=1 ZO_TEST_EXEC=1 $(BIN)/python -m pytest -m cuda
 
 soak: $(READY)
 	$(BIN)/python -m benchmarks.soak $(if $(HOURS),--hours $(HOURS))

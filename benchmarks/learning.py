@@ -32,6 +32,7 @@ from benchmarks.recipes.runner import Runner
 from benchmarks.recipes.swarm import Swarm, train
 from benchmarks.rows import ResultsError
 from node import base as bases
+from node.device import DeviceError
 from transport.exits import Exit
 from zo.quantization import KINDS, Kind
 
@@ -166,9 +167,9 @@ def run_recipe(options: argparse.Namespace) -> int:
     folder = options.out or Path("learning-out")
     try:
         results = Results(folder / f"{name}.json")
-        runner = Runner(recipe.number, results, again=options.again)
+        runner = Runner(recipe.number, results, again=options.again, device=options.device)
         recipe.run(runner, options.quick)
-    except (AssetMissing, ResultsError) as error:
+    except (AssetMissing, ResultsError, DeviceError) as error:
         print(f"benchmarks.learning: {error}", file=sys.stderr)
         return Exit.INPUT
     results.keep(runner.keys)
@@ -241,6 +242,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", type=int, choices=sorted(RECIPES), help="run this one")
     parser.add_argument("--quick", action="store_true", help="a small form of the recipe, minutes at most")
     parser.add_argument("--again", action="store_true", help="run a recipe's rows even if they are there")
+    parser.add_argument(
+        "--device", default="cpu", metavar="cpu|cuda|cuda:N|auto", help="where a recipe computes (cpu)"
+    )
     parser.add_argument("--model", help="directory of the base, if it is no recipe")
     parser.add_argument("--data", help="a UTF-8 text; its last tenth is held out")
     parser.add_argument(

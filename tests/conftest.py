@@ -13,6 +13,11 @@ from hypothesis import settings
 from zo import kernels
 from zo.manifest import Adapter, BaseModel, Manifest, Parity, Probing, Run, Schedule, validate
 
+WITH_GPU = "ZO_TEST_CUDA" in os.environ
+if not WITH_GPU:
+    # What tests compare, they compute on CPUs, on every machine; torch sees this before it looks for devices.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # No deadline: a busy machine fails no test.
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
@@ -24,6 +29,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     They mostly wait for processes of their own; all in one stretch, they would be what everybody waits for at the end.
     Every second worker begins with its own, the others end with theirs, so that there are always some of both kinds.
     """
+    if not WITH_GPU:
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU: make test-cuda"))
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     waiting = [item for item in items if item.get_closest_marker("e2e")]
     others = [item for item in items if not item.get_closest_marker("e2e")]

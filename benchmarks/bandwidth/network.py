@@ -224,9 +224,13 @@ def unavailable() -> str:
 
 
 def quiet_environment() -> dict[str, str]:
-    """The environment of children: one thread each, this tree's modules, nothing fetched."""
+    """The environment of children: one thread each, no GPU, this tree's modules, nothing fetched.
+
+    All systems compute on the same processor; and CUDA does not survive a fork.
+    """
     return {
         **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "NUMBA_NUM_THREADS": "1",
         "PYTHONPATH": str(machine.ROOT),

@@ -6,7 +6,7 @@ import hashlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -56,6 +56,8 @@ class Problem:
     """Parts that count alike: the metric is the mean of their means."""
     metric: Objective = row_losses
     """Taken on what is held out; the less the better. What is trained on, the task says."""
+    device: str = "cpu"
+    """Where the base computes, as `node.device` names it."""
     known: Answers = field(default_factory=deque, init=False, compare=False, repr=False)
     """What the base's frozen backbone, if it has one, answered to batches that every run meets again."""
 
@@ -71,7 +73,14 @@ class Problem:
 
     def judged_by(self, metric: Objective) -> Problem:
         """The same with another metric, and with the same answers known."""
-        other = replace(self, metric=metric)
+        return self._but(metric=metric)
+
+    def on(self, device: str) -> Problem:
+        """The same elsewhere; a call of a benchmark has one device, so that answers known stay where they are."""
+        return self._but(device=device)
+
+    def _but(self, **changes: Any) -> Problem:
+        other = replace(self, **changes)
         object.__setattr__(other, "known", self.known)
         return other
 
@@ -99,7 +108,11 @@ class HeldOut:
 def load(problem: Problem) -> bases.Base:
     """The base of a problem, for one thread."""
     return bases.load_base(
-        problem.model, threads=1, quantize=problem.form.quantize, labels=problem.task.head_labels
+        problem.model,
+        threads=1,
+        quantize=problem.form.quantize,
+        device=problem.device,
+        labels=problem.task.head_labels,
     )
 
 

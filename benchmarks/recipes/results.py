@@ -37,6 +37,7 @@ class Row:
     date: str
     commit: str | None
     cpu: str
+    """What computed it: a processor, or a GPU."""
     torch: str | None
 
     @property

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from time import perf_counter
 
 import msgspec
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -18,6 +19,7 @@ from benchmarks.recipes.course import Course, Show
 from benchmarks.recipes.problem import Problem
 from benchmarks.recipes.results import Results, Row, key_of
 from benchmarks.recipes.swarm import NO_MOVES, PRIVATE, Swarm, train
+from node.device import device_of
 
 _USUAL = (
     ("agents", 1),
@@ -48,18 +50,23 @@ def described(settings: Method) -> dict[str, object]:
 class Runner:
     """One call of a recipe: its rows so far are `keys`, in the order they were asked for."""
 
-    def __init__(self, recipe: int, results: Results, *, again: bool) -> None:
+    def __init__(self, recipe: int, results: Results, *, again: bool, device: str = "cpu") -> None:
         """Take note of what is there.
 
         Args:
             recipe: its number.
             results: receives every row as soon as it is done.
             again: run what is there already once more.
+            device: where runs compute.
+
+        Raises:
+            DeviceError: there is no such device.
         """
         self.keys: list[str] = []
         self._recipe = recipe
         self._results = results
         self._again = again
+        self._device = str(device_of(device))
         self._err = Console(stderr=True)
         self._digests: dict[str, str] = {}
 
@@ -76,7 +83,7 @@ class Runner:
             return known
         started = perf_counter()
         course = self._watched(
-            f"{subject}: {settings.method}", lambda show: _run(problem, settings, seed, show)
+            f"{subject}: {settings.method}", lambda show: _run(problem.on(self._device), settings, seed, show)
         )
         row = Row(
             key=key,
@@ -89,7 +96,7 @@ class Runner:
             seconds=round(perf_counter() - started, 1),
             date=datetime.now(UTC).date().isoformat(),
             commit=machine.commit(),
-            cpu=machine.cpu(),
+            cpu=computer(self._device),
             torch=machine.versions(["torch"])["torch"],
         )
         self._results.add(row)
@@ -124,3 +131,11 @@ def _run(problem: Problem, settings: Method, seed: int, show: Show) -> Course:
     if isinstance(settings, Mezo):
         return mezo(problem, settings, seed, show)
     return first_order(problem, settings, seed, show)
+
+
+def computer(device: str) -> str:
+    """The name of what computes there: the processor, or a GPU."""
+    if device == "cpu":
+        return machine.cpu()
+    name: str = torch.cuda.get_device_name(device)
+    return name

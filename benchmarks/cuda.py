@@ -1,0 +1,307 @@
+"""A node on a GPU beside the same node on this machine's processor: speed, agreement, noise, and memory.
+
+    python -m benchmarks.cuda [--model DIR]... [--large] [--quick] [--json] [--out [DIR]]
+
+Both measure the same directions on the same batches, by the code of a real node. What a GPU computes need not be what
+a processor computes: codes differ in a few units, and what a run holds does not depend on who measured
+(docs/determinism.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks import machine
+from benchmarks.recipes.problem import PROJECTIONS
+from node import embedded
+from node.adapter import Adapter
+from node.base import load_base
+from node.data import Windows
+from node.losses import row_losses
+from node.probe import Probe
+from node.rehearsal import rehearse
+from transport.exits import Exit
+from zo import kernels
+from zo.directions import Direction
+from zo.initial import initial_weights
+from zo.quantization import Dtype, Kind
+
+KEY: Final = (1, 2)
+FORMS: Final[tuple[tuple[Kind, Dtype], ...]] = (
+    ("none", "float32"),
+    ("none", "bfloat16"),
+    ("nf4", "bfloat16"),
+    ("int8", "float32"),
+)
+EPSILON: Final = 0.003
+BYTES_PROMISED: Final = 12
+"""For each parameter of the adapter, beside inference and a batch's activations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One base, and how it is held."""
+
+    model: str
+    quantize: Kind
+    dtype: Dtype
+    rank: int
+    batch: tuple[int, int]
+    """Rows and tokens."""
+    directions: int
+    turns: int
+    """Rounds that are timed on the GPU, after one that warms up; on the processor half as many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What one base costs a node on either device."""
+
+    model: str
+    quantize: Kind
+    dtype: Dtype
+    parameters: int
+    """Of the adapter."""
+    batch: str
+    cpu_ms: float
+    """Of a two-sided direction, as the rehearsal chose to measure it there."""
+    gpu_ms: float
+    gpu_one_by_one_ms: float
+    """The same with a forward pass for each view."""
+    gpu_at_once: int
+    """Directions in a forward pass, as the rehearsal chose."""
+    gpu_round_over_forward: float
+    """A whole round of probing, perturbing and copying included, as a multiple of its forward passes."""
+    losses_differ: float
+    """Between the devices, at most, as a share of the loss."""
+    slopes_correlate: float
+    """Those of the GPU with those of the processor."""
+    repeat: float
+    """Noise of the GPU's losses where nothing changed, as a share of L+ − L−."""
+    memory_per_parameter: float
+    """What probing takes on the GPU beyond inference on the same batch, bytes for each parameter of the adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One device's part of a row."""
+
+    ms: float
+    one_by_one_ms: float
+    at_once: int
+    round_over_forward: float
+    repeat: float
+    slopes: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    memory: float
+    parameters: int
+
+
+def measure(case: Case, threads: int) -> Row:
+    """One row."""
+    gpu, cpu = (_on(device, case, threads) for device in ("cuda", "cpu"))
+    rows, length = case.batch
+    return Row(
+        model=Path(case.model).name,
+        quantize=case.quantize,
+        dtype=case.dtype,
+        parameters=gpu.parameters,
+        batch=f"{rows} × {length}",
+        cpu_ms=cpu.ms,
+        gpu_ms=gpu.ms,
+        gpu_one_by_one_ms=gpu.one_by_one_ms,
+        gpu_at_once=gpu.at_once,
+        gpu_round_over_forward=gpu.round_over_forward,
+        losses_differ=float(np.abs(gpu.losses / cpu.losses - 1).max()),
+        slopes_correlate=float(np.corrcoef(gpu.slopes, cpu.slopes)[0, 1]),
+        repeat=gpu.repeat,
+        memory_per_parameter=gpu.memory / gpu.parameters,
+    )
+
+
+def _on(device: str, case: Case, threads: int) -> Measured:
+    base = load_base(case.model, threads=threads, quantize=case.quantize, dtype=case.dtype, device=device)
+    adapter = Adapter(base, key=KEY, targets=PROJECTIONS, rank=case.rank, alpha=2.0 * case.rank, train="AB")
+    rows, length = case.batch
+    tokens = np.random.default_rng(0).integers(2, len(base.tokenizer), (4 * rows, length)).astype(np.int32)
+    probe = Probe(
+        adapter,
+        Windows(tokens=tokens, num_texts=1, num_tokens=tokens.size, num_dropped=0),
+        key=KEY,
+        epsilon=EPSILON,
+        directions=case.directions,
+        batch_size=rows,
+        seed=0,
+    )
+    weights = initial_weights(adapter.layout, KEY, "AB")
+    found = rehearse(probe, weights)
+    names = [Direction(0, sample) for sample in range(case.directions)]
+    slopes, losses = probe.slopes_along(weights, names)
+    turns = range(case.turns if device == "cuda" else max(case.turns // 2, 1))
+    probed = [probe.probe(weights, turn, 0, -4) for turn in turns]
+    at_once, memory = probe.at_once, 0.0
+    if device == "cuda":
+        probe.at_once = 0
+        memory = _peak(lambda: probe.probe(weights, 0, 0, -4)) - _peak(
+            lambda: row_losses(adapter.model, probe.draw(names[0]))
+        )
+    one_by_one = [probe.probe(weights, turn, 0, -4).seconds for turn in turns] if at_once else []
+    seconds = median(each.seconds for each in probed)
+    return Measured(
+        ms=1000 * seconds / case.directions,
+        one_by_one_ms=1000 * (median(one_by_one) if one_by_one else seconds) / case.directions,
+        at_once=at_once,
+        round_over_forward=median(each.seconds / each.forward_seconds for each in probed),
+        repeat=found.repeat / found.signal,
+        slopes=slopes,
+        losses=losses,
+        memory=memory,
+        parameters=adapter.size,
+    )
+
+
+def _peak(do: Any) -> int:
+    """Most memory that torch has on the GPU at once, the second time that something is done."""
+    do()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    do()
+    return torch.cuda.max_memory_allocated()
+
+
+def make_large_base(folder: Path) -> None:
+    """Write a base of 1.1 billion random parameters, of the shape of TinyLlama 1.1B."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = load_base(embedded.path()).tokenizer
+    config = LlamaConfig(
+        hidden_size=2048,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        intermediate_size=5632,
+        vocab_size=32_000,
+        dtype="bfloat16",
+    )
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def markdown(figures: dict[str, Any]) -> str:
+    """The figures as a table for the docs."""
+    lines = [
+        "# A node on a GPU",
+        "",
+        f"`{figures['command']}` on one {figures['gpu']}, and on {figures['cpu']} with {figures['threads']} threads; "
+        f"{figures['date']}, commit {figures['commit']}, torch {figures['versions']['torch']}, bitsandbytes "
+        f"{figures['versions']['bitsandbytes']}. Two-sided directions, ε = {EPSILON:g}; the same directions and "
+        "batches on both.",
+        "",
+        "| base | held as | adapter | batch | processor, a direction | GPU | one view a pass | directions a pass | "
+        "round / forward passes | losses differ | slopes correlate | repeat noise / signal | memory beside inference, "
+        "B a parameter |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['model']} | {row['quantize']}, {row['dtype']} | {row['parameters']:,} | {row['batch']} | "
+        f"{row['cpu_ms']:,.1f} ms | {row['gpu_ms']:.2f} ms, {row['cpu_ms'] / row['gpu_ms']:,.0f}× | "
+        f"{row['gpu_one_by_one_ms']:.2f} ms | {row['gpu_at_once'] or '–'} | {row['gpu_round_over_forward']:.3f} | "
+        f"{row['losses_differ']:.1g} | {row['slopes_correlate']:.4f} | {row['repeat']:.1g} | "
+        f"{row['memory_per_parameter']:.1f} |"
+        for row in figures["rows"]
+    ]
+    return "\n".join([*lines, ""])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, and write if asked to."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", action="append", help="directory of a further base; may be repeated")
+    parser.add_argument("--large", action="store_true", help="also a base of 1.1 billion random parameters")
+    parser.add_argument("--quick", action="store_true", help="the embedded base alone, 3 turns")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        nargs="?",
+        const=Path("docs/results"),
+        help="also write cuda.json and cuda.md to DIR (docs/results)",
+    )
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        reason = "was installed without CUDA" if torch.version.cuda is None else "sees no GPU"
+        print(
+            f"benchmarks.cuda: torch {reason} here, so there is nothing to measure; run it where there is a GPU",
+            file=sys.stderr,
+        )
+        return Exit.INPUT
+    threads = machine.num_cores()
+    kernels.compile_kernels()
+    kernels.set_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        cases = _cases(options, Path(folder))
+        shown = track(cases, description="measuring", console=Console(stderr=True), transient=True)
+        rows = [measure(case, threads) for case in shown]
+    figures = {
+        "rows": [asdict(row) for row in rows],
+        "gpu": torch.cuda.get_device_name(0),
+        "cpu": machine.cpu(),
+        "threads": threads,
+        "versions": machine.versions(("numpy", "numba", "torch", "transformers", "peft", "bitsandbytes")),
+        "commit": machine.commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": _command(options),
+    }
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "cuda.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+        (options.out / "cuda.md").write_text(markdown(figures), "utf-8")
+    print(json.dumps(figures) if options.json else markdown(figures))
+    return 0
+
+
+def _cases(options: argparse.Namespace, folder: Path) -> list[Case]:
+    usual: dict[str, Any] = {"rank": 4, "batch": (8, 128), "directions": 8, "turns": 9}
+    if options.quick:
+        usual["turns"] = 3
+        return [Case(model=str(embedded.path()), quantize="none", dtype="float32", **usual)]
+    cases = [
+        Case(model=model, quantize=kind, dtype=dtype, **usual)
+        for model in (str(embedded.path()), *(options.model or ()))
+        for kind, dtype in FORMS
+    ]
+    if options.large:
+        large = folder / "random-1.1B"
+        make_large_base(large)
+        wide: dict[str, Any] = {"rank": 16, "batch": (8, 256), "directions": 4, "turns": 3}
+        cases += [Case(model=str(large), quantize=kind, dtype=dtype, **wide) for kind, dtype in FORMS[1:]]
+    return cases
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command line without the places where somebody keeps models."""
+    words = ["python -m benchmarks.cuda", *(f"--model {Path(model).name}" for model in options.model or ())]
+    return " ".join(words + [f"--{flag}" for flag in ("large", "quick") if getattr(options, flag)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
