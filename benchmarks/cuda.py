@@ -65,7 +65,9 @@ class Case:
     """Rows and tokens."""
     directions: int
     turns: int
-    """Rounds that are timed on the GPU, after one that warms up; on the processor half as many."""
+    """Rounds that are timed on the GPU; on the processor half as many."""
+    on_cpu: bool = True
+    """Whether the processor measures the same; a base of billions of parameters would take it minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +80,8 @@ class Row:
     parameters: int
     """Of the adapter."""
     batch: str
-    cpu_ms: float
-    """Of a two-sided direction, as the rehearsal chose to measure it there."""
+    cpu_ms: float | None
+    """Of a two-sided direction, as the rehearsal chose to measure it there; None if it was not measured."""
     gpu_ms: float
     gpu_one_by_one_ms: float
     """The same with a forward pass for each view."""
@@ -87,9 +89,9 @@ class Row:
     """Directions in a forward pass, as the rehearsal chose."""
     gpu_round_over_forward: float
     """A whole round of probing, perturbing and copying included, as a multiple of its forward passes."""
-    losses_differ: float
+    losses_differ: float | None
     """Between the devices, at most, as a share of the loss."""
-    slopes_correlate: float
+    slopes_correlate: float | None
     """Those of the GPU with those of the processor."""
     repeat: float
     """Noise of the GPU's losses where nothing changed, as a share of L+ − L−."""
@@ -114,7 +116,8 @@ class Measured:
 
 def measure(case: Case, threads: int) -> Row:
     """One row."""
-    gpu, cpu = (_on(device, case, threads) for device in ("cuda", "cpu"))
+    gpu = _on("cuda", case, threads)
+    cpu = _on("cpu", case, threads) if case.on_cpu else None
     rows, length = case.batch
     return Row(
         model=Path(case.model).name,
@@ -122,13 +125,13 @@ def measure(case: Case, threads: int) -> Row:
         dtype=case.dtype,
         parameters=gpu.parameters,
         batch=f"{rows} × {length}",
-        cpu_ms=cpu.ms,
+        cpu_ms=None if cpu is None else cpu.ms,
         gpu_ms=gpu.ms,
         gpu_one_by_one_ms=gpu.one_by_one_ms,
         gpu_at_once=gpu.at_once,
         gpu_round_over_forward=gpu.round_over_forward,
-        losses_differ=float(np.abs(gpu.losses / cpu.losses - 1).max()),
-        slopes_correlate=float(np.corrcoef(gpu.slopes, cpu.slopes)[0, 1]),
+        losses_differ=None if cpu is None else float(np.abs(gpu.losses / cpu.losses - 1).max()),
+        slopes_correlate=None if cpu is None else float(np.corrcoef(gpu.slopes, cpu.slopes)[0, 1]),
         repeat=gpu.repeat,
         memory_per_parameter=gpu.memory / gpu.parameters,
     )
@@ -220,23 +223,33 @@ def markdown(figures: dict[str, Any]) -> str:
         "B a parameter |",
         "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    lines += [
-        f"| {row['model']} | {row['quantize']}, {row['dtype']} | {row['parameters']:,} | {row['batch']} | "
-        f"{row['cpu_ms']:,.1f} ms | {row['gpu_ms']:.2f} ms, {row['cpu_ms'] / row['gpu_ms']:,.0f}× | "
-        f"{row['gpu_one_by_one_ms']:.2f} ms | {row['gpu_at_once'] or '–'} | {row['gpu_round_over_forward']:.3f} | "
-        f"{row['losses_differ']:.1g} | {row['slopes_correlate']:.4f} | {row['repeat']:.1g} | "
-        f"{row['memory_per_parameter']:.1f} |"
-        for row in figures["rows"]
-    ]
+    for row in figures["rows"]:
+        beside = row["cpu_ms"] is not None
+        cells = [
+            row["model"],
+            f"{row['quantize']}, {row['dtype']}",
+            f"{row['parameters']:,}",
+            row["batch"],
+            f"{row['cpu_ms']:,.1f} ms" if beside else "",
+            f"{row['gpu_ms']:.2f} ms" + (f", {row['cpu_ms'] / row['gpu_ms']:.1f}×" if beside else ""),
+            f"{row['gpu_one_by_one_ms']:.2f} ms",
+            str(row["gpu_at_once"] or "a view"),
+            f"{row['gpu_round_over_forward']:.3f}",
+            f"{row['losses_differ']:.1g}" if beside else "",
+            f"{row['slopes_correlate']:.4f}" if beside else "",
+            f"{row['repeat']:.1g}",
+            f"{row['memory_per_parameter']:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write if asked to."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", action="append", help="directory of a further base; may be repeated")
+    parser.add_argument("--model", action="append", help="directory of a base (embedded); may be repeated")
     parser.add_argument("--large", action="store_true", help="also a base of 1.1 billion random parameters")
-    parser.add_argument("--quick", action="store_true", help="the embedded base alone, 3 turns")
+    parser.add_argument("--quick", action="store_true", help="in float32 alone, 3 turns")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument(
         "--out",
@@ -280,19 +293,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _cases(options: argparse.Namespace, folder: Path) -> list[Case]:
-    usual: dict[str, Any] = {"rank": 4, "batch": (8, 128), "directions": 8, "turns": 9}
-    if options.quick:
-        usual["turns"] = 3
-        return [Case(model=str(embedded.path()), quantize="none", dtype="float32", **usual)]
+    usual: dict[str, Any] = {
+        "rank": 4,
+        "batch": (8, 128),
+        "directions": 8,
+        "turns": 3 if options.quick else 9,
+    }
     cases = [
         Case(model=model, quantize=kind, dtype=dtype, **usual)
-        for model in (str(embedded.path()), *(options.model or ()))
-        for kind, dtype in FORMS
+        for model in options.model or [str(embedded.path())]
+        for kind, dtype in (FORMS[:1] if options.quick else FORMS)
     ]
     if options.large:
         large = folder / "random-1.1B"
         make_large_base(large)
-        wide: dict[str, Any] = {"rank": 16, "batch": (8, 256), "directions": 4, "turns": 3}
+        wide: dict[str, Any] = {"rank": 16, "batch": (8, 256), "directions": 4, "turns": 5, "on_cpu": False}
         cases += [Case(model=str(large), quantize=kind, dtype=dtype, **wide) for kind, dtype in FORMS[1:]]
     return cases
 
