@@ -39,6 +39,15 @@ _INTERRUPTED: Final = 130
 QuickOption = Annotated[
     bool, typer.Option("--quick", help="A small part, in a minute or two.", show_default=False)
 ]
+SystemOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--system",
+        metavar="NAME",
+        help="Only systems with this in their name; may be repeated.",
+        show_default="everyone",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.", show_default=False)]
 OutOption = Annotated[
     Path | None,
@@ -245,19 +254,25 @@ def scale_command(
 
 @app.command("link", epilog="Example: zo-bench link --quick")
 def link_command(
+    system: SystemOption = None,
     quick: QuickOption = False,
     json: JsonOption = False,
     out_directory: OutOption = None,
 ) -> None:
     """Exchanges an hour, and time to a target, over emulated links of 1.2 kbit/s to 1 Mbit/s, 600 ms, with loss."""
     with failures_explained(), network() as net, tempfile.TemporaryDirectory() as place, _progress() as bar:
-        from benchmarks.bandwidth import link, loads
+        from benchmarks.bandwidth import link, loads, systems
 
         _tell(net)
         known = Results("target", out_directory or DIRECTORY).rows or Results("target", DIRECTORY).rows
         results = Results("link", out_directory)
         manifest = runs.template(Path(place) / "template").manifest()
-        wanted = link.pairs(quick)
+        pairs = link.pairs(quick)
+        try:
+            names = systems.named(list(dict.fromkeys(name for name, _ in pairs)), system or ())
+        except ValueError as error:
+            raise ResultsError(str(error)) from error
+        wanted = [pair for pair in pairs if pair[0] in names]
         task = bar.add_task("link", total=len(wanted))
         found = link.measure(
             net,
@@ -282,15 +297,7 @@ def target_command(
     rank: Annotated[
         int, typer.Option(metavar="N", min=1, help="Of the adapter: 4 has 23,000 parameters, 170 a million.")
     ] = 4,
-    system: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--system",
-            metavar="NAME",
-            help="Only systems with this in their name; may be repeated.",
-            show_default="everyone",
-        ),
-    ] = None,
+    system: SystemOption = None,
     quick: QuickOption = False,
     json: JsonOption = False,
     out_directory: OutOption = None,

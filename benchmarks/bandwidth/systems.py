@@ -161,12 +161,20 @@ def chosen(found: Sequence[System], wanted: Sequence[str]) -> list[System]:
     Raises:
         ValueError: a text is in nobody's name.
     """
+    names = named([each.name for each in found], wanted)
+    return [each for each in found if each.name in names]
+
+
+def named(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """The names that contain one of these texts, in whatever case; all, if there are none.
+
+    Raises:
+        ValueError: a text is in none of them.
+    """
     for text in wanted:
-        if not any(text.lower() in each.name.lower() for each in found):
-            raise ValueError(
-                f"no system is called {text!r}; there are: {'; '.join(each.name for each in found)}"
-            )
-    return [each for each in found if not wanted or any(text.lower() in each.name.lower() for text in wanted)]
+        if not any(text.lower() in name.lower() for name in names):
+            raise ValueError(f"no system is called {text!r}; there are: {'; '.join(names)}")
+    return [name for name in names if not wanted or any(text.lower() in name.lower() for text in wanted)]
 
 
 QUICK: Final = ("ours, 16 local steps", "FedAvg int8, Flower", "DiLoCo, gloo")
