@@ -7,13 +7,13 @@ READY := $(VENV)/.ready
 .PHONY: demo test test-cuda lint bench soak attack clean help
 
 help:
-	@echo "make demo    four nodes fine-tune one model on this machine (about a minute)"
-	@echo "make test    format, types, layer contracts and all tests"
+	@echo "make demo       four nodes fine-tune one model on this machine (about a minute)"
+	@echo "make test       format, types, layer contracts and all tests"
+	@echo "make lint       the first three alone"
 	@echo "make test-cuda  the tests of a GPU, on a machine that has one"
-	@echo "make lint    the first three alone"
-	@echo "make soak    kills, stops and joins at random for 5 minutes; HOURS=8 for the long form"
-	@echo "make attack  strangers and liars against a coordinator, floods in full size"
-	@echo "make bench   the committed benchmarks, again, into docs/results"
+	@echo "make soak       kills, stops and joins at random for 5 minutes; HOURS=8 for the long form"
+	@echo "make attack     strangers and liars against a coordinator, floods in full size"
+	@echo "make bench      the committed benchmarks, again, into docs/results"
 
 demo: $(READY)
 	$(BIN)/zo-node demo --output demo-out

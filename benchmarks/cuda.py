@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks import machine
+from benchmarks import machine, rows
 from benchmarks.recipes.problem import PROJECTIONS
 from node import embedded
 from node.adapter import Adapter
@@ -97,6 +97,19 @@ class Row:
     """Noise of the GPU's losses where nothing changed, as a share of L+ − L−."""
     memory_per_parameter: float
     """What probing takes on the GPU beyond inference on the same batch, bytes for each parameter of the adapter."""
+    gpu: str
+    cpu: str
+    threads: int
+    """Of the processor."""
+    torch: str | None
+    bitsandbytes: str | None
+    commit: str | None
+    date: str
+
+    @property
+    def subject(self) -> tuple[str, ...]:
+        """What is measured: a row takes the place of an older one of the same."""
+        return self.model, self.quantize, self.dtype, self.batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +131,14 @@ def measure(case: Case, threads: int) -> Row:
     """One row."""
     gpu = _on("cuda", case, threads)
     cpu = _on("cpu", case, threads) if case.on_cpu else None
-    rows, length = case.batch
+    num_rows, length = case.batch
+    versions = machine.versions(("torch", "bitsandbytes"))
     return Row(
         model=Path(case.model).name,
         quantize=case.quantize,
         dtype=case.dtype,
         parameters=gpu.parameters,
-        batch=f"{rows} × {length}",
+        batch=f"{num_rows} × {length}",
         cpu_ms=None if cpu is None else cpu.ms,
         gpu_ms=gpu.ms,
         gpu_one_by_one_ms=gpu.one_by_one_ms,
@@ -134,21 +148,30 @@ def measure(case: Case, threads: int) -> Row:
         slopes_correlate=None if cpu is None else float(np.corrcoef(gpu.slopes, cpu.slopes)[0, 1]),
         repeat=gpu.repeat,
         memory_per_parameter=gpu.memory / gpu.parameters,
+        gpu=torch.cuda.get_device_name(0),
+        cpu=machine.cpu(),
+        threads=threads,
+        torch=versions["torch"],
+        bitsandbytes=versions["bitsandbytes"],
+        commit=machine.commit(),
+        date=datetime.now(UTC).date().isoformat(),
     )
 
 
 def _on(device: str, case: Case, threads: int) -> Measured:
     base = load_base(case.model, threads=threads, quantize=case.quantize, dtype=case.dtype, device=device)
     adapter = Adapter(base, key=KEY, targets=PROJECTIONS, rank=case.rank, alpha=2.0 * case.rank, train="AB")
-    rows, length = case.batch
-    tokens = np.random.default_rng(0).integers(2, len(base.tokenizer), (4 * rows, length)).astype(np.int32)
+    num_rows, length = case.batch
+    tokens = (
+        np.random.default_rng(0).integers(2, len(base.tokenizer), (4 * num_rows, length)).astype(np.int32)
+    )
     probe = Probe(
         adapter,
         Windows(tokens=tokens, num_texts=1, num_tokens=tokens.size, num_dropped=0),
         key=KEY,
         epsilon=EPSILON,
         directions=case.directions,
-        batch_size=rows,
+        batch_size=num_rows,
         seed=0,
     )
     weights = initial_weights(adapter.layout, KEY, "AB")
@@ -160,9 +183,8 @@ def _on(device: str, case: Case, threads: int) -> Measured:
     at_once, memory = probe.at_once, 0.0
     if device == "cuda":
         probe.at_once = 0
-        memory = _peak(lambda: probe.probe(weights, 0, 0, -4)) - _peak(
-            lambda: row_losses(adapter.model, probe.draw(names[0]))
-        )
+        inference = _peak(lambda: row_losses(adapter.model, probe.draw(names[0]))) - adapter.views.nbytes
+        memory = _peak(lambda: probe.probe(weights, 0, 0, -4)) - inference
     one_by_one = [probe.probe(weights, turn, 0, -4).seconds for turn in turns] if at_once else []
     seconds = median(each.seconds for each in probed)
     return Measured(
@@ -208,44 +230,45 @@ def make_large_base(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def markdown(figures: dict[str, Any]) -> str:
-    """The figures as a table for the docs."""
+def markdown(found: Sequence[Row]) -> str:
+    """The rows as a table for the docs."""
     lines = [
         "# A node on a GPU",
         "",
-        f"`{figures['command']}` on one {figures['gpu']}, and on {figures['cpu']} with {figures['threads']} threads; "
-        f"{figures['date']}, commit {figures['commit']}, torch {figures['versions']['torch']}, bitsandbytes "
-        f"{figures['versions']['bitsandbytes']}. Two-sided directions, ε = {EPSILON:g}; the same directions and "
-        "batches on both.",
+        f"`python -m benchmarks.cuda`: two-sided directions, ε = {EPSILON:g}; the same directions and batches on both.",
         "",
         "| base | held as | adapter | batch | processor, a direction | GPU | one view a pass | directions a pass | "
         "round / forward passes | losses differ | slopes correlate | repeat noise / signal | memory beside inference, "
         "B a parameter |",
         "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in figures["rows"]:
-        beside = row["cpu_ms"] is not None
+    for row in found:
         cells = [
-            row["model"],
-            f"{row['quantize']}, {row['dtype']}",
-            f"{row['parameters']:,}",
-            row["batch"],
-            f"{row['cpu_ms']:,.1f} ms" if beside else "",
-            f"{row['gpu_ms']:.2f} ms" + (f", {row['cpu_ms'] / row['gpu_ms']:.1f}×" if beside else ""),
-            f"{row['gpu_one_by_one_ms']:.2f} ms",
-            str(row["gpu_at_once"] or "a view"),
-            f"{row['gpu_round_over_forward']:.3f}",
-            f"{row['losses_differ']:.1g}" if beside else "",
-            f"{row['slopes_correlate']:.4f}" if beside else "",
-            f"{row['repeat']:.1g}",
-            f"{row['memory_per_parameter']:.1f}",
+            row.model,
+            f"{row.quantize}, {row.dtype}",
+            f"{row.parameters:,}",
+            row.batch,
+            "" if row.cpu_ms is None else f"{row.cpu_ms:,.1f} ms",
+            f"{row.gpu_ms:.2f} ms" + ("" if row.cpu_ms is None else f", {row.cpu_ms / row.gpu_ms:.1f}×"),
+            f"{row.gpu_one_by_one_ms:.2f} ms",
+            str(row.gpu_at_once or "a view"),
+            f"{row.gpu_round_over_forward:.3f}",
+            "" if row.losses_differ is None else f"{row.losses_differ:.1g}",
+            "" if row.slopes_correlate is None else f"{row.slopes_correlate:.4f}",
+            f"{row.repeat:.1g}",
+            f"{row.memory_per_parameter:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+    where = {
+        f"one {row.gpu}, and {row.cpu} with {row.threads} threads, torch {row.torch}, bitsandbytes {row.bitsandbytes}, "
+        f"commit {row.commit}, {row.date}"
+        for row in found
+    }
+    return "\n".join([*lines, "", f"Measured on {'; '.join(sorted(where))}.", ""])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and write if asked to."""
+    """Measure, print, and keep every row as soon as it is there if asked to."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", action="append", help="directory of a base (embedded); may be repeated")
     parser.add_argument("--large", action="store_true", help="also a base of 1.1 billion random parameters")
@@ -257,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="DIR",
         nargs="?",
         const=Path("docs/results"),
-        help="also write cuda.json and cuda.md to DIR (docs/results)",
+        help="also keep cuda.json and cuda.md in DIR (docs/results)",
     )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -270,26 +293,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threads = machine.num_cores()
     kernels.compile_kernels()
     kernels.set_threads(threads)
-    with tempfile.TemporaryDirectory() as folder:
-        cases = _cases(options, Path(folder))
-        shown = track(cases, description="measuring", console=Console(stderr=True), transient=True)
-        rows = [measure(case, threads) for case in shown]
-    figures = {
-        "rows": [asdict(row) for row in rows],
-        "gpu": torch.cuda.get_device_name(0),
-        "cpu": machine.cpu(),
-        "threads": threads,
-        "versions": machine.versions(("numpy", "numba", "torch", "transformers", "peft", "bitsandbytes")),
-        "commit": machine.commit(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": _command(options),
-    }
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "cuda.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
-        (options.out / "cuda.md").write_text(markdown(figures), "utf-8")
-    print(json.dumps(figures) if options.json else markdown(figures))
+    measured: list[Row] = []
+    try:
+        kept = [] if options.out is None else rows.read(options.out / "cuda.json", lambda row: Row(**row))
+        with tempfile.TemporaryDirectory() as folder:
+            cases = _cases(options, Path(folder))
+            for case in track(cases, "measuring", console=Console(stderr=True), transient=True):
+                row = measure(case, threads)
+                measured.append(row)
+                if options.out is not None:
+                    kept = keep(options.out, [each for each in kept if each.subject != row.subject] + [row])
+    except rows.ResultsError as error:
+        print(f"benchmarks.cuda: {error}", file=sys.stderr)
+        return Exit.INPUT
+    print(json.dumps([asdict(row) for row in measured]) if options.json else markdown(measured))
     return 0
+
+
+def keep(folder: Path, found: list[Row]) -> list[Row]:
+    """Write rows and their page, and give them back."""
+    rows.write(folder / "cuda.json", map(asdict, found))
+    (folder / "cuda.md").write_text(markdown(found), "utf-8")
+    return found
 
 
 def _cases(options: argparse.Namespace, folder: Path) -> list[Case]:
@@ -310,12 +335,6 @@ def _cases(options: argparse.Namespace, folder: Path) -> list[Case]:
         wide: dict[str, Any] = {"rank": 16, "batch": (8, 256), "directions": 4, "turns": 5, "on_cpu": False}
         cases += [Case(model=str(large), quantize=kind, dtype=dtype, **wide) for kind, dtype in FORMS[1:]]
     return cases
-
-
-def _command(options: argparse.Namespace) -> str:
-    """The command line without the places where somebody keeps models."""
-    words = ["python -m benchmarks.cuda", *(f"--model {Path(model).name}" for model in options.model or ())]
-    return " ".join(words + [f"--{flag}" for flag in ("large", "quick") if getattr(options, flag)])
 
 
 if __name__ == "__main__":

@@ -174,6 +174,74 @@ def shakespeare(run: Runner, quick: bool) -> None:
             run(subject, problem, Mezo(steps=tried.mezo_steps, rate=rate))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Larger:
+    """What babyllama is trained with where a larger batch costs little: on a GPU."""
+
+    batch_size: int
+    targets: tuple[str, ...] = (*PROJECTIONS, "lm_head")
+    adam: tuple[float, ...] = (0.003, 0.01)
+    adam_few: tuple[float, ...] = ()
+    """Rates tried on 300 steps first."""
+    mezo: tuple[float, ...] = ()
+    """Likewise; the best goes on to 2,000 steps."""
+    swarms: tuple[tuple[int, int, float], ...]
+    """Directions of a node and round, rounds, and the step, each on some 20,000 forward passes."""
+    short: tuple[int, int, float] | None = None
+    """The same on a fifth of them, in codes and in floats."""
+
+
+LARGER: Final = (
+    Larger(batch_size=32, targets=PROJECTIONS, swarms=((4, 625, 0.012),)),
+    Larger(batch_size=32, swarms=((4, 625, 0.01), (4, 625, 0.014))),
+    Larger(batch_size=64, swarms=((4, 625, 0.012), (4, 625, 0.017), (16, 156, 0.036))),
+    Larger(
+        batch_size=192,
+        adam=(0.01,),
+        adam_few=(0.003, 0.01, 0.03),
+        mezo=(1e-4, 3e-4, 1e-3),
+        swarms=((8, 312, 0.02),),
+        short=(8, 62, 0.05),
+    ),
+)
+
+
+def larger_batches(run: Runner, quick: bool) -> None:
+    """Babyllama in NF4 with the text of recipe 1, on batches of 32, 64 and 192 rows instead of 8."""
+    text = fold(assets.data("tinyshakespeare", "input.txt").read_text("utf-8"))
+    if quick:
+        text = text[: len(text) // 8]
+    for tried in LARGER[:1] if quick else LARGER:
+        also = ", also the output layer" if "lm_head" in tried.targets else ""
+        size = 16 if quick else tried.batch_size
+        subject = f"{BABYLLAMA} in nf4{also}, batches of {size}"
+        form = Form(quantize="nf4", targets=tried.targets, batch_size=size)
+        problem = text_problem(assets.model(BABYLLAMA), text, form, nodes=8)
+
+        def swarm(way: tuple[int, int, float]) -> Swarm:
+            directions, rounds, step = way
+            return Swarm(
+                rounds=rounds, directions=directions, sides=1, step=step, epsilon=0.003, at_once=directions
+            )
+
+        if quick:
+            run(subject, problem, swarm((4, 4, 0.05)))
+            run(subject, problem, FirstOrder(steps=10, rate=0.01))
+            continue
+        for rate in tried.adam_few:
+            run(subject, problem, FirstOrder(steps=300, rate=rate))
+        for rate in tried.adam:
+            run(subject, problem, FirstOrder(steps=900, rate=rate))
+        mezo = [run(subject, problem, Mezo(steps=300, rate=rate)) for rate in tried.mezo]
+        if mezo:
+            run(subject, problem, Mezo(steps=2000, rate=_best_rate(mezo)))
+        if tried.short is not None:
+            for scalars in SCALARS:
+                run(subject, problem, replace(swarm(tried.short), scalars=scalars))
+        for way in tried.swarms:
+            run(subject, problem, swarm(way))
+
+
 def instructions_problem(form: Form, num_clients: int, nodes: int = 0) -> Problem:
     """Completions of clients of natural-instructions; every client's held-out ones count alike.
 
@@ -332,6 +400,12 @@ RECIPES: Final = {
             title="trained by accuracy, which has no gradient",
             metric="held-out error, share of next tokens that are not the likeliest",
             run=accuracy,
+        ),
+        Recipe(
+            number=5,
+            title="larger batches, for nodes with a GPU",
+            metric="held-out loss, nats per token",
+            run=larger_batches,
         ),
     )
 }

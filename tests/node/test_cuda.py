@@ -149,7 +149,7 @@ def test_an_objective_that_generates(tmp_path):
     assert ((judged.sums >= 0) & (judged.sums <= 1)).all()
 
 
-def test_memory_is_what_inference_takes_and_the_views(monkeypatch):
+def test_memory_is_what_inference_takes_and_the_views():
     """The promise: inference, 12 B for each parameter of the adapter, and a batch's activations."""
     adapter = adapted()
     adapter_bytes = 12 * adapter.size
@@ -163,7 +163,7 @@ def test_memory_is_what_inference_takes_and_the_views(monkeypatch):
         do()
         return torch.cuda.max_memory_allocated()
 
-    inference = peak(lambda: row_losses(adapter.model, batch))
+    inference = peak(lambda: row_losses(adapter.model, batch)) - adapter.views.nbytes
     probe = make_probe(adapter, windows, batch_size=64, directions=8)
     weights = some_weights(adapter)
     assert peak(lambda: probe.slopes(weights, 0, 1)) <= inference + adapter_bytes
