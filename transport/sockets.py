@@ -187,7 +187,9 @@ class CoordinatorSocket:
             del self._was_cut[next(iter(self._was_cut))]
 
     def close(self) -> None:
-        """Close; queued frames have half a second to leave."""
+        """Close; queued frames have half a second to leave. Once closed, it stays so."""
+        if self._router.closed:
+            return
         self._router.disable_monitor()
         self._monitor.close()
         self._context.destroy(linger=_LINGER_MS)
@@ -367,7 +369,9 @@ class NodeSocket:
         return int(self._dealer.get(zmq.FD)), int(self._monitor.get(zmq.FD))
 
     def close(self) -> None:
-        """Close; queued frames have half a second to leave."""
+        """Close; queued frames have half a second to leave. Once closed, it stays so."""
+        if self._dealer.closed:
+            return
         self._forget_connection()
         self._dealer.disable_monitor()
         self._monitor.close()

@@ -134,7 +134,6 @@ def test_a_node_that_may_say_no_more_leaves_in_good_order(service, state, manife
     service._carry_out([(0, Open(manifest))])
     service._sessions.by_agent[0].replica = wrong(manifest)
     carried_out = []
-    monkeypatch.setattr(service._socket, "close", lambda: None)
 
     def probe():
         raise BudgetSpentError("the privacy budget is spent")
@@ -156,7 +155,6 @@ def test_a_node_that_cannot_go_on_says_so_before_it_ends(service, monkeypatch):
     def load():
         raise ValueError("rows.jsonl, line 2: no field 'text'")
 
-    monkeypatch.setattr(service._socket, "close", lambda: None)
     monkeypatch.setattr(service, "_loop", load)
     monkeypatch.setattr(service._sessions, "leave", lambda: ["leave"])
     monkeypatch.setattr(service, "_carry_out", carried_out.extend)

@@ -285,3 +285,9 @@ def test_one_flipped_bit_does_not_end_a_node(coordinator, keys):
     finally:
         node.close()
         relay.listener.close()
+
+
+def test_what_is_closed_can_be_closed_again(coordinator, keys):
+    node = node_for(coordinator, keys)
+    for each in (node, node, coordinator, coordinator):
+        each.close()
