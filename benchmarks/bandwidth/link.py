@@ -30,7 +30,12 @@ NODES: Final = 8
 DIRECTIONS: Final = 16
 """As recipe 1 with 16 local steps."""
 PIPELINED: Final = "ours, 4 directions a round, pipelined"
-OURS: Final = {"ours, 16 local steps": DIRECTIONS, "ours, 4 directions a round": 4, PIPELINED: 4}
+OURS: Final = {
+    "ours, 16 local steps": DIRECTIONS,
+    "ours, 64 local steps": 64,
+    "ours, 4 directions a round": 4,
+    PIPELINED: 4,
+}
 """Codes in a report of ours, by the name of the system in `target`."""
 FLOWER: Final = {"FedAvg, Flower": False, "FedAvg int8, Flower": True}
 """Whether in int8."""
@@ -277,14 +282,13 @@ def seconds_computed(up_bytes: float, down_bytes: float, exchanges: float, way: 
 
 
 def cells(row: Row) -> list[str]:
-    """A row for people; those of older results are of ours."""
-    per_hour = 3600 / row["exchange_s"] if "exchange_s" in row else row["rounds_per_hour"]
-    target_s, usable_from = row.get("target_s"), row.get("usable_from")
+    """A row of `with_target` for people."""
+    per_hour, target_s, usable_from = 3600 / row["exchange_s"], row["target_s"], row["usable_from"]
     return [
-        row.get("system", next(iter(OURS))),
+        row["system"],
         rate_text(row["bits_per_s"]),
         f"{row['loss']:.0%}",
-        "computed" if row.get("on", "").startswith("computed") else "measured",
+        "computed" if row["on"].startswith("computed") else "measured",
         f"{per_hour:,.3g}" if per_hour < 100 else f"{per_hour:,.0f}",
         "" if row["disconnects"] is None else str(row["disconnects"]),
         f"{row['joined_s']:.0f} s",

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from benchmarks.bandwidth import link, plots, scale, wire
+from benchmarks.bandwidth import link, plots, scale, systems, wire
 from benchmarks.bandwidth.loads import PARAMETERS
 from benchmarks.bandwidth.results import Results, Row
 from benchmarks.rows import ResultsError
 from transport.meter import si_bytes
 
 PARTS: Final = ("wire", "session", "scale", "link", "target")
+_MEASURED: Final = "✓"
 BEGIN: Final = "<!-- made by `zo-bench report`; edit nothing here -->"
 END: Final = "<!-- end of what `zo-bench report` made -->"
 _ORIGIN: Final = "Machine, commit, versions, commands"
@@ -62,7 +63,7 @@ def sections(rows_by_part: dict[str, list[Row]]) -> list[Section]:
         "target": lambda rows: _target(rows, rows_by_part["link"]),
         "wire": _wire,
         "session": _session,
-        "link": _link,
+        "link": lambda rows: _link(rows, rows_by_part["target"]),
         "scale": _scale,
     }
     found: list[Section] = []
@@ -288,12 +289,19 @@ def _session(rows: list[Row]) -> list[Section]:
     return [Section("Joining, being idle, leaving", text, headings, cells)]
 
 
-def _link(rows: list[Row]) -> list[Section]:
-    ordered = sorted(rows, key=lambda row: (row["bits_per_s"], row["loss"]))
+def _link(rows: list[Row], targets: list[Row]) -> list[Section]:
+    from benchmarks.bandwidth import loads  # brings torch
+
+    exchanges = loads.exchanges_to_target(targets)
+    ordered = [
+        link.with_target(row, exchanges.get(row["system"]))
+        for row in sorted(rows, key=lambda row: (row["bits_per_s"], row["loss"]))
+    ]
     text = (
-        f"{link.NODES} nodes, {link.DIRECTIONS} codes a report, each node behind a link of its own, emulated in user "
-        "space. Nodes report at once, so rounds an hour are what the link allows. Bytes are per node and round, with "
-        "what TCP sends again."
+        f"{link.NODES} nodes of ours, two of Flower, each behind a link of its own, emulated in user space, "
+        f"{1000 * link.ROUND_TRIP_S:.0f} ms there and back. Nodes report at once, so exchanges an hour are what the "
+        "link allows. Bytes are per node and exchange, with what TCP sends again. The target is recipe 1's with the "
+        "small adapter; who did not reach it has no time."
     )
     return [Section("Thin, slow and lossy links", text, link.HEADINGS, [link.cells(row) for row in ordered])]
 
@@ -328,7 +336,8 @@ def _target(rows: list[Row], links: list[Row]) -> list[Section]:
             f"nodes, an adapter of {chosen[0]['parameters']:,} parameters. Bytes are per node, joining included; "
             "passes are of all nodes. " + verdict(chosen)
         )
-        cells = [[*target.cells(row), row["good_at"]] for row in chosen]
+        good_at = {str(each.name): each.good_at for each in systems.systems(recipe, quick=False)}
+        cells = [[*target.cells(row), good_at.get(row["system"]) or row["good_at"]] for row in chosen]
         title = f"To the same {metric}, {chosen[0]['parameters']:,} parameters" + (", short" if quick else "")
         caption = f"Held-out {metric} against bytes that a node sends (left) and forward passes of all nodes (right)."
         found.append(
@@ -336,8 +345,9 @@ def _target(rows: list[Row], links: list[Row]) -> list[Section]:
         )
         if links and any(row["reached"] for row in chosen):
             says = (
-                "Ours from rounds that were measured over each link; the others computed from the bytes they took: "
-                "they would need at least as long. Nobody's computing is in it. The line is a day."
+                f"With {_MEASURED}, from exchanges that were measured over the link; without, computed from the bytes "
+                "that the run took and a round trip for each exchange, which is the least it could be. Nobody's "
+                "computing is in it. The line is a day."
             )
             found.append(
                 Section(
@@ -447,28 +457,35 @@ def _course_times(row: Row, links: Sequence[Row]) -> list[tuple[int, float]]:
     hit = row["reached"]
     if hit is None:
         return []
-    # A round of ours has the same bytes whatever the adapter; an exchange of others was measured with the small one.
-    is_alike = row["system"] in link.OURS or row["parameters"] == PARAMETERS
-    found = []
-    for each in sorted((each for each in links if not each["loss"]), key=lambda each: each["bits_per_s"]):
-        way = link.Way(bits_per_s=each["bits_per_s"], round_trip_s=each["round_trip_s"], loss=0.0)
-        if not is_alike or each.get("system", next(iter(link.OURS))) != row["system"]:
-            continue
-        found.append((way.bits_per_s, link.seconds_to(hit["exchange"], each)))
-    measured = dict(found)
-    for rate in sorted({each["bits_per_s"] for each in links} - measured.keys()):
+    found = {
+        rate: link.seconds_to(hit["exchange"], each) for rate, each in _measured_links(row, links).items()
+    }
+    for rate in {each["bits_per_s"] for each in links} - found.keys():
         way = link.Way(bits_per_s=rate, round_trip_s=link.ROUND_TRIP_S, loss=0.0)
-        found.append((rate, link.seconds_computed(hit["wire_up"], hit["wire_down"], hit["exchange"], way)))
-    return sorted(found)
+        found[rate] = link.seconds_computed(hit["wire_up"], hit["wire_down"], hit["exchange"], way)
+    return sorted(found.items())
+
+
+def _measured_links(row: Row, links: Sequence[Row]) -> dict[int, Row]:
+    """By its bits per second, every link without loss over which exchanges such as this row's were measured."""
+    # A round of ours has the same bytes whatever the adapter; an exchange of others was measured with the small one.
+    if row["system"] not in link.OURS and row["parameters"] != PARAMETERS:
+        return {}
+    return {
+        each["bits_per_s"]: each
+        for each in links
+        if not each["loss"] and each["system"] == row["system"] and not each["on"].startswith("computed")
+    }
 
 
 def _times(chosen: Sequence[Row], links: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     rates = sorted({each["bits_per_s"] for each in links if not each["loss"]})
     cells = []
     for row in chosen:
-        times = dict(_course_times(row, links))
+        times, measured = dict(_course_times(row, links)), _measured_links(row, links)
         if times:
-            cells.append([row["system"], *(duration(times[rate]) if rate in times else "" for rate in rates)])
+            marked = (duration(times[rate]) + f" {_MEASURED}" * (rate in measured) for rate in rates)
+            cells.append([row["system"], *marked])
     return ["system", *(link.rate_text(rate) for rate in rates)], cells
 
 

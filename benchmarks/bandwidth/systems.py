@@ -199,7 +199,7 @@ def _ours(lengths: Lengths) -> list[System]:
                 {"probe": few, "schedule": {"step": step, "full_votes": _EVERY_VOTE, "decay": "linear"}}
                 for step in lengths.steps
             ),
-            good_at="as before, with the fewest forward passes of those that need no gradient; what init does",
+            good_at="as before, with the quickest start of those that need no gradient; what init does",
         ),
         System(
             name="ours, moves",
@@ -238,7 +238,7 @@ def _walking(local_steps: int, rounds: tuple[int, int], lengths: Lengths) -> Sys
             }
             for step in lengths.walk_steps
         ),
-        good_at="the fewest bytes; memory of inference; nodes come and go; weights equal to the bit",
+        good_at="few bytes without a gradient; memory of inference; nodes come and go; weights equal to the bit",
     )
 
 

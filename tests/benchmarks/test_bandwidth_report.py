@@ -54,9 +54,11 @@ def target_row(system, losses, wire_up, forwards, **more):
 
 
 def link_row(bits_per_s, loss=0.0, rounds_per_hour=900.0):
-    settings = {"bits_per_s": bits_per_s, "round_trip_s": 0.6, "loss": loss}
+    system = {"system": "ours, 16 local steps", "on": "TAP, user space"}
+    settings = {**system, "bits_per_s": bits_per_s, "round_trip_s": 0.6, "loss": loss}
     found = {
         "rounds_per_hour": rounds_per_hour,
+        "exchange_s": 3600 / rounds_per_hour,
         "disconnects": 0,
         "joined_s": 20.0,
         "wire_up": 190.0,
@@ -112,6 +114,10 @@ def test_the_time_over_a_link_is_measured_for_ours_and_computed_for_others(resul
     assert thin == (1_200, pytest.approx(8 * 200_000 / 1200 + 0.6))
     over_links = [{**each, "system": flower["system"]} for each in rows["link"]]
     assert report._course_times(flower, over_links)[0] == (1_200, 24.0)
+    computed = [{**each, "on": "computed from its bytes"} for each in over_links]
+    assert report._course_times(flower, computed)[0] == thin
+    _, (first, *_) = report._times([flower], over_links)
+    assert first == ["FedAvg, Flower", "24 s ✓", *first[2:]]
     larger = {**flower, "parameters": 982_600}
     assert thin == report._course_times(larger, over_links)[0], (
         "exchanges over links are those of the small adapter"
