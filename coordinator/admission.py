@@ -30,12 +30,7 @@ def refusal(
     """
     base = manifest.base
     if roster.is_quarantined(node):
-        return Refuse(
-            "quarantined",
-            f"node {node} is shut out: it differed from the ledger again after starting over, or its codes or answers "
-            "were out of line. Check its memory, its disk and its data. "
-            "`zo-coordinator release` lets it in again",
-        )
+        return shut_out(node)
     if hello.protocol != PROTOCOL_VERSION:
         return Refuse(
             "protocol",
@@ -74,3 +69,12 @@ def refusal(
     if node is None and len(roster) >= capacity:
         return Refuse("full", f"the run has {len(roster)} nodes, its capacity is {capacity}")
     return None
+
+
+def shut_out(node: int | None) -> Refuse:
+    """What a node in quarantine is told."""
+    return Refuse(
+        "quarantined",
+        f"node {node} is shut out: it differed from the ledger again after starting over, or its codes or answers "
+        "were out of line. Check its memory, its disk and its data. `zo-coordinator release` lets it in again",
+    )

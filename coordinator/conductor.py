@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator import pace
-from coordinator.admission import refusal
+from coordinator.admission import refusal, shut_out
 from coordinator.config import ServiceConfig
 from coordinator.effects import (
     Audited,
@@ -366,7 +366,7 @@ class Conductor:
             member.must_start_over = False
             yield Note("started-over", node, f"node {node} ({member.name}) starts over")
         offer = self._offer_for(hello.round) if hello.round < self.round else None
-        member.is_choosing = offer is not None
+        member.is_choosing = member.has_offer = offer is not None
         manifest = b"" if hello.round or has_manifest else self.manifest.encode()
         yield send(
             session,
@@ -394,8 +394,8 @@ class Conductor:
     def _follow(self, member: Member, follow: Follow) -> list[Effect]:
         """A node that was made an offer has chosen."""
         assert member.session is not None
-        if not member.is_choosing:
-            return []
+        if not member.is_choosing or not member.has_offer:
+            return []  # who is to start over says `Hello`, and may be refused
         if follow.round > self.round or self._head_after(follow.round) != follow.head:
             reason = (
                 f"the state at round {follow.round}, which this node would go on from, is not in the ledger; join with "
@@ -405,7 +405,7 @@ class Conductor:
                 send(member.session, Refuse("fork", reason)),
                 *self._lose(member, Event.LEFT, "was refused"),
             ]
-        member.is_choosing = False
+        member.is_choosing = member.has_offer = False
         member.acknowledged = member.cursor = follow.round
         return [*self._sealed(member.session, follow.round, follow.head), *self._feed(member)]
 
@@ -437,6 +437,14 @@ class Conductor:
         number = None if member.is_choosing else member.resolve(report.round, self._ahead)
         if number is None:
             return []  # from weights that are being replaced, long acknowledged, or never asked for
+        if self._roster.is_quarantined(
+            member.node
+        ):  # found out in another track: there it waits for a `Hello`
+            assert member.session is not None
+            return [
+                send(member.session, shut_out(member.node)),
+                *self._lose(member, Event.LEFT, "was shut out"),
+            ]
         member.acknowledge(number - self._ahead)
         manifest = self.manifest
         num = manifest.moves.projections if member.estimator == MOVES else manifest.probe.directions
@@ -481,12 +489,13 @@ class Conductor:
                     effects.append(Note("diverged", member.node, text))
                     if member.num_divergences >= _DIVERGENCES_ALLOWED:
                         self._roster.quarantine(member.node)
+                        self._round = withdraw(self._round, member.node)
                         effects.append(Quarantine(member.node))
                 if member.session is not None:
                     effects.append(send(member.session, Resync(progress.round, expected)))
                 # It answers with its trace and a `Hello`; until then no round waits for it and it is sent nothing.
                 self._note(member, Event.HELLO)
-                member.is_choosing = True
+                member.is_choosing, member.has_offer = True, False
                 return effects
         return self._feed(member)
 

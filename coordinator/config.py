@@ -113,11 +113,16 @@ def validate(config: ServiceConfig) -> ServiceConfig:
 
 
 def check_capacity(config: ServiceConfig, manifest: Manifest) -> None:
-    """Check that the commit of a round in which everyone reports is not larger than nodes accept.
+    """Check that a quorum can come together, and that a commit of everyone is not larger than nodes accept.
 
     Raises:
-        ConfigError: it is; the message says how many nodes would do.
+        ConfigError: it cannot, or it is; the message says what would do.
     """
+    if config.quorum > config.capacity:
+        raise ConfigError(
+            f"quorum = {config.quorum} and capacity = {config.capacity}: no round would ever have so many nodes; "
+            "lower the quorum, or raise the capacity"
+        )
     if manifest.directions.are_combined:
         return  # a commit does not grow with the nodes, and one of all groups is far from that
     per_node = most_bytes(manifest.samples_per_round, manifest.codes.bits) + _BYTES_PER_NODE

@@ -96,7 +96,9 @@ class Member:
     up: Count = field(default_factory=Count)
     down: Count = field(default_factory=Count)
     is_choosing: bool = False
-    """Whether it was made an offer and has not said yet from where on it wants the ledger."""
+    """Whether it has not said yet from where on it wants the ledger: it was made an offer, or is to start over."""
+    has_offer: bool = False
+    """Whether it is an offer that it chooses about."""
     must_start_over: bool = False
     """Whether it differed, and has not come back from round 0 since."""
     owes_trace: bool = False

@@ -400,7 +400,9 @@ class Service:
                 self._send(agent, session, "Piece", encode(piece))
             case Persist(commit, frame, seal, nodes, reported, moved):
                 ledger.append(commit, frame, seal)
-                one_sided = {each.node for each in track.conductor.present if each.estimator == "one-sided"}
+                one_sided = {
+                    node for node, each in track.conductor.members.items() if each.estimator == "one-sided"
+                }
                 findings = track.influence.observe(nodes, np.frombuffer(reported, np.int8), one_sided)
                 findings += track.influence.observe(commit.movers, np.frombuffer(moved, np.int8))
                 self._findings += [(agent, finding) for finding in findings]

@@ -100,7 +100,10 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write the newest weights as a plain PEFT adapter, for PeftModel.from_pretrained, or as a whole model.
+    """Write the newest saved weights as a plain PEFT adapter, for PeftModel.from_pretrained, or as a whole model.
+
+    Of a coordinator's directory these are its newest snapshot's, which may be some rounds old while it serves:
+    zo-coordinator export writes any round.
 
     Of a run with several agents each becomes an adapter in a folder of its own, agent-0 and so on, unless one is named.
     """

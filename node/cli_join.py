@@ -175,9 +175,15 @@ def join(
         with directory.lock(), _log(directory.log_path) as log, _live_line(is_renewed=not show_wire) as show:
             base_digest, tokenizer_digest = read_digest(path), read_tokenizer_digest(path)
             before = directory.manifest()
-            if before is not None and before.run_id == parsed.run_id:
-                check_unchanged(path, base_digest, tokenizer_digest, before)
             is_known = before is not None and before.run_id == parsed.run_id
+            if before is not None and is_known:
+                check_unchanged(path, base_digest, tokenizer_digest, before)
+            elif before is not None and directory.saved_weights() and not start_over:
+                raise NodeError(
+                    Exit.DAMAGED,
+                    f"{directory.path} is of another run, {before.run.name} ({before.run_id.hex()}), whose weights "
+                    "would be lost; name another --state, or set them aside with --start-over",
+                )
             _check_promise(directory, budget, is_known)
             _compile_kernels()
             if start_over and (aside := directory.set_aside()) is not None:

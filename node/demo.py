@@ -44,6 +44,8 @@ _LOAD_S: Final = 300.0
 _EVALUATIONS: Final = 12
 _ALONE: Final = 0.6
 _HELD_OUT: Final = 0.1
+_MARK: Final = ".zo-demo"
+"""The first file of a demo: what is removed for the next one has it."""
 
 
 class DemoError(RuntimeError):
@@ -121,10 +123,11 @@ def run_demo(output: Path, *, rounds: int, directions: int, console: Console) ->
 
 def _prepare(output: Path) -> None:
     if output.exists():
-        if not (output / "demo.json").exists() and not (output / "data").exists() and any(output.iterdir()):
+        if not any((output / name).is_file() for name in (_MARK, "demo.json")) and any(output.iterdir()):
             raise DemoError(f"{output} holds something else than a demo; choose another --output")
         shutil.rmtree(output)
     (output / "data").mkdir(parents=True)
+    (output / _MARK).write_text("A demo of zo-swarm: the next one in this place removes it.\n", "utf-8")
     shares, held_out = split_topics(pydoc_topics(), len(NAMES), _HELD_OUT)
     for name, share in zip(NAMES, shares, strict=True):
         (output / "data" / f"{name}.txt").write_text("\n\n".join(share.values()), "utf-8")

@@ -13,10 +13,6 @@ if TYPE_CHECKING:
     import torch
 
 AUTO: Final = "auto"
-_SHORT: Final = re.compile(
-    r"out of memory|not enough memory|(can't|cannot) allocate memory|CUBLAS_STATUS_ALLOC_FAILED",
-    re.IGNORECASE,
-)
 
 
 class DeviceError(ValueError):

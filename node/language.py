@@ -116,9 +116,9 @@ class LanguageTrainer:
             mechanism=mechanism,
         )
 
-        self._public = self._public_probe(base, private_seed)
+        self._public = self._public_probe(base, private_seed, score)
 
-    def _public_probe(self, base: Base, seed: int) -> Probe | None:
+    def _public_probe(self, base: Base, seed: int, score: Score | None) -> Probe | None:
         """A probe of the manifest's public rows; None if it has none.
 
         Raises:
@@ -132,6 +132,7 @@ class LanguageTrainer:
             file.write_text("\n".join(manifest.audit.rows) + "\n", "utf-8")
             try:
                 rows = read_data([file], base, manifest.task, manifest.probe.sequence_length)
+                objective(manifest.task, base, rows, score)  # checks that these prompts fit as well
             except DataError as error:
                 raise DataError(f"the public rows of the run's manifest (audit.rows): {error}") from error
         return Probe(

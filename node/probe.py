@@ -116,6 +116,7 @@ class Probe:
         self.batch_size = batch_size
         self.seed = seed
         self.estimator: Estimator = "one-sided" if sides == 1 else "two-sided"
+        self._usual_sides = sides
         self.curvature: Curvature | None = None
         self.local_steps = local_steps
         self.bits = bits
@@ -315,7 +316,11 @@ class Probe:
 
     def _num_views(self, sides: int) -> int:
         """In a forward pass; the kernel always makes both of a direction, and a second one may go unused."""
-        return sides * max(self.at_once, 1) + (2 - sides)
+        return sides * self._per_pass(sides) + (2 - sides)
+
+    def _per_pass(self, sides: int) -> int:
+        """Directions that share a forward pass: no more views than those of `at_once` on the run's usual sides."""
+        return max(min(self.at_once, self.at_once * self._usual_sides // sides), 1)
 
     def _in_view(
         self,
@@ -326,7 +331,7 @@ class Probe:
     ) -> Iterator[Sequence[Direction]]:
         """The directions by as many as share a forward pass, each time with their views in the adapter."""
         epsilon = self.epsilon if epsilon is None else epsilon
-        per_pass = max(self.at_once, 1)
+        per_pass = self._per_pass(sides)
         if len(self.adapter.views) < (num_views := self._num_views(sides)):
             self.adapter.hold(num_views)
         for start in range(0, len(directions), per_pass):

@@ -105,6 +105,10 @@ class StateDirectory:
         """Keep the manifest. Raises StateError."""
         _write(self.manifest_path, documented_toml(manifest, "The manifest of the run.").encode())
 
+    def saved_weights(self) -> list[Path]:
+        """The files with the saved weights of all agents."""
+        return [*self.path.glob("snapshot.zo"), *self.path.glob("agent-*/snapshot.zo")]
+
     def set_aside(self) -> Path | None:
         """Move the saved weights of all agents into a directory of their own, which `load_result` reads as it does this
         one; the node then starts from round 0. Nothing is deleted.
@@ -115,7 +119,7 @@ class StateDirectory:
         Raises:
             StateError: it cannot be written.
         """
-        saved = [*self.path.glob("snapshot.zo"), *self.path.glob("agent-*/snapshot.zo")]
+        saved = self.saved_weights()
         if not saved:
             return None
         aside = next(path for n in count(1) if not (path := self.path / f"set-aside-{n}").exists())

@@ -1,5 +1,6 @@
 """CURVE key pairs as files that only their owner can read."""
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -8,6 +9,8 @@ from pathlib import Path
 import msgspec
 import zmq
 from zmq.utils import z85
+
+from transport.durable import sync_directory
 
 
 class KeyFileError(RuntimeError):
@@ -60,11 +63,20 @@ def save_secret(path: Path, secret: bytes) -> None:
     Raises:
         FileExistsError: there is a file already; keys are never overwritten.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secret.hex() + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    # Under its name there is the whole key or nothing, whenever this is killed: half a key would be the end of a node.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secret.hex() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)
+    finally:
+        temporary.unlink()
+    sync_directory(path.parent)
 
 
 def load_key(path: Path) -> KeyPair:

@@ -259,6 +259,12 @@ def test_a_quarantine_is_of_all_tracks(served):
     for _ in range(2):
         assert any(isinstance(m, Resync) for _, m in served.say(0, 1, Progress(4, bytes(16), None)))
         served.hello(0, 1)
+    # Where it was not found out it is shut out with the next that it says.
+    rounds = served.service.conductors[0].round
+    codes = np.ones(2, np.int8).tobytes()
+    assert [m.cause for _, m in served.say(0, 0, Report(rounds % 256, codes))] == ["quarantined"]
+    assert served.service.conductors[0].round == rounds
+    assert not served.service.conductors[0].present
     assert served.hello(0, 2)[-1][1].cause == "quarantined"
     served.start()
     assert served.hello(0, 0)[-1][1].cause == "quarantined"

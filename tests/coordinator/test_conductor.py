@@ -669,6 +669,11 @@ def test_a_node_that_differs_again_is_shut_out_until_released(start):
     run.hello(0, round=0)
     assert run.progress(0, 4, bytes(16)) == [Resync(4, right)]
     assert run.quarantined == {0}
+    # A choice is no way in: it was made no offer. Only a `Hello` is heard, and refused.
+    head = decode_entry(run.frames[3]).digest()
+    assert run.coordinator.message(session_of(0), key_of(0), Follow(4, head)) == []
+    assert run.report(0, 4) == []
+    assert len(run.frames) == 4
     (refusal,) = run.hello(0, round=0)
     assert refusal.cause == "quarantined"
     assert "`zo-coordinator release` lets it in again" in refusal.reason

@@ -473,6 +473,11 @@ def test_byte_counts_go_on_over_a_restart(served):
 # ---- the largest commit ---------------------------------------------------------------------------------------------
 
 
+def test_a_quorum_that_can_never_come_together_is_refused(make_manifest):
+    with pytest.raises(ConfigError, match="quorum = 9 and capacity = 8"):
+        check_capacity(ServiceConfig(quorum=9, capacity=8), make_manifest())
+
+
 @pytest.mark.parametrize("directions", [1, 16, 1000, 4096])
 def test_the_largest_commit_that_is_allowed_fits_a_frame(make_manifest, directions):
     manifest = make_manifest(directions=directions, rounds=10, staleness=1)

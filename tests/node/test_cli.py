@@ -78,6 +78,20 @@ def test_a_node_that_was_private_does_not_join_without_being_so(text, tmp_path):
     )
 
 
+def test_the_state_of_another_run_is_not_overwritten(text, tmp_path, make_manifest):
+    state = StateDirectory(tmp_path / "state")
+    state.path.mkdir()
+    manifest = make_manifest()
+    state.save_manifest(manifest)
+    state.agent(0).save(Replica(manifest, zeros(manifest.adapter.size)), manifest)
+    fails(run("join", TICKET, "--data", text, "--state", state.path), Exit.DAMAGED, "of another run, test")
+    assert state.agent(0).load(manifest.run_id)[1].round == 0
+    options = ("--start-over", "--connect-timeout", 0.2)
+    result = run("join", TICKET, "--data", text, "--state", state.path, *options)
+    assert result.exit_code == Exit.UNREACHABLE
+    assert load_result(state.path / "set-aside-1")[1].round == 0
+
+
 def test_without_its_library_privacy_is_refused(text, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     options = ("--dp-epsilon", 8, "--dp-clip", 1)

@@ -273,3 +273,15 @@ def test_a_direction_of_a_pool_meets_another_batch_each_time(adapter, windows, w
     slopes = (losses[:, 0] - losses[:, 1]) / (2 * EPSILON)
     rng = np.random.default_rng([9, 2, 1])
     assert np.array_equal(probed.codes, encode(slopes, EXPONENT, rng))
+
+
+def test_a_second_side_makes_no_pass_larger_than_was_tried(adapter, windows, weights):
+    """One-sided slopes are watched for curvature on both sides: half as many directions share such a pass."""
+    probe = make_probe(adapter, windows, directions=4, sides=1, at_once=4)
+    adapter.hold(1)
+    names = [Direction(NODE, sample) for sample in range(4)]
+    one = probe.losses(weights, names, 1)
+    views = len(adapter.views)
+    both = probe.losses(weights, names, 2, is_shared=True)
+    assert len(adapter.views) == views
+    assert both[:, 0] == pytest.approx(one[:, 0], rel=1e-5)

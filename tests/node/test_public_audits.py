@@ -27,11 +27,14 @@ ROWS = {
 
 
 def make_trainer(make_manifest, tmp_path, task, rows, own, seed=1, at_once=0):
+    """A node with these public rows and rows of its own."""
     base = load_base(embedded.path(), threads=1, labels=task.head_labels)
     layout = lora_layout(base.linear_shapes, ("v_proj",), 2, "AB", base.head and base.head.shape)
     manifest = make_manifest(
         kind=task.kind,
         labels=task.labels,
+        objective=task.objective,
+        max_new_tokens=task.max_new_tokens,
         targets=("v_proj",),
         rank=2,
         train="AB",
@@ -81,3 +84,11 @@ def test_nodes_with_other_data_and_other_passes_tell_the_same(kind, make_manifes
 def test_rows_that_are_none_of_the_run_are_named(rows, reason, make_manifest, tmp_path):
     with pytest.raises(DataError, match=rf"the public rows of the run's manifest \(audit.rows\): .*{reason}"):
         make_trainer(make_manifest, tmp_path, Task(), rows, [{"text": TEXT * 8}])
+
+
+def test_public_prompts_leave_room_for_what_the_model_is_to_say(make_manifest, tmp_path):
+    own, long = {"prompt": "a", "completion": "b"}, {"prompt": "the " * 28, "completion": "b"}
+    limit = load_base(embedded.path(), threads=1).max_sequence_length
+    task = Task(kind="completion", objective="exact-match", max_new_tokens=limit - 20)
+    with pytest.raises(DataError, match=r"audit.rows\): a prompt of \d+ tokens and .* do not fit"):
+        make_trainer(make_manifest, tmp_path, task, [long], [own])

@@ -27,6 +27,20 @@ def test_a_key_is_never_overwritten(tmp_path):
         save_key(tmp_path / "key", new_key_pair())
 
 
+def test_who_is_killed_while_a_key_is_made_has_none(tmp_path, monkeypatch):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", kill)
+    with pytest.raises(KeyboardInterrupt):
+        load_or_make_key(tmp_path / "key")
+    monkeypatch.undo()
+    assert not (tmp_path / "key").exists()
+    (tmp_path / f".key.{os.getpid()}").write_text("what SIGKILL leaves")
+    assert load_or_make_key(tmp_path / "key") == load_key(tmp_path / "key")
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
 @pytest.mark.attack
 def test_the_secret_is_not_shown():
     pair = new_key_pair()
