@@ -80,8 +80,6 @@ def serve(
         check_capacity(config, manifest)
         keys, signer = directory.keys(), directory.signer(manifest)
         stopping = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stopping.set())
         with directory.lock(), directory.ledger(manifest) as ledger, directory.keyring() as keyring:
             if not kernels.is_compiled():
                 err.print("compiling the kernels, once for this machine …", style="dim")
@@ -93,6 +91,9 @@ def serve(
                     show = partial(_show_replay, bar, task)
                     restored.append(restore(directory, manifest, ledger.track(agent), show))
             _tell_origins(restored)
+            # Until here a signal just ends it: what it reads is on disk, and whoever replays for long may be stopped.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: stopping.set())
             _allow_connections(MOST_SILENT + MOST_OF_A_KEY * config.capacity)
             end = CoordinatorSocket(config.host, config.port, keys, keyring.passes)
             try:

@@ -20,6 +20,10 @@ _BESIDE_BYTES_PER_S: Final = 10.0
 """Handshake and heartbeats, which are no frames: 600 bytes, and 42 every 80 seconds."""
 
 
+_MOST_ENDED: Final = 4096
+"""Sessions that are remembered after their end, longer than a frame of theirs can lie in a queue."""
+
+
 @dataclass
 class _Connection:
     address: str
@@ -41,6 +45,8 @@ class Connections:
         self._num_silent = 0
         self._by_session: dict[bytes, int] = {}
         self._by_key: dict[bytes, list[int]] = {}
+        self._ended: dict[bytes, None] = {}
+        """Sessions that were, the oldest first: frames of theirs may still come, when their number is another's."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -67,7 +73,7 @@ class Connections:
         That is the key's oldest: the newest session of a node is the one that counts.
         """
         connection = self._open.get(number)
-        if connection is None or connection.session is not None:
+        if connection is None or connection.session is not None or session in self._ended:
             return None  # it has ended meanwhile, and its number may be another's
         self._no_longer_silent(number, connection)
         connection.session, connection.key = session, key
@@ -114,6 +120,9 @@ class Connections:
             self._no_longer_silent(number, connection)
             return
         del self._by_session[connection.session]
+        self._ended[connection.session] = None
+        if len(self._ended) > _MOST_ENDED:
+            del self._ended[next(iter(self._ended))]
         of_key = self._by_key[connection.key]
         of_key.remove(number)
         if not of_key:

@@ -4,7 +4,6 @@ All of it is integer arithmetic on the codes alone, so that a restarted coordina
 the same steps from the same ledger. Nodes never run it: they get the integers in the commit.
 """
 
-from collections.abc import Iterable
 from fractions import Fraction
 from math import isqrt
 from typing import Final
@@ -256,11 +255,3 @@ def step_rule(manifest: Manifest) -> StepRule:
         moves_exponent_max=_moves_exponent_max(manifest.moves, manifest.adapter.size),
         pipeline=manifest.run.pipeline,
     )
-
-
-def replay_scale(rule: StepRule, rounds: Iterable[tuple[int, NDArray[np.int8], NDArray[np.int8]]]) -> Scale:
-    """The scale after the given (round, codes of slopes, codes of moves): what a restarted coordinator goes on with."""
-    scale = rule.start()
-    for number, slopes, moves in rounds:
-        _, scale = rule.of_round(scale, number, slopes, moves)
-    return scale

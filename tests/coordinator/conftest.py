@@ -26,7 +26,7 @@ from zo.commit import chain_digest, decode_entry
 from zo.manifest import Manifest
 from zo.packing import by_class
 from zo.replica import Replica
-from zo.steps import replay_scale, step_rule
+from zo.steps import step_rule
 from zo.weights import zeros
 
 SIGNER = Signer(bytes(range(32)))
@@ -56,13 +56,15 @@ class VirtualCoordinator:
 
     def start(self) -> None:
         """Start, or start again, from what is durable."""
-        replica = self.replay()
-        codes = ((n, *by_class(decode_entry(f), self.manifest)) for n, f in enumerate(self.frames))
+        replica, rule = self.replay(), step_rule(self.manifest)
+        scale = rule.start()
+        for number, frame in enumerate(self.frames):
+            _, scale = rule.of_round(scale, number, *by_class(decode_entry(frame), self.manifest))
         self.conductor = Conductor(
             self.manifest,
             self.config,
             replica,
-            replay_scale(step_rule(self.manifest), codes),
+            scale,
             [
                 Member(node=node, key=key, name=name, has_left=self.visits(node)[-1:] == ["left"])
                 for node, (key, name) in self.enrolled.items()

@@ -84,6 +84,18 @@ def test_a_year_of_heartbeats_is_not_held_against_anybody(connections):
     assert connections.overfull(lambda _: None, now=year) == []
 
 
+def test_what_a_session_that_has_ended_left_behind_is_not_the_next_ones():
+    """A descriptor is given again at once; frames of the session before may still lie in a queue."""
+    connections = Connections()
+    connections.accepted(7, "a", 0)
+    connections.spoke(7, b"old", b"key")
+    connections.accepted(7, "a", 1)
+    connections.spoke(7, b"old", b"key")
+    assert not connections.took(b"old", 10)
+    connections.spoke(7, b"new", b"key")
+    assert connections.of_session(b"new") == 7
+
+
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9), st.integers(0, 2)), max_size=100))
 def test_whatever_happens_the_bounds_hold(events):
     connections = Connections(most_silent=3, most_of_a_key=2)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from zo.codes import CUT_OFF_BY_BITS, NO_VOTE, coefficients, encode
 from zo.commit import STEP_MAX
 from zo.manifest import Moves
-from zo.steps import Scale, StepRule, replay_scale, step_rule
+from zo.steps import Scale, StepRule, step_rule
 
 RULE = StepRule(rounds=100, step=2**28 // 50, decay="linear", smoothing=3, first_exponent=-4)
 
@@ -218,18 +218,6 @@ def test_few_codes_cut_off_do_not_count():
     assert scale.mean_square > 0
 
 
-def test_replay_scale_is_what_advancing_left():
-    rng = np.random.default_rng(1)
-    rule = msgspec.structs.replace(RULE, size=500)
-    draw = [(number, *rng.integers(-128, 128, (2, 6)).astype(np.int8)) for number in range(30)]
-    rounds = [(number, slopes, moves) for number, slopes, moves in draw]
-    scale = rule.start()
-    for number, slopes, moves in rounds:
-        _, scale = rule.of_round(scale, number, slopes, moves)
-    assert replay_scale(rule, rounds) == scale
-    assert replay_scale(RULE, []) == RULE.start()
-
-
 MOVING = msgspec.structs.replace(RULE, size=10_000)
 NOBODY = np.empty(0, np.int8)
 
@@ -378,5 +366,3 @@ def test_moves_are_said_ahead_as_well():
     assert (one.moves_exponent, one.ahead) == (-4, (-4, -8))
     _, two = rule.of_round(one, 1, codes(32, -32), NOBODY)
     assert (two.moves_exponent, two.ahead) == (-8, (-4, -8))
-    rounds = [(0, codes(32, -32), codes(2, 2)), (1, codes(32, -32), NOBODY)]
-    assert replay_scale(rule, rounds) == two
