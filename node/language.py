@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Final
 
 import numpy as np
 import torch
@@ -51,6 +53,8 @@ from zo.manifest import MOVES, Manifest, Task, usual_estimator
 from zo.naming import naming
 from zo.spsa import one_sided, two_sided
 
+_FLOATS: Final = "would hold this quantised base in floats; name it to have that"
+
 
 class LanguageTrainer:
     """Measures the loss of a model on private data."""
@@ -91,6 +95,7 @@ class LanguageTrainer:
         kernels.set_threads(threads)
         self._manifest = manifest
         self._windows = windows
+        self._quantization = base.quantization
         self._mover: Mover | None = None
         self._warn = warn
         self._held_out = held_out
@@ -192,6 +197,10 @@ class LanguageTrainer:
             has_gradient = manifest.task.objective == "cross-entropy"
             may = allowed(manifest)
             trials: dict[Choice, Trial] = {}
+            if has_gradient and self._quantization != "none" and usual_estimator(manifest) in may:
+                # To try it would leave the base in floats for good, of which this node may not have the memory.
+                untried = Trial(seconds=math.inf, error=math.inf, why_not=_FLOATS)
+                trials, has_gradient = {"moves": untried, "backward": untried}, False
             if has_gradient and {"backward", "moves"} & set(may):
                 trials["backward"] = try_out(probe, weights, "backward")
                 trials["moves"] = self._of_a_move(trials["backward"])

@@ -7,6 +7,7 @@ import pytest
 
 from node import embedded
 from node.base import load_base
+from node.bnb import bitsandbytes
 from node.data import Windows
 from node.estimators import EstimatorError, Trial, check, choose
 from node.language import LanguageTrainer
@@ -132,6 +133,20 @@ def test_auto_takes_backpropagation_where_it_works(trainer):
     said = trainer.choose_estimator("auto", trainer.rehearse())
     assert said.startswith(trainer.estimator or "one-sided")
     assert "a round" in said
+
+
+def test_auto_leaves_a_quantised_base_as_it_is(windows, make_manifest):
+    base = load_base(embedded.path(), threads=1, quantize="nf4")
+    layout = lora_layout(base.linear_shapes, ("q_proj", "v_proj"), 4, "AB", None)
+    manifest = make_manifest(
+        size=layout.size, layout_digest=layout.digest().hex(), train="AB", batch_size=4, quantize="nf4"
+    )
+    trainer = LanguageTrainer(manifest, base, windows, None, private_seed=5, threads=1)
+    said = trainer.choose_estimator("auto", trainer.rehearse())
+    assert said == "two-sided (backward: would hold this quantised base in floats; name it to have that)"
+    assert any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in base.model.modules())
+    assert trainer.choose_estimator("backward", trainer.rehearse()).startswith("backward")
+    assert not any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in base.model.modules())
 
 
 def test_a_one_sided_node_that_sees_much_curvature_measures_both_sides_and_says_so(
