@@ -96,7 +96,7 @@ class Probe:
             directions: how many the node probes in a round.
             batch_size: windows in a batch.
             seed: the node's own secret: decides batches and rounding, so that a round probed again after a
-                restart gives the same codes, as long as `at_once` is the same.
+                restart gives the same codes, as long as `at_once` is the same and no curvature is watched for.
             sides: 2: two losses and a batch for each direction; 1: one loss for each, all on one batch.
             local_steps: in which a round's directions are measured, each where the codes of those before lead
                 (`zo.walk`); divides `directions`.

@@ -199,7 +199,7 @@ def _ours(lengths: Lengths) -> list[System]:
                 {"probe": few, "schedule": {"step": step, "full_votes": _EVERY_VOTE, "decay": "linear"}}
                 for step in lengths.steps
             ),
-            good_at="as before, with the quickest start of those that need no gradient; what init does",
+            good_at="as before, with a quick start; what init does",
         ),
         System(
             name="ours, moves",
