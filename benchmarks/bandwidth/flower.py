@@ -150,6 +150,8 @@ def running(
             time.sleep(1.0)
         yield children[0]
     finally:
+        for child in children:
+            child.terminate()  # all at once: each may take seconds to go
         for child in reversed(children):
             network.stop(child)
 
