@@ -26,12 +26,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks import machine, rows
+from benchmarks import machine, random_base, rows
 from benchmarks.recipes.problem import PROJECTIONS
 from node import embedded
 from node.adapter import Adapter
 from node.base import load_base
-from node.data import Windows
 from node.losses import row_losses
 from node.probe import Probe
 from node.rehearsal import rehearse
@@ -161,17 +160,13 @@ def measure(case: Case, threads: int) -> Row:
 def _on(device: str, case: Case, threads: int) -> Measured:
     base = load_base(case.model, threads=threads, quantize=case.quantize, dtype=case.dtype, device=device)
     adapter = Adapter(base, key=KEY, targets=PROJECTIONS, rank=case.rank, alpha=2.0 * case.rank, train="AB")
-    num_rows, length = case.batch
-    tokens = (
-        np.random.default_rng(0).integers(2, len(base.tokenizer), (4 * num_rows, length)).astype(np.int32)
-    )
     probe = Probe(
         adapter,
-        Windows(tokens=tokens, num_texts=1, num_tokens=tokens.size, num_dropped=0),
+        random_base.windows(len(base.tokenizer), case.batch),
         key=KEY,
         epsilon=EPSILON,
         directions=case.directions,
-        batch_size=num_rows,
+        batch_size=case.batch[0],
         seed=0,
     )
     weights = initial_weights(adapter.layout, KEY, "AB")
@@ -207,27 +202,6 @@ def _peak(do: Any) -> int:
     torch.cuda.reset_peak_memory_stats()
     do()
     return torch.cuda.max_memory_allocated()
-
-
-def make_large_base(folder: Path) -> None:
-    """Write a base of 1.1 billion random parameters, of the shape of TinyLlama 1.1B."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    tokenizer = load_base(embedded.path()).tokenizer
-    config = LlamaConfig(
-        hidden_size=2048,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        intermediate_size=5632,
-        vocab_size=32_000,
-        dtype="bfloat16",
-    )
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def markdown(found: Sequence[Row]) -> str:
@@ -331,7 +305,18 @@ def _cases(options: argparse.Namespace, folder: Path) -> list[Case]:
     ]
     if options.large:
         large = folder / "random-1.1B"
-        make_large_base(large)
+        # Of the shape of TinyLlama 1.1B.
+        random_base.write(
+            large,
+            device="cuda",
+            dtype="bfloat16",
+            hidden_size=2048,
+            num_hidden_layers=22,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            intermediate_size=5632,
+            vocab_size=32_000,
+        )
         wide: dict[str, Any] = {"rank": 16, "batch": (8, 256), "directions": 4, "turns": 5, "on_cpu": False}
         cases += [Case(model=str(large), quantize=kind, dtype=dtype, **wide) for kind, dtype in FORMS[1:]]
     return cases

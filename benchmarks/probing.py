@@ -24,11 +24,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import machine
+from benchmarks import machine, random_base
 from node import embedded
 from node.adapter import Adapter
 from node.base import load_base
-from node.data import Windows
 from node.probe import Probe
 from node.stacked import frozen_layers
 from zo import kernels
@@ -87,11 +86,9 @@ def measure(
     )
     assert bool(frozen_layers(adapter)[0]) == upper
     rows, length = shape
-    tokens = np.random.default_rng(0).integers(2, len(base.tokenizer), (4 * rows, length)).astype(np.int32)
-    windows = Windows(tokens=tokens, num_texts=1, num_tokens=tokens.size, num_dropped=0)
     probe = Probe(
         adapter,
-        windows,
+        random_base.windows(len(base.tokenizer), shape),
         key=KEY,
         epsilon=0.01,
         directions=max(AT_ONCE),
@@ -127,25 +124,6 @@ def measure(
         },
         largest_difference=max(float(np.abs(losses[way] - losses[0]).max()) for way in ways),
     )
-
-
-def make_random_base(folder: Path) -> None:
-    """Write a base of 85 million random parameters, of the shape of a small Llama: large enough to be read slowly."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    tokenizer = load_base(embedded.path()).tokenizer
-    config = LlamaConfig(
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=2048,
-        vocab_size=len(tokenizer),
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def markdown(figures: dict[str, Any]) -> str:
@@ -196,7 +174,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         bases: list[tuple[str, Kind]] = [(str(embedded.path()), "none")]
         if options.random:
-            make_random_base(Path(folder) / "random-85M")
+            # Of the shape of a small Llama, and large enough to be read slowly.
+            random_base.write(
+                Path(folder) / "random-85M",
+                hidden_size=768,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+                intermediate_size=2048,
+                tie_word_embeddings=True,
+            )
             bases += [(str(Path(folder) / "random-85M"), options.quantize)]
         bases += [(model, options.quantize) for model in options.model or ()]
         rows = _rows(bases, options.quick, turns, options.threads)

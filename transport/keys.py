@@ -1,6 +1,5 @@
 """CURVE key pairs as files that only their owner can read."""
 
-import contextlib
 import hashlib
 import os
 import stat
@@ -65,17 +64,23 @@ def save_secret(path: Path, secret: bytes) -> None:
     """
     # Under its name there is the whole key or nothing, whenever this is killed: half a key would be the end of a node.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with contextlib.suppress(FileNotFoundError):
-        temporary.unlink()
+    temporary.unlink(missing_ok=True)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "w") as file:
             file.write(secret.hex() + "\n")
             file.flush()
             os.fsync(file.fileno())
-        os.link(temporary, path)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:  # phones and memory cards have no second names for a file
+            if path.exists():
+                raise FileExistsError(f"{path} exists") from None
+            os.replace(temporary, path)
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
 
 

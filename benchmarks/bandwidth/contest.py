@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from benchmarks.bandwidth.systems import NODES
 from benchmarks.recipes import assets
 from benchmarks.recipes.baselines import trained_parameters
-from benchmarks.recipes.catalogue import BABYLLAMA, HELD_OUT, fold
+from benchmarks.recipes.catalogue import BABYLLAMA, HELD_OUT, shakespeare_text
 from benchmarks.recipes.problem import Form, HeldOut, Problem, start
 from node import base as bases
 from node.completions import read_completions
@@ -154,9 +154,7 @@ def prepare(recipe: int, place: Path, *, quick: bool, rank: int) -> Contest:
 
 def _text(place: Path, quick: bool, rank: int) -> Contest:
     """Recipe 1: a text in as many pieces as there are nodes, its last tenth held out."""
-    text = fold(assets.data("tinyshakespeare", "input.txt").read_text("utf-8"))
-    if quick:
-        text = text[: len(text) // 16]
+    text = shakespeare_text(16 if quick else 1)
     contest = Contest(
         place=place,
         model=str(assets.model("stories260K")),

@@ -336,7 +336,7 @@ def _target(rows: list[Row], links: list[Row]) -> list[Section]:
             f"nodes, an adapter of {chosen[0]['parameters']:,} parameters. Bytes are per node, joining included; "
             "passes are of all nodes. " + verdict(chosen)
         )
-        good_at = {str(each.name): each.good_at for each in systems.systems(recipe, quick=False)}
+        good_at = {each.name: each.good_at for each in systems.systems(recipe, quick=False)}
         cells = [[*target.cells(row), good_at.get(row["system"]) or row["good_at"]] for row in chosen]
         title = f"To the same {metric}, {chosen[0]['parameters']:,} parameters" + (", short" if quick else "")
         caption = f"Held-out {metric} against bytes that a node sends (left) and forward passes of all nodes (right)."

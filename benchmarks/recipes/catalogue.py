@@ -55,6 +55,12 @@ def fold(text: str) -> str:
     return " ".join(text.split())
 
 
+def shakespeare_text(divisor: int = 1) -> str:
+    """Tinyshakespeare, folded; the first part of so many. Raises AssetMissing."""
+    text = fold(assets.data("tinyshakespeare", "input.txt").read_text("utf-8"))
+    return text[: len(text) // divisor]
+
+
 def split(text: str, tokenizer: object, nodes: int, sequence_length: int) -> tuple[list[Windows], Windows]:
     """Every node's own windows, and the held-out ones, from the last tenth of the text."""
     cut = round(len(text) * (1 - HELD_OUT))
@@ -144,9 +150,7 @@ def shakespeare(run: Runner, quick: bool) -> None:
     Rates are chosen on short runs. All methods are compared over a fifth of the length in NF4, where a forward pass
     takes half as long; the swarm's whole run is in NF4 as well. The runs in int8 are about the scalars.
     """
-    text = fold(assets.data("tinyshakespeare", "input.txt").read_text("utf-8"))
-    if quick:
-        text = text[: len(text) // 8]
+    text = shakespeare_text(8 if quick else 1)
     kinds: tuple[Kind, ...] = ("nf4",) if quick else ("nf4", "int8")
     few = 60 if quick else 300
     for kind, tried in product(kinds, TRIED[:1] if quick else TRIED):
@@ -208,9 +212,7 @@ LARGER: Final = (
 
 def larger_batches(run: Runner, quick: bool) -> None:
     """Babyllama in NF4 with the text of recipe 1, on batches of 32, 64 and 192 rows instead of 8."""
-    text = fold(assets.data("tinyshakespeare", "input.txt").read_text("utf-8"))
-    if quick:
-        text = text[: len(text) // 8]
+    text = shakespeare_text(8 if quick else 1)
     for tried in LARGER[:1] if quick else LARGER:
         also = ", also the output layer" if "lm_head" in tried.targets else ""
         size = 16 if quick else tried.batch_size
@@ -331,9 +333,7 @@ def sentiment(run: Runner, quick: bool) -> None:
 
 def accuracy(run: Runner, quick: bool) -> None:
     """The share of next tokens that are the likeliest: no gradient leads there, and no cross-entropy is asked for."""
-    text = fold(assets.data("tinyshakespeare", "input.txt").read_text("utf-8"))
-    if quick:
-        text = text[: len(text) // 8]
+    text = shakespeare_text(8 if quick else 1)
     form = Form(quantize="nf4")
     problem = text_problem(assets.model("stories260K-pad64"), text, form, nodes=8)
     problem = replace(problem, task=Task(objective="accuracy"), metric=row_misses)

@@ -11,7 +11,12 @@ from typing import Any, Final
 
 from benchmarks.recipes import assets
 from benchmarks.recipes.baselines import FirstOrder
-from benchmarks.recipes.catalogue import fold, instructions_problem, sentiment_problem, text_problem
+from benchmarks.recipes.catalogue import (
+    instructions_problem,
+    sentiment_problem,
+    shakespeare_text,
+    text_problem,
+)
 from benchmarks.recipes.problem import Form, Problem
 from benchmarks.recipes.swarm import Swarm
 from node.data import Windows
@@ -203,8 +208,7 @@ def subject(recipe: int, quick: bool) -> Subject:
 
 def _shakespeare(quick: bool) -> Subject:
     model = assets.model("stories260K")
-    text = fold(assets.data("tinyshakespeare", "input.txt").read_text("utf-8"))
-    text = text[: len(text) // 32] if quick else text
+    text = shakespeare_text(32 if quick else 1)
     form = Form(batch_size=2, sequence_length=32) if quick else Form(batch_size=4)
     return Subject(
         title="recipe 1: stories260K in float32 on tinyshakespeare, rank 4, batches of 4 × 128",

@@ -21,6 +21,19 @@ def test_a_key_reads_back_and_is_made_once(tmp_path):
     assert load_or_make_key(tmp_path / "key") == made == load_key(tmp_path / "key")
 
 
+def test_a_key_is_made_once_where_files_have_one_name_alone(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    made = load_or_make_key(tmp_path / "key")
+    assert load_key(tmp_path / "key") == made
+    with pytest.raises(FileExistsError):
+        save_key(tmp_path / "key", new_key_pair())
+    assert load_key(tmp_path / "key") == made
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
 def test_a_key_is_never_overwritten(tmp_path):
     save_key(tmp_path / "key", new_key_pair())
     with pytest.raises(FileExistsError):
