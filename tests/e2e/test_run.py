@@ -179,10 +179,13 @@ def test_rounds_go_on_without_a_node_that_sleeps(swarm):
     swarm.poll_members(*NAMES[:3])
     sleeper = swarm.member("cho").node
     swarm.run_until(8)
-    swarm.nodes["cho"].send(signal.SIGSTOP)
-    swarm.run_until(30)  # round 8 waits for it for a moment, the others no more
+    swarm.poll_status(lambda s: all(m.digest_round == 8 for m in s.members), "digests of round 8")
+    swarm.nodes["cho"].send(signal.SIGSTOP)  # it has nothing to say any more, and round 8 waits for it
+    swarm.run_until(30)  # the others do not
     assert not any(sleeper in decode_entry(frame).participants for frame in swarm.commits()[8:30])
-    assert [event.node for event in swarm.events("missed")].count(sleeper) == 1
+    missed = [event.round for event in swarm.events("missed") if event.node == sleeper]
+    # A busy machine may have missed it earlier, too.
+    assert [num_rounds for num_rounds in missed if num_rounds > 8] == [9], "once, as round 8 closed"
     swarm.nodes["cho"].send(signal.SIGCONT)
     swarm.poll_status(lambda s: s.members[sleeper].presence == "live", "cho awake")
     swarm.open_until(60)
