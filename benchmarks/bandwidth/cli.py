@@ -89,6 +89,15 @@ def failures_explained() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _choosing() -> Iterator[None]:
+    """Where something is asked for that is not there, before anything is set up for it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ResultsError(str(error)) from error
+
+
+@contextlib.contextmanager
 def _progress() -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not sys.stderr.isatty()) as bar:
@@ -260,31 +269,28 @@ def link_command(
     out_directory: OutOption = None,
 ) -> None:
     """Exchanges an hour, and time to a target, over emulated links of 1.2 kbit/s to 1 Mbit/s, 600 ms, with loss."""
-    with failures_explained(), network() as net, tempfile.TemporaryDirectory() as place, _progress() as bar:
+    with failures_explained():
         from benchmarks.bandwidth import link, loads, systems
 
-        _tell(net)
+        pairs = link.pairs(quick)
+        with _choosing():
+            names = systems.named(list(dict.fromkeys(name for name, _ in pairs)), system or ())
+        wanted = [pair for pair in pairs if pair[0] in names]
         known = Results("target", out_directory or DIRECTORY).rows or Results("target", DIRECTORY).rows
         results = Results("link", out_directory)
-        manifest = runs.template(Path(place) / "template").manifest()
-        pairs = link.pairs(quick)
-        try:
-            names = systems.named(list(dict.fromkeys(name for name, _ in pairs)), system or ())
-        except ValueError as error:
-            raise ResultsError(str(error)) from error
-        wanted = [pair for pair in pairs if pair[0] in names]
-        task = bar.add_task("link", total=len(wanted))
-        found = link.measure(
-            net,
-            wanted,
-            manifest,
-            results,
-            10.0 if quick else 20.0,
-            lambda what: bar.update(task, description=what),
-            loads.exchanges_to_target(list(known.values())),
-        )
-        rows, failed = _collect(found, bar, task)
-        bar.stop()
+        with network() as net, tempfile.TemporaryDirectory() as place, _progress() as bar:
+            _tell(net)
+            task = bar.add_task("link", total=len(wanted))
+            found = link.measure(
+                net,
+                wanted,
+                runs.template(Path(place) / "template").manifest(),
+                results,
+                10.0 if quick else 20.0,
+                lambda what: bar.update(task, description=what),
+                loads.exchanges_to_target(list(known.values())),
+            )
+            rows, failed = _collect(found, bar, task)
         table = Table(*link.HEADINGS)
         for row in rows:
             table.add_row(*link.cells(row))
@@ -308,18 +314,16 @@ def target_command(
         from benchmarks.bandwidth import contest as contests
         from benchmarks.bandwidth import systems, target
 
+        with _choosing():
+            wanted = systems.chosen(systems.systems(recipe, quick, rank), system or ())
+        results = Results("target", out_directory)
         with (
             network(loopback=loopback) as net,
             tempfile.TemporaryDirectory(prefix="zo-bench-") as place,
             _progress() as bar,
         ):
             _tell(net)
-            results = Results("target", out_directory)
-            try:
-                contest = contests.prepare(recipe, Path(place), quick=quick, rank=rank)
-                wanted = systems.chosen(systems.systems(recipe, quick, rank), system or ())
-            except ValueError as error:
-                raise ResultsError(str(error)) from error
+            contest = contests.prepare(recipe, Path(place), quick=quick, rank=rank)
             task = bar.add_task("target", total=sum(each.num_runs for each in wanted))
             found = target.measure(
                 net,

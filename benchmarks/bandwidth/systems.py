@@ -147,7 +147,12 @@ def systems(recipe: int, quick: bool, rank: int = 4) -> list[System]:
         recipe: 1, 2 or 3.
         quick: a few exchanges of one candidate each, of the main systems.
         rank: of the adapter; the head of recipe 3 has none.
+
+    Raises:
+        ValueError: systems are not compared on a recipe of that number.
     """
+    if recipe not in NODES:
+        raise ValueError(f"recipe must be 1, 2 or 3, those that systems are compared on; got {recipe}")
     lengths = LENGTHS[recipe] if recipe == 3 else LENGTHS[recipe].at_rank(rank)
     found = [*_ours(lengths), *_first_order(lengths), *_published(lengths, NODES[recipe])]
     if not quick:

@@ -490,10 +490,22 @@ def test_short_runs_choose_a_step_and_are_in_no_table():
     assert target.best(rows) == [rows[1]]
 
 
-def test_another_recipe_than_the_first_three_is_refused():
-    outcome = CliRunner().invoke(cli.app, ["target", "--recipe", "9", "--loopback"])
-    assert outcome.exit_code == 3
-    assert "recipe must be 1, 2 or 3" in outcome.stderr
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["target", "--recipe", "9"], "recipe must be 1, 2 or 3, those that systems are compared on; got 9"),
+        (
+            ["target", "--system", "fedprox"],
+            "no system is called 'fedprox'; there are: ours, 16 local steps;",
+        ),
+        (["link", "--system", "fedprox"], "no system is called 'fedprox'; there are: ours"),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_is_set_up(monkeypatch, command, says):
+    monkeypatch.setattr(cli, "network", lambda **_: pytest.fail("namespaces were made"))
+    outcome = CliRunner().invoke(cli.app, command)
+    assert outcome.exit_code == 3, outcome.output
+    assert says in outcome.stderr
 
 
 @pytest.mark.e2e

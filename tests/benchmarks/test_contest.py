@@ -96,10 +96,3 @@ def test_passes_are_those_of_slopes_or_of_moves(tmp_path):
     manifest = runs.template(tmp_path / "run").manifest()
     assert passes(runs.varied(manifest, {"probe": {"directions": 4, "sides": 1}})) == (4, 0)
     assert passes(runs.varied(manifest, {"moves": {"projections": 256, "updates": 10}})) == (10, 10)
-
-
-def test_another_recipe_has_no_contest(tmp_path):
-    with pytest.raises(
-        ValueError, match="recipe must be 1, 2 or 3, those that systems are compared on; got 4"
-    ):
-        contests.prepare(4, tmp_path, quick=True, rank=4)
