@@ -1,14 +1,12 @@
 """What attackers cost an honest swarm: the time of its rounds, quiet and under attack, and the coordinator's memory.
 
-python -m benchmarks.attacks --out docs/results
+    python -m benchmarks.attacks [--seconds S] [--json] [--out [DIR]]
 
 A real coordinator, real nodes with a small loss, attackers in a process of their own. This process is one of the nodes,
 and takes the times of commits as they reach it.
 """
 
-import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
@@ -26,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine
+from benchmarks.command import add_json, add_out, command_line, deliver
 from benchmarks.soak_node import LogisticTrainer
 from benchmarks.soak_swarm import Swarm
 from coordinator.rundir import RunDirectory
@@ -245,30 +244,17 @@ def markdown(figures: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write if asked to."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.attacks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("attacks", __doc__)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each phase (20)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="also write attacks.json and attacks.md to DIR"
-    )
+    add_json(parser)
+    add_out(parser, "attacks.json and attacks.md")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as directory:
         figures = measure(Path(directory) / "swarm", options.seconds, Console(stderr=True))
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "attacks.json").write_text(json.dumps(figures, indent=2) + "\n")
-        (options.out / "attacks.md").write_text(markdown(figures))
-    if options.json:
-        sys.stdout.write(json.dumps(figures) + "\n")
-    else:
-        table = Table(*_COLUMNS)
-        for row in figures["rows"]:
-            table.add_row(*_cells(row, figures["quiet_p99_s"]))
-        Console().print(table)
+    table = Table(*_COLUMNS)
+    for row in figures["rows"]:
+        table.add_row(*_cells(row, figures["quiet_p99_s"]))
+    deliver("attacks", figures, markdown(figures), options, table)
     return 0
 
 

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks import machine, random_base, rows
+from benchmarks.command import add_json, add_out, command_line
 from benchmarks.recipes.problem import PROJECTIONS
 from node import embedded
 from node.adapter import Adapter
@@ -243,19 +244,12 @@ def markdown(found: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and keep every row as soon as it is there if asked to."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=__doc__.partition("\n")[0])
+    parser = command_line("cuda", __doc__)
     parser.add_argument("--model", action="append", help="directory of a base (embedded); may be repeated")
     parser.add_argument("--large", action="store_true", help="also a base of 1.1 billion random parameters")
     parser.add_argument("--quick", action="store_true", help="in float32 alone, 3 turns")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        nargs="?",
-        const=Path("docs/results"),
-        help="also keep cuda.json and cuda.md in DIR (docs/results)",
-    )
+    add_json(parser)
+    add_out(parser, "cuda.json and cuda.md")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         reason = "was installed without CUDA" if torch.version.cuda is None else "sees no GPU"

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import machine
 from benchmarks import rows as rows_of
+from benchmarks.command import add_json, add_out, command_line
 from benchmarks.recipes import comparison
 from benchmarks.recipes.assets import AssetMissing
 from benchmarks.recipes.baselines import FirstOrder, first_order
@@ -179,24 +180,14 @@ def _picture(path: Path, recipe: int) -> Path:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.directions", description=__doc__.partition("\n")[0]
-    )
+    parser = command_line("directions", __doc__)
     parser.add_argument(
         "--recipe", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], help="which (1 2 3)"
     )
     parser.add_argument("--seed", type=int, default=1, help="(1)")
     parser.add_argument("--quick", action="store_true", help="very short runs: whether it works")
-    parser.add_argument("--json", action="store_true", help="print the rows instead of the page")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        nargs="?",
-        const=Path("docs/results"),
-        default=Path("directions-out"),
-        help="where results are kept (docs/results); without it, in directions-out",
-    )
+    add_json(parser)
+    add_out(parser, "rows, page and plots", Path("directions-out"))
     return parser.parse_args(arguments)
 
 

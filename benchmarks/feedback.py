@@ -1,6 +1,6 @@
 """Whether error feedback helps: what rounding took from a scalar, added to a later one, on a quadratic.
 
-    python -m benchmarks.feedback [--quick] [--json]
+    python -m benchmarks.feedback [--quick] [--json] [--out [DIR]]
 
 The loss is ½ Σ λ_j w_j², λ_j = j^−0.7, with 1,024 weights, 8 nodes of 4 directions and noisy slopes; codes and steps
 are those of zo. "next" adds what was lost to the slope of the node's next round, along another direction; "index"
@@ -8,8 +8,6 @@ keeps it for each direction of a pool until the node meets that one again. The f
 a share of the first, at the best of three steps, in the mean of three seeds.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any, Final, Literal
@@ -18,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import machine
+from benchmarks.command import add_json, add_out, command_line, deliver
 from zo.codes import UNIT_BY_BITS, coefficients, decode, encode
 from zo.steps import StepRule
 
@@ -91,10 +90,10 @@ def best(feedback: Feedback, pool: int, bits: int, rounds: int) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.feedback", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line("feedback", __doc__)
     parser.add_argument("--quick", action="store_true", help="20 rounds: to see that it runs")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of Markdown")
+    add_json(parser)
+    add_out(parser, "feedback.json and feedback.md")
     options = parser.parse_args(arguments)
     rounds = 20 if options.quick else 400
     rows: list[dict[str, Any]] = []
@@ -105,7 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for bits in sorted(UNIT_BY_BITS, reverse=True)
         ]
     figures = {"rows": rows, "commit": machine.commit(), "command": machine.command("benchmarks.feedback")}
-    print(json.dumps(figures, indent=1) if options.json else markdown(rows))
+    page = markdown(rows)
+    deliver("feedback", figures, page, options, page)
     return 0
 
 

@@ -1,14 +1,13 @@
 """Fuzzing of everything that is read from outside: any bytes in, a well-formed value or the documented error out.
 
-pip install atheris
-python -m benchmarks.fuzz --minutes 10
+    pip install atheris
+    python -m benchmarks.fuzz --minutes 10
 
 Each target takes bytes and returns; whatever it raises is a finding. Atheris, which is no dependency of the project,
 mutates them so that ever more branches are reached; `tests/benchmarks/test_fuzz.py` runs the same targets with
 Hypothesis, always. The first byte of an input of Atheris chooses the target.
 """
 
-import argparse
 import contextlib
 import json
 import random
@@ -26,6 +25,7 @@ import numpy as np
 import zstandard
 from safetensors.numpy import save
 
+from benchmarks.command import command_line
 from coordinator.conductor import Conductor
 from coordinator.config import ServiceConfig
 from coordinator.effects import Effect, Enrol, Persist, PersistCheckpoint, Quarantine
@@ -542,11 +542,10 @@ def _functions() -> Iterator[FunctionType]:
 
 def main() -> None:
     """Fuzz with Atheris; it ends with a trace and the input at the first finding."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("fuzz", __doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--only", choices=[each.__name__ for each in TARGETS], help="one target")
+    names = [each.__name__ for each in TARGETS]
+    parser.add_argument("--only", choices=names, metavar="TARGET", help=f"one of {', '.join(names)}")
     parser.add_argument("--corpus", type=Path, help="directory of inputs, kept for the next time")
     parser.add_argument("input", type=Path, nargs="?", help="run one input again, as a finding named it")
     options = parser.parse_args()

@@ -9,7 +9,6 @@ by message, with ZMTP and CURVE, and as the kernel counted them, handshake inclu
 until the node has every commit, its digest equal to the coordinator's.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -28,6 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import machine
+from benchmarks.command import add_json, add_out, command_line, deliver
 from benchmarks.long_run import fill, init_run
 from benchmarks.slow_link import SlowLink
 from coordinator.rundir import RunDirectory
@@ -243,43 +243,26 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write if asked to; 1 if a digest differs."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.join",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("join", __doc__)
     parser.add_argument("--commits", type=int, help="rounds in the ledger (1000000; 20000 with --quick)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add_json(parser)
     parser.add_argument("--quick", action="store_true", help="20,000 commits, and no link of 50 kbit/s")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        nargs="?",
-        const=Path("docs/results"),
-        help="also write join.json and join.md to DIR (docs/results)",
-    )
+    add_out(parser, "join.json and join.md")
     options = parser.parse_args(arguments)
     commits = options.commits if options.commits is not None else 20_000 if options.quick else 1_000_000
     if commits < 1:
         parser.error("--commits must be at least 1")
     with tempfile.TemporaryDirectory() as directory:
         figures = measure(commits, options.quick, Console(stderr=True), Path(directory))
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "join.json").write_text(json.dumps(figures, indent=2) + "\n")
-        (options.out / "join.md").write_text(markdown(figures))
-    if options.json:
-        sys.stdout.write(json.dumps(figures) + "\n")
-    else:
-        table = Table("who joins", "payload down", "ZMTP", "kernel down", "kernel up", "caught up", "digest")
-        for each in figures["rows"]:
-            table.add_row(*_cells(each))
-        Console().print(table)
-        Console().print(
-            f"restart of the coordinator: {figures['restart_seconds']:.2f} s until the ticket",
-            highlight=False,
-        )
+    restart = f"restart of the coordinator: {figures['restart_seconds']:.2f} s until the ticket"
+    table = Table(
+        *("who joins", "payload down", "ZMTP", "kernel down", "kernel up", "caught up", "digest"),
+        caption=restart,
+        caption_justify="left",
+    )
+    for each in figures["rows"]:
+        table.add_row(*_cells(each))
+    deliver("join", figures, markdown(figures), options, table)
     return 0 if figures["digest_equal"] else 1
 
 

@@ -7,11 +7,9 @@ figure is the median over the turns; the best turn stands beside it.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -21,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine
+from benchmarks.command import add_json, add_out, command_line, deliver
 from zo import codes, kernels, reference, weights
 from zo.directions import Direction
 
@@ -211,38 +210,22 @@ Median and best of {figures["cases"]["apply"]["turns"]} turns. {against_torch}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write if asked to."""
     options = _options(arguments)
-    console = Console(stderr=options.json)
+    console = Console(stderr=True)
     if not kernels.is_compiled():
         console.print("compiling the kernels, once for this machine …", style="dim")
     kernels.compile_kernels()
     cases = all_cases()
     measure(list(cases.values()), num_turns=5 if options.quick else 31)
     figures = report(cases, machine.command("benchmarks.kernels"))
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "kernels.json").write_text(json.dumps(figures, indent=2) + "\n")
-        (options.out / "kernels.md").write_text(markdown(figures))
-    if options.json:
-        sys.stdout.write(json.dumps(figures) + "\n")
-    else:
-        console.print(_table(figures))
+    deliver("kernels", figures, markdown(figures), options, _table(figures))
     return 0
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser = command_line("kernels", __doc__)
+    add_json(parser)
     parser.add_argument("--quick", action="store_true", help="5 turns instead of 31")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        nargs="?",
-        const=Path("docs/results"),
-        help="also write kernels.json and kernels.md to DIR (docs/results)",
-    )
+    add_out(parser, "kernels.json and kernels.md")
     return parser.parse_args(arguments)
 
 

@@ -9,7 +9,6 @@ directions (Hutchinson 1989).
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.command import command_line
 from benchmarks.recipes.catalogue import fold, text_problem
 from benchmarks.recipes.problem import Form, Problem, start
 from benchmarks.recipes.swarm import Swarm, train
@@ -102,7 +102,7 @@ def table(points: Sequence[tuple[str, Point]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure at the start, and after some rounds of a swarm."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.law", description=__doc__.partition("\n")[0])
+    parser = command_line("law", __doc__)
     parser.add_argument("--model", required=True, help="directory of a base")
     parser.add_argument("--data", required=True, help="text file; white space is folded")
     parser.add_argument("--rounds", type=int, default=125, help="of 8 nodes with 4 directions (125)")

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from benchmarks import machine
+from benchmarks.command import add_json, add_out, command_line
 from benchmarks.recipes import page
 from benchmarks.recipes.assets import AssetMissing
 from benchmarks.recipes.catalogue import RECIPES, fold, text_problem
@@ -236,46 +237,49 @@ def _command(options: argparse.Namespace, arguments: Sequence[str]) -> str:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.learning", description=__doc__.partition("\n")[0]
-    )
+    parser = command_line("learning", __doc__)
     parser.add_argument("--recipe", type=int, choices=sorted(RECIPES), help="run this one")
     parser.add_argument("--quick", action="store_true", help="a small form of the recipe, minutes at most")
     parser.add_argument("--again", action="store_true", help="run a recipe's rows even if they are there")
     parser.add_argument(
         "--device", default="cpu", metavar="cpu|cuda|cuda:N|auto", help="where a recipe computes (cpu)"
     )
-    parser.add_argument("--model", help="directory of the base, if it is no recipe")
-    parser.add_argument("--data", help="a UTF-8 text; its last tenth is held out")
-    parser.add_argument(
-        "--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2, 3]
+    one = parser.add_argument_group("without a recipe", "a swarm on one text")
+    one.add_argument("--model", metavar="DIR", help="directory of the base")
+    one.add_argument("--data", metavar="FILE", help="a UTF-8 text; its last tenth is held out")
+    one.add_argument("--keep-line-breaks", action="store_true", help="do not fold white space into one space")
+    seeds = [1, 2, 3]
+    one.add_argument(
+        "--seeds",
+        type=lambda text: [int(part) for part in text.split(",")],
+        metavar="N,N,...",
+        default=seeds,
+        help=f"a run for each ({','.join(map(str, seeds))})",
     )
-    parser.add_argument("--nodes", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=300)
-    parser.add_argument("--directions", type=int, default=1, help="per node and round")
-    parser.add_argument("--sides", type=int, choices=(1, 2), default=2, help="losses for a direction")
-    parser.add_argument("--step", type=float, default=0.01, help="in units of the weights")
-    parser.add_argument("--decay", choices=("linear", "constant"), default="linear")
-    parser.add_argument("--smoothing", type=int, default=2)
-    parser.add_argument("--train", choices=("B", "AB"), default="AB")
-    parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--alpha", type=float, default=8.0)
-    parser.add_argument("--epsilon", type=float, default=0.01)
-    parser.add_argument("--quantize", choices=KINDS, default="none", help="how to hold the base")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--sequence-length", type=int, default=128)
-    parser.add_argument(
-        "--keep-line-breaks", action="store_true", help="do not fold white space into one space"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        nargs="?",
-        const=Path("docs/results"),
-        help="also write learning.json and learning.md to DIR (docs/results); where a recipe keeps its results "
-        "(learning-out)",
+
+    def amount(name: str, kind: type[int] | type[float], default: float, what: str) -> None:
+        one.add_argument(name, type=kind, default=default, metavar="N", help=f"{what} ({default})")
+
+    def choice(name: str, kinds: Sequence[object], default: object, what: str) -> None:
+        one.add_argument(name, type=type(default), choices=kinds, default=default, help=f"{what} ({default})")
+
+    amount("--nodes", int, 8, "virtual nodes, each with its part of the text")
+    amount("--rounds", int, 300, "of a run")
+    amount("--directions", int, 1, "of a node and round")
+    choice("--sides", (1, 2), 2, "losses for a direction")
+    amount("--step", float, 0.01, "of a round, in units of the weights")
+    choice("--decay", ("linear", "constant"), "linear", "of the step")
+    amount("--smoothing", int, 2, "a round changes the scale that normalises by 2^-N of the difference")
+    choice("--train", ("B", "AB"), "AB", "parts of the adapter")
+    amount("--rank", int, 4, "of the adapter")
+    amount("--alpha", float, 8.0, "of the adapter")
+    amount("--epsilon", float, 0.01, "of the perturbation")
+    choice("--quantize", KINDS, "none", "how to hold the base")
+    amount("--batch-size", int, 8, "windows in a batch")
+    amount("--sequence-length", int, 128, "tokens of a window")
+    add_json(parser)
+    add_out(
+        parser, "learning.json and learning.md, or what a recipe has found (without it, in learning-out),"
     )
     options = parser.parse_args(arguments)
     if options.recipe is None and not (options.model and options.data):

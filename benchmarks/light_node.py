@@ -5,7 +5,6 @@
 Prints one JSON object when it has all commits up to a round, and leaves.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.command import command_line
 from coordinator.trained import head_of
 from node.base import read_digest, read_tokenizer_digest
 from node.service import Leaving, NodeService, View
@@ -80,7 +80,7 @@ class Onlooker:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Catch up, say what it took, leave."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.light_node", description=__doc__)
+    parser = command_line("light_node", __doc__)
     parser.add_argument("ticket", type=parse_ticket)
     parser.add_argument("state", type=Path)
     parser.add_argument("--base", type=Path, required=True)

@@ -1,6 +1,6 @@
 """What attackers inside the swarm do to what it learns, and what each defence leaves of that.
 
-python -m benchmarks.poisoning --out docs/results
+    python -m benchmarks.poisoning [--quick] [--out [DIR]]
 
 Sixteen nodes in one process, over probe, codes, cap, step rule, commit and replica as they are in the field; four of
 them send inverted, constant or maximal codes. Who is found out, by the tallies of codes or by public audits, reports no
@@ -10,7 +10,6 @@ again.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,7 @@ from rich.status import Status
 
 from benchmarks import machine
 from benchmarks import rows as rows_of
+from benchmarks.command import add_out, command_line
 from benchmarks.recipes import problem as problems
 from benchmarks.recipes.catalogue import sentiment_problem
 from benchmarks.recipes.problem import HeldOut, Problem
@@ -436,8 +436,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what was not run yet, and write the page."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.poisoning", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where the results go")
+    parser = command_line("poisoning", __doc__)
+    add_out(parser, "rows, page and plot", Path("poisoning-out"))
     parser.add_argument("--quick", action="store_true", help="few rounds, to see that it works")
     given = parser.parse_args(arguments)
     settings = Swarm(rounds=10 if given.quick else 300, directions=4, sides=2, step=0.3, epsilon=0.01)

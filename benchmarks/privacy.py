@@ -1,6 +1,6 @@
 """What differential privacy costs in accuracy: recipe 3 with every node private, at several budgets.
 
-    python -m benchmarks.privacy --out docs/results
+    python -m benchmarks.privacy [--quick] [--nodes N] [--out [DIR]]
 
 MiniLM on SST-2, a head alone, virtual nodes in one process over the code path of real ones
 (`benchmarks.recipes.swarm`). Every node is private by itself: its rows, its noise, its budget, which lasts exactly for
@@ -10,7 +10,6 @@ mechanism. What is there already of a run is not run again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks import machine
+from benchmarks.command import add_out, command_line
 from benchmarks.recipes import problem as problems
 from benchmarks.recipes.catalogue import sentiment_problem
 from benchmarks.recipes.problem import HeldOut, Problem
@@ -189,9 +189,7 @@ def plot(figures: dict[str, Any], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing, print, and write if asked to."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.privacy", description=__doc__.partition("\n")[0]
-    )
+    parser = command_line("privacy", __doc__)
     parser.add_argument("--quick", action="store_true", help="four nodes of 32 rows, 20 rounds, one seed")
     parser.add_argument(
         "--nodes", type=int, default=16, metavar="N", help="of 432 rows each (16, which is all)"
@@ -201,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--clip", type=float, default=CLIP, metavar="C", help=f"most a row may say ({CLIP:g})"
     )
     parser.add_argument("--again", action="store_true", help="run also what is there already")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write privacy.json, .md and .png there")
+    add_out(parser, "privacy.json, privacy.md and privacy.png")
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
     settings = replace(SETTINGS, rounds=20) if options.quick else SETTINGS

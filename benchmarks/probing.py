@@ -9,7 +9,6 @@ meets all of them alike: the medians of the ratios of neighbouring turns are the
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import machine, random_base
+from benchmarks.command import add_json, add_out, command_line, deliver
 from node import embedded
 from node.adapter import Adapter
 from node.base import load_base
@@ -150,23 +150,14 @@ def markdown(figures: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write if asked to."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.probing", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser = command_line("probing", __doc__)
+    add_json(parser)
     parser.add_argument("--quick", action="store_true", help="3 turns instead of 15, and the smallest batch")
     parser.add_argument("--random", action="store_true", help="also a base of 85 million random parameters")
     parser.add_argument("--model", action="append", help="directory of a further base; may be repeated")
     parser.add_argument("--quantize", choices=KINDS, default="nf4", help="how to hold further bases (nf4)")
     parser.add_argument("--threads", type=int, default=1, help="to compute with (1)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        nargs="?",
-        const=Path("docs/results"),
-        help="also write probing.json and probing.md to DIR (docs/results)",
-    )
+    add_out(parser, "probing.json and probing.md")
     options = parser.parse_args(arguments)
     kernels.compile_kernels()
     kernels.set_threads(options.threads)
@@ -196,19 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "commit": machine.commit(),
         "command": _command(options),
     }
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "probing.json").write_text(json.dumps(figures, indent=2) + "\n")
-        (options.out / "probing.md").write_text(markdown(figures))
-    if options.json:
-        sys.stdout.write(json.dumps(figures) + "\n")
-        return 0
     table = Table("base", "adapted", "batch", "views", "one by one", *(f"{n} at once" for n in AT_ONCE))
     for row in rows:
         ratios = (f"{row.ratios[str(n)]:.2f}×" if str(n) in row.ratios else "" for n in AT_ONCE)
         held = f"{row.model}, {row.quantize}"
         table.add_row(held, row.adapted, row.batch, str(row.sides), f"{row.one_by_one_ms:.1f} ms", *ratios)
-    Console().print(table)
+    deliver("probing", figures, markdown(figures), options, table)
     return 0
 
 

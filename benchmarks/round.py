@@ -7,7 +7,6 @@ them; only the socket is left out. "Forward passes" are the two per direction, l
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import machine
+from benchmarks.command import add_json, add_out, command_line, deliver
 from benchmarks.recipes.problem import Form
 from benchmarks.recipes.swarm import Swarm, make_manifest
 from node import embedded
@@ -140,10 +140,8 @@ def markdown(figures: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write if asked to."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.round", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser = command_line("round", __doc__)
+    add_json(parser)
     parser.add_argument("--quick", action="store_true", help="5 rounds instead of 40")
     parser.add_argument(
         "--peers", type=int, nargs="+", default=[1, 4, 16, 64], help="nodes in a commit (1 4 16 64)"
@@ -152,28 +150,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model", default=str(embedded.path()), help="directory of the base (the embedded one)"
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        nargs="?",
-        const=Path("docs/results"),
-        help="also write round.json and round.md to DIR (docs/results)",
-    )
+    add_out(parser, "round.json and round.md")
     options = parser.parse_args(arguments)
     figures = measure(options, Console(stderr=True))
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "round.json").write_text(json.dumps(figures, indent=2) + "\n")
-        (options.out / "round.md").write_text(markdown(figures))
-    if options.json:
-        sys.stdout.write(json.dumps(figures) + "\n")
-        return 0
     table = Table("nodes in the commit", "round", "forward passes", "ratio")
     for row in figures["rows"]:
         round_ms, forward_ms = f"{row['round_s'] * 1000:.1f} ms", f"{row['forward_s'] * 1000:.1f} ms"
         table.add_row(str(row["peers"]), round_ms, forward_ms, f"{row['ratio']:.3f}")
-    Console().print(table)
+    deliver("round", figures, markdown(figures), options, table)
     return 0
 
 

@@ -8,8 +8,6 @@ machine slows a process down, which is measured). With `--model both`, four
 fifths of the time go to light nodes (all of the node's service, a small loss) and a fifth to the embedded model.
 """
 
-import argparse
-import json
 import secrets
 import shutil
 import signal
@@ -27,6 +25,7 @@ from typing import Any, Final, NoReturn
 from rich.console import Console
 
 from benchmarks import machine
+from benchmarks.command import add_json, add_out, command_line, deliver
 from benchmarks.soak_schedule import Happening, Kind, num_places, schedule
 from benchmarks.soak_swarm import SoakError, Swarm
 from coordinator.display import duration
@@ -232,22 +231,15 @@ def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Soak, print, and write if asked to."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__.partition("\n")[0])
+    parser = command_line("soak", __doc__)
     time_group = parser.add_mutually_exclusive_group()
     time_group.add_argument("--seconds", type=float, default=300.0, help="of faults, in all (300)")
     time_group.add_argument("--hours", type=float, help="the same in hours")
     parser.add_argument("--nodes", type=int, default=16, help="light nodes at any time, at least (16)")
     parser.add_argument("--model", choices=("both", "light", "demo"), default="both", help="(both)")
     parser.add_argument("--seed", type=int, help="of the schedule (drawn, and printed)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        nargs="?",
-        const=Path("docs/results"),
-        help="also write soak.json and soak.md to DIR (docs/results)",
-    )
+    add_json(parser)
+    add_out(parser, "soak.json and soak.md")
     options = parser.parse_args(arguments)
     seconds = options.seconds if options.hours is None else options.hours * 3600
     if seconds < 1 or options.nodes < 1:
@@ -300,15 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "command": machine.command("benchmarks.soak"),
         "parts": parts,
     }
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "soak.json").write_text(json.dumps(figures, indent=2) + "\n")
-        (options.out / "soak.md").write_text(markdown(figures))
-    if options.json:
-        sys.stdout.write(json.dumps(figures) + "\n")
-        return Exit.OK
-    for part in parts:
-        sys.stdout.write(_summary(part) + "\n")
+    deliver("soak", figures, markdown(figures), options, "\n".join(map(_summary, parts)))
     return Exit.OK
 
 

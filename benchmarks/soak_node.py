@@ -3,7 +3,6 @@
 python -m benchmarks.soak_node TICKET STATE --base DIR
 """
 
-import argparse
 import json
 import struct
 import sys
@@ -15,6 +14,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.command import command_line
 from node.base import read_digest, read_tokenizer_digest
 from node.service import NodeError, NodeService
 from node.state import StateBusyError, StateDirectory, StateError
@@ -142,9 +142,7 @@ def make_base(directory: Path, shape: tuple[int, int] = (64, 64)) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Take part until the run is over, or until Ctrl-C or SIGTERM."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.soak_node", description=__doc__.partition("\n")[0]
-    )
+    parser = command_line("soak_node", __doc__)
     parser.add_argument("ticket", type=parse_ticket)
     parser.add_argument("state", type=Path)
     parser.add_argument("--base", type=Path, required=True)

@@ -1,6 +1,6 @@
 """What brief commits and squeezed frames save on the way down, for the table of docs/bandwidth.md.
 
-    python -m benchmarks.squeezing [RUN ...] [--json]
+    python -m benchmarks.squeezing [RUN ...] [--json] [--out [DIR]]
 
 Without a run: chains of 128 commits whose codes are Gaussian with the RMS of 32 that the step rule keeps them at, for
 some numbers of nodes and directions and every width. With runs: the ledgers of their agents 0, as they are. "Live" is
@@ -8,8 +8,6 @@ the mean payload of a commit, whole and as a node is sent it that has the one be
 entry for a node that catches up. All of it is computed, by the code that a coordinator sends with.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks import machine
+from benchmarks.command import add_json, add_out, command_line, deliver
 from coordinator.conductor import history_slice
 from coordinator.membership import FLOW_WINDOW
 from coordinator.rundir import RunDirectory
@@ -84,10 +83,10 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.squeezing", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line("squeezing", __doc__)
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="directory of a run")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of Markdown")
+    add_json(parser)
+    add_out(parser, "squeezing.json and squeezing.md")
     options = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     for path in options.runs:
@@ -107,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for bits in sorted(UNIT_BY_BITS, reverse=True)
         ]
     figures = {"rows": rows, "commit": machine.commit(), "command": machine.command("benchmarks.squeezing")}
-    print(json.dumps(figures, indent=1) if options.json else markdown(rows))
+    page = markdown(rows)
+    deliver("squeezing", figures, page, options, page)
     return 0
 
 

@@ -1,6 +1,6 @@
 """What a round costs on the wire, for docs/bandwidth.md: real CURVE sockets on loopback, counted by the kernel.
 
-    python -m benchmarks.wire_table [--json] [--rounds N] [--pause-ms MS] [--at-once] [--idle-s S]
+    python -m benchmarks.wire_table [--json] [--out [DIR]] [--rounds N] [--pause-ms MS] [--at-once] [--idle-s S]
 
 Nodes and a coordinator exchange the messages of a session: handshake, `Hello` and `Welcome`; then, round by round, one
 `Report` up and one `Commit` down; at last one `Progress` and one `Leave`. Nothing is trained. Payload and ZMTP are
@@ -9,8 +9,6 @@ after each message lets TCP acknowledge it with a segment of its own, as between
 acknowledgements would ride on the next message and the figures would be lower.
 """
 
-import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -23,6 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks import machine
+from benchmarks.command import add_json, add_out, command_line, deliver
 from coordinator.rundir import RunDirectory
 from node import embedded
 from transport.brevity import Abbreviator
@@ -273,9 +272,9 @@ def markdown(figures: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.wire_table", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of Markdown")
+    parser = command_line("wire_table", __doc__)
+    add_json(parser)
+    add_out(parser, "wire_table.json and wire_table.md")
     parser.add_argument("--rounds", type=int, default=20, help="rounds to average over (20)")
     parser.add_argument(
         "--pause-ms", type=int, default=60, help="idle time after each message (60: more than a delayed ACK)"
@@ -312,7 +311,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "command": machine.command("benchmarks.wire_table"),
         **{f"{name}_version": found for name, found in machine.versions(["pyzmq", "msgspec"]).items()},
     }
-    print(json.dumps(figures, indent=1) if options.json else markdown(figures))
+    page = markdown(figures)
+    deliver("wire_table", figures, page, options, page)
     return 0
 
 
