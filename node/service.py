@@ -404,6 +404,7 @@ class NodeService:
         assert self._work_per_s is not None
         assert self._trainer is not None
         session.work_per_s = self._work_per_s
+        session.loaded(time.monotonic())
         self._carry_out([(agent, effect) for effect in session.declare(self._trainer.estimator)])
         if is_first:
             self._carry_out(self._sessions.on_manifest(manifest))

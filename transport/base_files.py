@@ -6,6 +6,7 @@ files do, so that both mean the same by every name.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,20 +41,21 @@ def digest(folder: Path) -> str:
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """Hexadecimal digest of tokenizer.json, or of the older files in its place.
+    """Hexadecimal digest of tokenizer.json, or of the older files in its place, and of a chat template if there is one.
 
     Raises:
         BaseFilesError: there are none, or they cannot be read.
     """
+    template = _chat_template(folder)
     if (folder / "tokenizer.json").is_file():
-        return _digest([folder / "tokenizer.json"])
+        return _digest([folder / "tokenizer.json"], template)
     files = {file for pattern in TOKENIZER_PATTERNS for file in folder.glob(pattern)}
     if not files:
         raise BaseFilesError(
             f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab and merges); copy the tokenizer "
             "files that belong to the model there"
         )
-    return _digest(list(files))
+    return _digest(list(files), template)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -151,11 +153,32 @@ def file_digest(files: Iterable[Path]) -> str:
     return base_digest((file.name, _chunks(file)) for file in sorted(files, key=lambda file: file.name))
 
 
-def _digest(files: list[Path]) -> str:
+def _digest(files: list[Path], chat_template: bytes | None = None) -> str:
+    parts: list[tuple[str, Iterable[bytes]]] = [(file.name, _chunks(file)) for file in files]
+    if chat_template is not None:
+        parts.append(("chat_template", [chat_template]))
     try:
-        return file_digest(files)
+        return base_digest(sorted(parts, key=itemgetter(0)))
     except OSError as error:
         raise BaseFilesError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def _chat_template(folder: Path) -> bytes | None:
+    """The template by which rows become tokens, as transformers finds it; None if there is none.
+
+    It has a file of its own, or is in tokenizer_config.json, where there may be several by name.
+    """
+    file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    try:
+        if file.is_file():
+            return file.read_bytes()
+        found = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise BaseFilesError(f"the chat template of {folder} cannot be read: {error}") from error
+    template = found.get("chat_template") if isinstance(found, dict) else None
+    if template is None or isinstance(template, str):
+        return None if template is None else template.encode()
+    return json.dumps(template, sort_keys=True).encode()
 
 
 def _chunks(file: Path) -> Iterator[bytes]:

@@ -70,12 +70,17 @@ class Connections:
     def spoke(self, number: int, session: bytes, key: bytes) -> int | None:
         """The first frame of a session came over a connection; the one to cut, if its key has too many.
 
-        That is the key's oldest: the newest session of a node is the one that counts.
+        That is the key's oldest: the newest session of a node is the one that counts. A connection has one session; but
+        the last frames of one that has ended may be read when its number is another's already. So it is the session's
+        that spoke last: who is gone soon speaks no more.
         """
         connection = self._open.get(number)
-        if connection is None or connection.session is not None or session in self._ended:
+        if connection is None or session in self._ended:
             return None  # it has ended meanwhile, and its number may be another's
-        self._no_longer_silent(number, connection)
+        if connection.session is None:
+            self._no_longer_silent(number, connection)
+        else:
+            self._part(number, connection.session, connection.key)
         connection.session, connection.key = session, key
         self._by_session[session] = number
         of_key = self._by_key.setdefault(key, [])
@@ -119,18 +124,22 @@ class Connections:
         if connection.session is None:
             self._no_longer_silent(number, connection)
             return
-        del self._by_session[connection.session]
+        self._part(number, connection.session, connection.key)
         self._ended[connection.session] = None
         if len(self._ended) > _MOST_ENDED:
             del self._ended[next(iter(self._ended))]
-        of_key = self._by_key[connection.key]
-        of_key.remove(number)
-        if not of_key:
-            del self._by_key[connection.key]
 
     def of_session(self, session: bytes) -> int | None:
         """The connection of a session; None if it has none (any more)."""
         return self._by_session.get(session)
+
+    def _part(self, number: int, session: bytes, key: bytes) -> None:
+        """A connection is no longer that of a session."""
+        del self._by_session[session]
+        of_key = self._by_key[key]
+        of_key.remove(number)
+        if not of_key:
+            del self._by_key[key]
 
     def _no_longer_silent(self, number: int, connection: _Connection) -> None:
         self._num_silent -= 1

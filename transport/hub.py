@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from transport.base_files import TOKENIZER_PATTERNS, BaseFilesError
 
-_PATTERNS: Final = ("*.json", "*.safetensors", *TOKENIZER_PATTERNS)
+PATTERNS: Final = ("*.json", "*.jinja", "*.safetensors", *TOKENIZER_PATTERNS)
 _COMMIT: Final = re.compile("[0-9a-f]{40}")
 
 
@@ -65,7 +65,7 @@ def bytes_to_fetch(model: str | Path) -> tuple[int, Path]:
         return 0, cache
     name, revision = _on_the_hub(model)
     try:
-        files = snapshot_download(name, revision=revision, allow_patterns=list(_PATTERNS), dry_run=True)
+        files = snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS), dry_run=True)
     except Exception:  # whatever it is, `find` says it, or does without the hub
         return 0, cache
     return sum(file.file_size or 0 for file in files if file.will_download), cache
@@ -94,7 +94,7 @@ def _fetched(model: str, name: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_PATTERNS)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
     except GatedRepoError as error:
         raise BaseFilesError(
             f"the base {name} is gated: accept its licence on https://huggingface.co/{name} and log in "

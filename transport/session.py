@@ -204,6 +204,12 @@ class Session:
         """What the coordinator asks for; answered once this node is at that round."""
         self._sealed = 0
         """Rounds of the own chain that the coordinator's signature has proved in this process."""
+        self._is_unproven = False
+        """Whether the weights are a snapshot's whose chain no seal has proved yet."""
+        self._proven = 0
+        """The most that `_sealed` ever was: codes of earlier rounds have been given, and the coordinator is further."""
+        self._started_over_at = 0
+        """What `_proven` was when the weights were last wrong."""
         self._seen: Commit | None = None
         """The last commit that came by itself, whatever became of it: the next one may refer to it."""
         self._trace: deque[tuple[int, bytes]] = deque(maxlen=_TRACE_ROUNDS)
@@ -228,6 +234,8 @@ class Session:
         self._resend_s = RESEND_S
         self._greet_at: float | None = None
         """When to say `Hello` again; None until the next tick sets it."""
+        self._greet_by: float | None = None
+        """When to say it at the latest, whatever of the session before still comes; likewise."""
         self._greet_s = GREET_S
 
     def know(self, manifest: Manifest) -> None:
@@ -286,14 +294,7 @@ class Session:
                 self._audit = message
                 return []
             case Resync(round, digest):
-                if round == 0:
-                    self.stage = Stage.ENDED
-                    return [
-                        End(Exit.MISMATCH, f"the weights of round 0 differ from the run's, {digest.hex()}")
-                    ]
-                reason = f"the weights of round {round} differ from the ledger's digest {digest.hex()}"
-                self._forget_reports()
-                return [*self._own_trace(), StartOver(reason)]
+                return self._resync(round, digest)
             case Finished(round, digest):
                 return self._finished(round, digest)
 
@@ -306,11 +307,16 @@ class Session:
         announced = self.replica
         self.replica = replica
         self._sealed = min(self._sealed, replica.round)
-        if self.stage is Stage.FETCHING and self.download is not None:
-            self._fetch_began = now, len(self.download.data)  # loading the base took its time
+        self._is_unproven = False
+        self.loaded(now)
         if self.stage in (Stage.CONNECTING, Stage.ENDED) or (announced is None and replica.round == 0):
             return []
         return self._greet()
+
+    def loaded(self, now: float) -> None:
+        """What `Open` asked for is loaded: what was to be fetched is asked for only now."""
+        if self.stage is Stage.FETCHING and self.download is not None:
+            self._fetch_began = now, len(self.download.data)
 
     def declare(self, estimator: str) -> list[Effect]:
         """The node has chosen how it measures: the coordinator is told, if it has not been.
@@ -366,7 +372,9 @@ class Session:
             self._greet_at = now + _FETCH_PATIENCE_S
         if self._greet_at is None:
             self._greet_at = now + self._greet_s
-        if now < self._greet_at:
+        if self.stage is Stage.GREETING and self._greet_by is None:
+            self._greet_by = now + _GREET_MAX_S
+        if now < min(self._greet_at, self._greet_by or self._greet_at):
             return []
         self._greet_s = min(2 * self._greet_s, _GREET_MAX_S)
         return self._greet()
@@ -386,7 +394,8 @@ class Session:
         if self.next_audit() is not None:
             return None  # its answer goes before the report, so that a round that has the one has the other
         round = self._next_round()
-        if self._lacks_seal or self.replica.round < self._must_reach or round is None:
+        is_behind = self.replica.round < max(self._must_reach, self._proven)
+        if self._lacks_seal or is_behind or round is None:
             return None
         exponent = self._exponents.get(round)
         return None if exponent is None else (round, exponent)
@@ -512,11 +521,19 @@ class Session:
         self.download = None
         if not download.is_intact:
             return [Jumped(0), *self._greet()]
+        own = self.replica
+        assert own is not None
         try:
-            replica = decode_snapshot(bytes(download.data), manifest, self.agent, self.replica)
+            replica = decode_snapshot(bytes(download.data), manifest, self.agent, own)
         except SnapshotError as error:
+            if own.round and pools.start(manifest) is not None:  # its weights are made from this node's
+                self._forget_reports()
+                return [Jumped(0), StartOver(f"these weights and the coordinator's snapshot differ: {error}")]
             return self._fail(Exit.DAMAGED, f"the coordinator's snapshot cannot be used: {error}")
+        if replica.round <= own.round:
+            return [Jumped(0), *self._follow_from_here()]  # nothing leads back; commits have come meanwhile
         self.replica = replica
+        self._is_unproven = bool(manifest.run.signer)
         self._must_leap = False
         self._walk_steps.clear()  # of commits that may have been taken back
         self._trace.clear()
@@ -567,16 +584,35 @@ class Session:
                 f"{replica.head.hex()}: there are two ledgers of this run, which part {since}. To go on from the "
                 "coordinator's, join with --start-over",
             )
-        self._sealed = seal.round
+        self._sealed, self._is_unproven = seal.round, False
+        self._proven = max(self._proven, seal.round)
         return []
 
     @property
     def _lacks_seal(self) -> bool:
-        """Whether a seal is due: one comes with every digest, and at each start for what a node has."""
+        """Whether a seal is due: one comes with every digest, and at each start and snapshot for what a node has."""
         if self.manifest is None or not self.manifest.run.signer or self.replica is None:
             return False
+        if self._is_unproven:
+            return True
         every = self.manifest.parity.digest_every
         return self.replica.round // every > self._sealed // every
+
+    def _resync(self, round: int, digest: bytes) -> list[Effect]:
+        """Drop the weights, if it is the coordinator who says so.
+
+        Nobody signs that. But each seal after the last such word shows that the run's coordinator is there; without it
+        whoever has the connection could ask for the codes of the same rounds again and again.
+        """
+        assert self.manifest is not None
+        if self.manifest.run.signer and self._proven <= self._started_over_at:
+            return self._greet()
+        if round == 0:
+            return self._fail(Exit.MISMATCH, f"the weights of round 0 differ from the run's, {digest.hex()}")
+        self._started_over_at = self._proven
+        self._forget_reports()
+        reason = f"the weights of round {round} differ from the ledger's digest {digest.hex()}"
+        return [*self._own_trace(), StartOver(reason)]
 
     def _history(self, frames: tuple[bytes, ...], now: float) -> list[Effect]:
         try:
@@ -646,7 +682,8 @@ class Session:
         replica, manifest = self.replica, self.manifest
         assert replica is not None
         assert manifest is not None
-        if replica.round != round or (manifest.run.signer and self._sealed != round):
+        is_proven = not manifest.run.signer or (self._sealed == round and not self._is_unproven)
+        if not replica.round == round >= manifest.run.rounds or not is_proven:
             return self._greet()
         progress = Transmit(self._progress(replica, manifest))
         if replica.digest() != digest:
@@ -665,7 +702,7 @@ class Session:
 
     def _greet(self) -> list[Effect]:
         self.stage = Stage.GREETING
-        self._greet_at = None
+        self._greet_at = self._greet_by = None
         return [Transmit(self._hello())]
 
     def _next_round(self) -> int | None:

@@ -66,7 +66,7 @@ def parse_ticket(text: str) -> Ticket:
             f"not a ticket: {_shown(text)}. A ticket looks like {_FORM}; copy the whole line that serve printed"
         )
     host, port_text, run_text, key_text, token_part, token_text = match.groups()
-    port = int(port_text[:9])  # of a number of thousands of digits Python makes none
+    port = int(port_text.lstrip("0")[:9] or "0")  # of a number of thousands of digits Python makes none
     if not 1 <= port <= 65535:
         raise TicketError(f"the ticket's port must be between 1 and 65535, got {port}")
     try:

@@ -112,7 +112,9 @@ class BaseModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             description="BLAKE2b-128 over config.json and the safetensors files; a node with another is refused."
         ),
     ]
-    tokenizer_digest: Annotated[Hex16, Meta(description="BLAKE2b-128 over the tokenizer's files; likewise.")]
+    tokenizer_digest: Annotated[
+        Hex16, Meta(description="BLAKE2b-128 over the tokenizer's files and its chat template; likewise.")
+    ]
     quantize: Annotated[
         Kind,
         Meta(

@@ -1,5 +1,6 @@
 """Loading a base: what it is afterwards, what its digest covers, and what is refused in which words."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -89,6 +90,29 @@ def test_without_tokenizer_json_the_digest_is_that_of_its_parts(folder):
     (folder / "merges.txt").write_bytes(b"a b")
     expected = base_digest([("merges.txt", [b"a b"]), ("vocab.json", [b"{}"])])
     assert read_tokenizer_digest(folder) == expected
+
+
+def test_a_chat_template_is_part_of_the_tokenizer_wherever_it_is_kept(folder):
+    plain, content = read_tokenizer_digest(folder), (folder / "tokenizer.json").read_bytes()
+    settings = folder / "tokenizer_config.json"
+    template = "USER: {{ messages[0]['content'] }}\n"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
+    expected = base_digest([("chat_template", [template.encode()]), ("tokenizer.json", [content])])
+    assert read_tokenizer_digest(folder) == expected != plain
+    (folder / "chat_template.jinja").write_text("another")  # which transformers prefers
+    assert read_tokenizer_digest(folder) not in (expected, plain)
+    (folder / "chat_template.jinja").write_text(template)
+    settings.unlink()
+    assert read_tokenizer_digest(folder) == expected
+
+
+def test_chat_templates_by_name_count_and_what_is_no_json_is_an_error(folder):
+    plain, settings = read_tokenizer_digest(folder), folder / "tokenizer_config.json"
+    settings.write_text(json.dumps({"chat_template": [{"name": "default", "template": "a"}]}))
+    assert read_tokenizer_digest(folder) != plain
+    settings.write_text("{")
+    with pytest.raises(BaseError, match=r"the chat template of .* cannot be read"):
+        read_tokenizer_digest(folder)
 
 
 def test_digests_are_read_without_torch():

@@ -63,6 +63,22 @@ def test_a_session_whose_connection_ended_is_not_given_to_the_next_with_its_numb
     assert connections.spoke(99, b"never accepted", KEY) is None
 
 
+def test_a_frame_of_one_that_ended_unseen_does_not_keep_its_successors_number(connections):
+    connections.accepted(7, "here", 0.0)
+    connections.accepted(7, "there", 1.0)  # the first has spoken, and ended, before anybody looked
+    other = b"o" * 32
+    spoken = [(b"first", KEY), (b"second", other), (b"first", KEY), (b"second", other)]
+    for session, key in spoken:
+        assert not connections.took(session, 10)
+        assert connections.spoke(7, session, key) is None
+        assert connections.took(session, 10)
+        assert connections.of_session(session) == 7
+    assert connections.of_session(b"first") is None
+    for number in (8, 9):  # the first one's key has no connection any more
+        connections.accepted(number, "here", 2.0)
+        assert connections.spoke(number, b"s%d" % number, KEY) is None
+
+
 def test_who_sends_far_more_than_is_taken_is_cut(connections):
     for number in (1, 2):
         connections.accepted(number, "here", 0.0)

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from coordinator.rundir import RunDirectory
 from node import embedded
 from transport.base_files import BaseFilesError, digest
-from transport.hub import Found, find, spelled, split
+from transport.hub import PATTERNS, Found, find, spelled, split
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -51,6 +52,13 @@ def test_a_name_is_found_with_the_commit_that_it_stands_for(cache, model):
     folder, name, revision = found_with(cache, model)
     assert (name, revision) == ("owner/name", COMMIT)
     assert digest(Path(folder)) == digest(embedded.path())
+
+
+def test_all_that_a_base_is_of_is_fetched_and_no_more():
+    wanted = ["chat_template.jinja", "config.json", "model-00001-of-00002.safetensors", "tokenizer.json"]
+    wanted += ["generation_config.json", "merges.txt", "tokenizer_config.json", "vocab.json"]
+    others = ["README.md", "model.gguf", "pytorch_model.bin", "modeling.py"]
+    assert list(filter_repo_objects(wanted + others, allow_patterns=PATTERNS)) == wanted
 
 
 @pytest.mark.parametrize("model", ["owner/name@other", "owner/another"])

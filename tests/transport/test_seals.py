@@ -1,14 +1,29 @@
 """Seals: whose signature proves a chain, and what a node makes of any other."""
 
 import msgspec
+import numpy as np
 import pytest
 
 from transport.exits import Exit
-from transport.messages import PROTOCOL_VERSION, Commit, Finished, Hello, History, Offer, Sealed, Welcome
+from transport.messages import (
+    PROTOCOL_VERSION,
+    Commit,
+    Finished,
+    Hello,
+    History,
+    Identify,
+    Offer,
+    Piece,
+    Report,
+    Resync,
+    Sealed,
+    Welcome,
+)
 from transport.seals import Signer, is_sealed
-from transport.session import End, Session, Transmit
+from transport.session import End, Session, StartOver, Transmit
 from zo.commit import genesis
 from zo.replica import Replica
+from zo.snapshot import content_address, encode_snapshot
 from zo.weights import zeros
 
 SIGNER, OTHER = Signer(bytes(range(32))), Signer(bytes(32))
@@ -65,7 +80,7 @@ class Chain:
 
 @pytest.fixture
 def manifest(make_manifest):
-    return make_manifest(signer=SIGNER.public, digest_every=EVERY)
+    return make_manifest(signer=SIGNER.public, digest_every=EVERY, rounds=1000)
 
 
 @pytest.fixture
@@ -264,3 +279,120 @@ def test_without_a_signer_in_the_manifest_nothing_is_sealed(make_manifest):
     chain, session = Chain(manifest), joined(manifest)
     follow(session, chain, EVERY)
     assert session.next_probe() == (EVERY, -5)
+
+
+def proven(manifest, chain, rounds):
+    """A session that has followed the run's coordinator for so many rounds."""
+    session = joined(manifest)
+    for _ in range(rounds // EVERY):
+        follow(session, chain, EVERY)
+        session.on_message(chain.seal(), 0.0)
+    return session
+
+
+def leap(session, replica, manifest, round):
+    """What a session does with a snapshot, after a welcome that names a round."""
+    data = encode_snapshot(replica, manifest)
+    content = content_address(data)
+    offer = Offer(content, replica.round, len(data), 0, 0, 10**9, 10**9, True)
+    session.on_message(Identify(), 0.0)
+    session.on_message(Welcome(PROTOCOL_VERSION, 0, b"", round, -5, offer), 0.0)
+    return session.on_message(Piece(content, 0, len(data), data), 1.0)
+
+
+def codes_given_to(session, chain):
+    """Rounds that a session reports for as somebody goes on with a chain, until it wants to see a seal."""
+    rounds = []
+    while (wanted := session.next_probe()) is not None:
+        rounds.append(wanted[0])
+        effects = session.on_probed(wanted[0], np.array([3, -4], np.int8), 1.0, 2.0)
+        assert [type(each.message) for each in effects] == [Report]
+        session.on_message(chain.commit(9999), 2.0)
+    return rounds
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("at", [EVERY + 1, 5 * EVERY, 1000])
+def test_a_forged_snapshot_is_worth_nothing_without_a_seal(manifest, chain, at):
+    session = proven(manifest, chain, EVERY)
+    relay = Chain(manifest)
+    for _ in range(at):
+        relay.commit(9)
+    leap(session, relay.replica, manifest, at)
+    assert session.replica.round == at
+    assert codes_given_to(session, relay) == []
+    assert says_hello(session.on_message(Finished(at, relay.replica.digest()), 2.0))
+    session.on_message(Welcome(PROTOCOL_VERSION, 0, b"", at, -5, None), 2.0)
+    [end] = session.on_message(msgspec.structs.replace(relay.seal(), signature=bytes(64)), 2.0)
+    assert end.code is Exit.FORGED
+
+
+@pytest.mark.attack
+def test_a_forged_snapshot_of_the_past_is_not_even_looked_at(manifest, chain):
+    session = proven(manifest, chain, 2 * EVERY)
+    for at in (1, EVERY, 2 * EVERY):
+        relay = Chain(manifest)
+        for _ in range(at):
+            relay.commit(9)
+        leap(session, relay.replica, manifest, at)
+        assert session.replica.head == chain.replica.head
+
+
+@pytest.mark.attack
+def test_nothing_leads_back_to_an_earlier_snapshot(manifest, chain):
+    session = proven(manifest, chain, EVERY)
+    early = Replica(manifest, zeros(500))
+    for commit in chain.commits:
+        early.apply(commit)
+    follow(session, chain, 2)
+    leap(session, early, manifest, EVERY + 2)
+    assert session.replica.round == EVERY + 2
+
+
+@pytest.mark.attack
+def test_a_true_snapshot_is_followed_once_its_seal_is_there(manifest, chain):
+    session = joined(manifest)
+    for _ in range(EVERY + 1):
+        chain.commit()
+    leap(session, chain.replica, manifest, EVERY + 1)
+    assert session.next_probe() is None
+    assert session.on_message(chain.seal(), 1.0) == []
+    assert session.next_probe() == (EVERY + 1, -5)
+
+
+@pytest.mark.attack
+def test_who_says_again_and_again_that_the_weights_are_wrong_gets_no_more_codes(manifest, chain):
+    session, given = proven(manifest, chain, EVERY), []
+    for _ in range(5):
+        effects = session.on_message(Resync(session.replica.round, bytes(16)), 0.0)
+        if any(isinstance(each, StartOver) for each in effects):
+            session.opened(Replica(manifest, zeros(500)), 0.0)
+        round = session.replica.round
+        session.on_message(Welcome(PROTOCOL_VERSION, 0, manifest.encode(), round, -5, None), 0.0)
+        relay = Chain(manifest)
+        while relay.replica.round < round:
+            relay.commit(9999)
+        given += codes_given_to(session, relay)
+    assert given == []
+
+
+def test_the_coordinator_may_say_so_again_once_it_has_signed_something_since(manifest, chain):
+    session = proven(manifest, chain, EVERY)
+    for _ in range(2):
+        effects = session.on_message(Resync(session.replica.round, bytes(16)), 0.0)
+        assert isinstance(effects[-1], StartOver)
+        session.opened(Replica(manifest, zeros(500)), 0.0)
+        session.on_message(Welcome(PROTOCOL_VERSION, 0, manifest.encode(), len(chain.commits), -5, None), 0.0)
+        session.on_message(History(tuple(each.encode() for each in chain.commits)), 0.0)
+        session.on_message(chain.seal(), 0.0)
+        for _ in range(EVERY):
+            chain.commit()
+        session.on_message(History(tuple(each.encode() for each in chain.commits)), 0.0)
+        session.on_message(chain.seal(), 0.0)
+        assert session.next_probe() == (len(chain.commits), -5)
+
+
+@pytest.mark.attack
+def test_a_run_does_not_end_before_its_last_round(manifest, chain):
+    session = proven(manifest, chain, 2 * EVERY)
+    assert says_hello(session.on_message(Finished(2 * EVERY, chain.replica.digest()), 0.0))

@@ -621,6 +621,16 @@ def test_hello_is_said_again_after_silence(rig, stage):
     assert np.all(np.diff(gaps) > 0)
 
 
+def test_what_comes_of_the_session_before_puts_hello_off_but_not_for_ever(rig):
+    session, said, commit = rig.in_stage(Stage.GREETING).session, [], rig.commit()
+    for now in range(0, 2000, 10):
+        rig.get(commit, float(now))
+        if session.on_tick(float(now)):
+            said.append(now)
+    assert len(said) == 4
+    assert min(np.diff([0, *said])) >= 480
+
+
 def test_any_message_ends_the_silence(rig):
     commits = [rig.commit() for _ in range(5)]
     session = rig.in_stage(Stage.FOLLOWING).session
@@ -694,6 +704,20 @@ def far_behind(make_manifest):
     rig = FarBehind(make_manifest())
     rig.session.on_link_up()
     return rig
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_how_long_the_base_takes_to_load_says_nothing_of_the_link(make_manifest, is_saved):
+    manifest = make_manifest()
+    rig = FarBehind(manifest, Replica(manifest, zeros(500)) if is_saved else None)
+    rig.session.on_link_up()
+    rig.get(msgspec.structs.replace(rig.welcome(), offer=rig.offer(replay_bytes=8, replay_codes=10**8)), 0.0)
+    if not is_saved:
+        rig.session.opened(rig.fresh(), 60.0)
+    rig.session.loaded(60.0)
+    asked = rig.get(rig.piece(0), 60.0 + 1e-3)
+    assert [type(each.message) for each in asked[1:]] == [Fetch] * len(asked[1:])
+    assert rig.session.stage is Stage.FETCHING
 
 
 def test_an_offer_is_tried_with_the_first_piece(far_behind):
@@ -958,3 +982,28 @@ def test_while_far_behind_no_digest_is_taken_for_the_trace(make_manifest):
     rig.get(History(tuple(commit.encode() for commit in missed[5:])))
     trace, _ = rig.get(Resync(93, bytes(16)))
     assert (trace.message.first, len(trace.message.digests)) == (30, 64)
+
+
+def test_a_pool_snapshot_over_weights_that_are_wrong_makes_the_node_start_over(make_manifest):
+    """Such a snapshot has no weights of its own: the node's are moved on, and a wrong bit shows in the digest."""
+    manifest = make_manifest(policy="pool", pool_size=16)
+    truth, wrong = Replica(manifest, zeros(500)), Replica(manifest, zeros(500))
+    for round in range(10):
+        commit = Commit(round, (100_000,), (-5,), (0,), b"\x11\x22", truth.head)
+        truth.apply(commit)
+        if round < 3:
+            wrong.apply(commit)
+    wrong.weights[7] ^= 1
+    data = encode_snapshot(truth, manifest, with_weights=False)
+    offer = Offer(content_address(data), 10, len(data), 0, 0, 10**9, 10**9, True)
+    session = Session(manifest.run_id, BASE, TOKENIZER, "n", (manifest, wrong))
+    for replica in (None, Replica(manifest, zeros(500))):
+        if replica is None:
+            session.on_link_up()
+        else:
+            assert session.opened(replica, 0.0)
+        session.on_message(Welcome(PROTOCOL_VERSION, 1, b"", 10, -4, offer), 0.0)
+        effects = session.on_message(Piece(offer.content, 0, len(data), data), 0.001)
+        if replica is None:
+            assert isinstance(effects[-1], StartOver)
+    assert session.replica.digest() == truth.digest()

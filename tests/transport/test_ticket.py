@@ -47,6 +47,10 @@ def test_every_ticket_reads_back(host, port, run_id, key, token):
     assert ("[" in ticket.endpoint) == (":" in host)
 
 
+def test_a_port_may_begin_with_zeros():
+    assert parse_ticket(TEXT.replace(":7411", ":000000007411")) == parse_ticket(TEXT)
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -54,6 +58,7 @@ def test_every_ticket_reads_back(host, port, run_id, key, token):
         ("http://example.org", "not a ticket"),
         (TEXT.replace(":7411", ""), "not a ticket"),
         (TEXT.replace(":7411", ":70000"), "port must be between 1 and 65535, got 70000"),
+        (TEXT.replace(":7411", ":0"), "port must be between 1 and 65535, got 0"),
         (TEXT.replace(":7411", ":" + "9" * 5000), "port must be between 1 and 65535"),
         (TEXT.replace(":7411", ":٧٤"), "not a ticket"),
         (TEXT.replace("000102", "0001"), "32 hexadecimal digits, got 30"),
