@@ -214,7 +214,7 @@ def session_command(
         found = wire.measure_session(
             net,
             results,
-            20.0 if quick else 2 * wire.HEARTBEAT_S,
+            5.0 if quick else 2 * wire.HEARTBEAT_S,
             lambda what: bar.update(task, description=what),
         )
         rows, failed = _collect(found, bar, task)
