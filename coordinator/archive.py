@@ -75,7 +75,11 @@ def scale_of(manifest: Manifest, ledger: Ledger) -> Scale:
             scale = msgspec.structs.replace(scale, ahead=last.exponents)
     for entry in ledger.entries(start):
         if isinstance(entry, Commit):
-            _, scale = rule.of_round(scale, entry.round, *by_class(entry, manifest))
+            try:
+                classes = by_class(entry, manifest)
+            except ValueError as error:
+                raise LedgerError(f"{ledger.path} is damaged at round {entry.round}: {error}") from error
+            _, scale = rule.of_round(scale, entry.round, *classes)
     return scale
 
 

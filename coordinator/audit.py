@@ -48,10 +48,11 @@ def audit(
         AuditError: something does not hold.
         LedgerError: the file is damaged.
     """
+    # First the digests: a coordinator that serves meanwhile then has no commit less than they are of.
+    recorded = {checkpoint.round: checkpoint for checkpoint in ledger.checkpoints()}
     total = ledger.num_commits()
     rule = step_rule(manifest)
     scale = rule.start()
-    recorded = {checkpoint.round: checkpoint for checkpoint in ledger.checkpoints()}
     proven = 0
     start = recorded.pop(initial.round, None)
     if start is not None:

@@ -1,6 +1,7 @@
 """What the modules of `zo-coordinator` share: the application, its two consoles, and errors told as one line."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -35,8 +36,9 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain text keeps its lines whole in a narrow terminal
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True)
+# Paths, names and manifests come from outside: nothing in them is markup of ours.
+out = Console(markup=False, emoji=False)
+err = Console(stderr=True, markup=False, emoji=False)
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.", show_default=False)]
 AgentOption = Annotated[
@@ -54,7 +56,6 @@ _EXIT_BY_ERROR: dict[type[Exception], Exit] = {
     AdapterFilesError: Exit.BASE,
     KeyFileError: Exit.INPUT,
     BusyError: Exit.BUSY,
-    SocketError: Exit.BUSY,
     LedgerError: Exit.DAMAGED,
     KeyringError: Exit.DAMAGED,
     InvitationError: Exit.INPUT,
@@ -105,6 +106,9 @@ def failures_explained() -> Iterator[None]:
         yield
     except CalibrationError as error:
         _fail(error, error.code)
+    except SocketError as error:
+        is_in_use = getattr(error.__cause__, "errno", None) == errno.EADDRINUSE
+        _fail(error, Exit.BUSY if is_in_use else Exit.INPUT)
     except tuple(_EXIT_BY_ERROR) as error:
         _fail(error, next(code for kind, code in _EXIT_BY_ERROR.items() if isinstance(error, kind)))
 

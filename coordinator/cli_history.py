@@ -51,7 +51,9 @@ from zo.manifest import MAX_GROUPS, Manifest
 def log(
     run: RunArgument,
     first: Annotated[int | None, typer.Option("--from", metavar="ROUND", help="First round to show.")] = None,
-    last: Annotated[int, typer.Option(metavar="N", help="Without --from: show the last N rounds.")] = 20,
+    last: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Without --from: show the last N rounds.")
+    ] = 20,
     agent: AgentOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -128,7 +130,7 @@ def _show_fields(difference: Difference) -> None:
     if difference.fields:
         table = Table("field", "A", "B", box=None, pad_edge=False)
         for name, (a, b) in difference.fields.items():
-            table.add_row(name, str(a), str(b))
+            table.add_row(plain(name), plain(str(a)), plain(str(b)))
         out.print(table, highlight=False)
 
 
@@ -244,7 +246,9 @@ def retract(
             show_default=False,
         ),
     ] = None,
-    since: Annotated[int, typer.Option("--from", metavar="ROUND", help="Only from this round on.")] = 0,
+    since: Annotated[
+        int, typer.Option("--from", metavar="ROUND", min=0, help="Only from this round on.")
+    ] = 0,
     agent: AgentOption = None,
 ) -> None:
     """Take back what some nodes' codes did, exactly, as an entry of its own; the history stays.
@@ -269,7 +273,10 @@ def retract(
 def _take_back(
     directory: RunDirectory, manifest: Manifest, ledger: Ledger, first: int, voices: list[int]
 ) -> None:
-    entry, replica = take_back(directory, manifest, ledger, first, voices)
+    def warn(text: str) -> None:
+        err.print(f"zo-coordinator: warning: {text}", style="yellow", highlight=False, soft_wrap=True)
+
+    entry, replica = take_back(directory, manifest, ledger, first, voices, warn)
     part = f" of {whose(entry.nodes)}" if entry.nodes else ""
     text = f"took back rounds {entry.first} to {entry.last - 1}{part}"
     ledger.note(entry.round, "retracted" if entry.nodes else "rolled-back", None, text)
@@ -293,8 +300,7 @@ def release(
             known = {each.node: each for each in ledger.nodes()}
             if node not in known or not known[node].is_quarantined:
                 raise HistoryError(f"node {node} is not in quarantine")
-            ledger.set_quarantined(node, False)
-            ledger.note(ledger.num_commits(), "released", node, f"node {node} may join again")
+            ledger.release(node)
         out.print(f"node {node} may join again", highlight=False)
 
 

@@ -27,6 +27,7 @@ from zo.manifest import (
     DEFAULT_POOL,
     DEFAULT_TEMPLATE,
     ESTIMATORS,
+    GENERATED,
     Adapter,
     Agents,
     Audits,
@@ -51,6 +52,7 @@ from zo.manifest import (
 from zo.manifest import task as task_of
 from zo.quantization import Dtype, Kind, check_shapes
 from zo.replica import Replica
+from zo.steps import step_bits, step_rule
 
 _EPSILON = 0.01
 # What docs/recipes.md found: for models of 0.3 to 1 million parameters; no other size has been tried.
@@ -357,8 +359,11 @@ def init(
         ),
     ] = "",
     max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Most tokens said after a prompt, where that is judged.")
-    ] = 32,
+        int | None,
+        typer.Option(
+            metavar="N", help="Most tokens said after a prompt, where that is judged.", show_default="32"
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Sequences in a node's batch.")] = 8,
     sequence_length: Annotated[int, typer.Option(metavar="N", help="Tokens in a sequence.")] = 128,
     digest_every: Annotated[
@@ -423,6 +428,12 @@ def init(
             raise ManifestError(
                 f"--{next(iter(of_moves))} is for moves, and without --moves no node may report any"
             )
+        if column and not calibrate:
+            raise ManifestError("--column is for the files of --calibrate, and none are given")
+        if max_new_tokens is not None and objective not in GENERATED:
+            raise ManifestError(
+                f"--max-new-tokens: with --objective {objective} nothing is said after a prompt"
+            )
         directory = RunDirectory(run)
         signing_key = secrets.token_bytes(32)
         found = hub.find(model)
@@ -447,7 +458,7 @@ def init(
                 task_of(task, label or (), template),
                 objective=objective,
                 score=score,
-                max_new_tokens=max_new_tokens,
+                **({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}),
             )
             head = None
             if trained.head_labels is not None:
@@ -534,6 +545,7 @@ def init(
         config = validate_config(ServiceConfig(host=host, port=port, quorum=quorum))
         check_capacity(config, manifest)
         _check_quantization(manifest, shapes)
+        _check_step(manifest)
         _check_length(manifest, base_files.configuration(found.folder))
         if calibrate:
             if epsilon is not None:
@@ -570,6 +582,16 @@ def _half_life(given: int | None, decay: Decay, rounds: int) -> int:
     if given is not None:
         return given
     return -(-rounds // 4) if decay == "halving" else 0
+
+
+def _check_step(manifest: Manifest) -> None:
+    """Refuse a step with which no weight would ever move."""
+    if step_rule(manifest).step == 0:
+        smallest = 2.0 ** -step_bits(manifest.schedule)
+        raise ManifestError(
+            f"schedule.step = {manifest.schedule.step:g} is rounded to 0, and nothing would be learnt; the smallest is "
+            f"{smallest:.3g}"
+        )
 
 
 def _check_length(manifest: Manifest, configuration: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import secrets
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 import typer
@@ -19,6 +19,8 @@ from transport.keys import invitation_keys, standing_token
 from transport.ticket import TOKEN_BYTES, Ticket, reachable_host
 from zo.manifest import Manifest
 
+_MOST: Final = 2**31 - 1
+"""Uses or invitations: more than any run has, and no more than SQLite counts."""
 AgentsOption = Annotated[
     str | None,
     typer.Option("--agents", metavar="N,N", help="The agents that it may train, as 1,3.", show_default="all"),
@@ -63,7 +65,7 @@ class Members(msgspec.Struct, frozen=True):
 )
 def invite(
     run: RunArgument,
-    uses: Annotated[int, typer.Option(metavar="N", min=1, help="How many nodes it lets in.")] = 1,
+    uses: Annotated[int, typer.Option(metavar="N", min=1, max=_MOST, help="How many nodes it lets in.")] = 1,
     expires: Annotated[
         str | None,
         typer.Option(metavar="TIME", help="After 90s, 30m, 12h, 2d or 1w.", show_default="never"),
@@ -122,7 +124,9 @@ def revoke(
     ] = None,
     invitation: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Close this invitation, from `members`.", show_default=False),
+        typer.Option(
+            metavar="N", min=1, max=_MOST, help="Close this invitation, from `members`.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Shut a node out, or close an invitation. A run that is served does so within a second.
@@ -163,7 +167,10 @@ def members(run: RunArgument, json: JsonOption = False) -> None:
     """List the keys that may join or might once, and the invitations that are open."""
     with failures_explained():
         directory = RunDirectory(run)
-        with directory.ledger(directory.manifest(), read_only=True) as ledger, directory.keyring() as keyring:
+        with (
+            directory.ledger(directory.manifest(), read_only=True) as ledger,
+            directory.keyring(read_only=True) as keyring,
+        ):
             enrolled = {each.key: each for each in ledger.nodes()}
             now = time.time()
             found = Members(

@@ -179,6 +179,13 @@ class Conductor:
         """Members that are not gone."""
         return [m for m in self.members.values() if m.presence is not Presence.GONE]
 
+    @property
+    def concerned(self) -> list[Member]:
+        """Members that are not gone, or whose codes are in the round in progress: those whom a revocation reaches."""
+        reported = self._round.codes_by_node, self._round.late_by_node, self._round.early_by_node
+        heard = frozenset().union(*reported)
+        return [m for m in self.members.values() if m.presence is not Presence.GONE or m.node in heard]
+
     def owed_the_end(self, now: float) -> list[Member]:
         """For whom a run that is over is still to be served."""
         shut_out = self._roster.is_quarantined
@@ -294,6 +301,14 @@ class Conductor:
             effects.append(send(member.session, refusal))
             effects += self._lose(member, Event.LEFT, f"was shut out: {refusal.reason}")
         return [*effects, *self._pass_on(now)]
+
+    def withdraw(self, node: int) -> None:
+        """A node was found out in another track: what it reported for this round is dropped, and nobody waits for it.
+
+        It is told when it speaks here next.
+        """
+        self._round = withdraw(self._round, node)
+        self._waiting = None
 
     def settle(self) -> list[Effect]:
         """Bring the coordinator's own replica up to the last commit.
@@ -552,6 +567,8 @@ class Conductor:
 
     def _is_awaited(self, member: Member, typical_s: float | None) -> bool:
         patience = self.config.patience
+        if self._roster.is_quarantined(member.node):
+            return False
         return self._is_following(member) and pace.is_worth_waiting_for(member.latency, typical_s, patience)
 
     def _wait_for(self, awaited: Mapping[int, pace.Latency | None], typical_s: float | None) -> float:

@@ -100,6 +100,11 @@ class Conductors:
             for effect in _of(agent, each.on_shut_out(key, refusal, now))
         ]
 
+    def withdraw(self, node: int) -> None:
+        """A node is shut out because of what it did in one track: its codes count in no round any more."""
+        for each in self:
+            each.withdraw(node)
+
     def settle(self) -> list[AgentEffect]:
         """Bring the coordinator's own replicas up to the last commits; called after the effects are carried out."""
         return [effect for agent, each in enumerate(self) for effect in _of(agent, each.settle())]

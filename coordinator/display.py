@@ -36,7 +36,7 @@ def status_line(status: Status, reason: str) -> Text:
     if status.loss is not None:
         parts.append(f"loss {status.loss:.3f}")
     parts.append(f"up {si_bytes(status.payload_bytes_up)} down {si_bytes(status.payload_bytes_down)}")
-    left = status.rounds - status.round
+    left = max(0, status.rounds - status.round)  # an entry that takes back the last round is one more
     if left and not status.live:
         parts.append("waiting for nodes")
     elif left and status.rounds_per_s > 0:

@@ -5,9 +5,10 @@ still proves everything that ever happened, and nodes follow them as they follow
 """
 
 import contextlib
+import os
 import shutil
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import msgspec
 import numpy as np
 
 from coordinator.archive import scale_of
-from coordinator.ledger import Checkpoint, Ledger, StorageError
+from coordinator.ledger import Checkpoint, Ledger, LedgerError, StorageError, connected_to_read
 from coordinator.rundir import RunDirectory, RunDirectoryError
-from transport.durable import agent_folder, write_atomically
+from transport.durable import agent_folder, sync_directory, write_atomically
 from zo.codes import NO_VOTE
 from zo.commit import Commit, Entry, Revert, genesis
 from zo.directions import GROUP_0, MAX_NODE
@@ -68,7 +69,11 @@ def records(ledger: Ledger, manifest: Manifest, first: int, last: int) -> Iterat
             event = events[position]
             yield LogRecord(round=event.round, kind=event.kind, text=event.text, at=event.at, node=event.node)
             position += 1
-        yield _entry_record(entry, digests.get(entry.round + 1), manifest)
+        try:
+            record = _entry_record(entry, digests.get(entry.round + 1), manifest)
+        except ValueError as error:
+            raise LedgerError(f"{ledger.path} is damaged at round {entry.round}: {error}") from error
+        yield record
     for event in events[position:]:
         yield LogRecord(round=event.round, kind=event.kind, text=event.text, at=event.at, node=event.node)
 
@@ -157,7 +162,12 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def take_back(
-    directory: RunDirectory, manifest: Manifest, ledger: Ledger, first: int, voices: Sequence[int]
+    directory: RunDirectory,
+    manifest: Manifest,
+    ledger: Ledger,
+    first: int,
+    voices: Sequence[int],
+    warn: Callable[[str], None] = lambda _: None,
 ) -> tuple[Revert, Replica]:
     """Append the entry that takes back everything from round `first` on, of all or of some participants, of one agent.
 
@@ -167,6 +177,7 @@ def take_back(
         ledger: the agent's.
         first: the first round to take back.
         voices: whose part, participants of commits; empty for everyone's.
+        warn: called if the entry is durable, but something beside it, which a later start makes up for, is not.
 
     Returns:
         The entry, durable, and the replica after it.
@@ -175,7 +186,8 @@ def take_back(
         HistoryError: nothing to take back, or the run has weight decay.
         KeyFileError: the key to sign it with is missing, or another.
         WeightsOverflow: it would move a weight out of range; nothing has changed then.
-        StorageError: it could not be written; nothing has changed then.
+        LedgerError: what is to be taken back is damaged; nothing has changed then.
+        StorageError: the entry could not be written; nothing has changed then.
     """
     if manifest.schedule.weight_decay:
         raise HistoryError(
@@ -192,18 +204,24 @@ def take_back(
     replica = directory.state_at(total, manifest, ledger)
     if voices and not took_part(ledger, voices, first):
         raise HistoryError(f"{whose(voices)} took part in no round from {first} on")
-    entry = replica.revert(first, total, tuple(sorted(set(voices))), ledger.entries)
-    replica.apply(entry, history=ledger.entries)
+    try:
+        entry = replica.revert(first, total, tuple(sorted(set(voices))), ledger.entries)
+        replica.apply(entry, history=ledger.entries)
+    except ValueError as error:
+        raise LedgerError(f"{ledger.path} is damaged in what is to be taken back: {error}") from error
     seal = (
         b""
         if signer is None
         else signer.seal(genesis(manifest.run_id, ledger.agent), replica.round, replica.head)
     )
     ledger.append(entry, seal=seal)
-    ledger.checkpoint(Checkpoint(replica.round, replica.digest(), scale_of(manifest, ledger)))
-    directory.snapshots(ledger.agent).save(
-        replica.round, encode_snapshot(replica, manifest, with_weights=False)
-    )
+    try:
+        ledger.checkpoint(Checkpoint(replica.round, replica.digest(), scale_of(manifest, ledger)))
+        directory.snapshots(ledger.agent).save(
+            replica.round, encode_snapshot(replica, manifest, with_weights=False)
+        )
+    except StorageError as error:
+        warn(f"it is taken back, but {error}; the next `serve` makes up for it")
     return entry, replica
 
 
@@ -342,17 +360,19 @@ def back_up(directory: RunDirectory, destination: Path) -> None:
             directory.initial_path,
             directory.manifest_path,
         ):
-            shutil.copy2(path, destination / path.name)  # with its mode: the key stays its owner's alone
+            copied = destination / path.name
+            shutil.copy2(path, copied)  # with its mode: the key stays its owner's alone
+            with copied.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(destination)
     except (OSError, sqlite3.Error) as error:
         raise StorageError(f"cannot back up to {destination}: {error}") from error
 
 
 def _copy_database(path: Path, copy: Path) -> None:
     """A consistent copy, also while it is written. Raises sqlite3.Error."""
-    source = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
-    target = sqlite3.connect(copy)
-    try:
+    with (
+        contextlib.closing(connected_to_read(path)) as source,
+        contextlib.closing(sqlite3.connect(copy)) as target,
+    ):
         source.backup(target)
-    finally:
-        source.close()
-        target.close()

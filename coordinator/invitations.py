@@ -39,7 +39,8 @@ class Invitation(NamedTuple):
     def is_open(self, now: float) -> bool:
         """Whether it would let a key in at this time, in seconds since the epoch."""
         has_expired = self.expires_at is not None and now >= self.expires_at
-        return self.uses_left != 0 and not has_expired
+        has_use = self.uses_left is None or self.uses_left > 0
+        return has_use and not has_expired
 
 
 class Standing(NamedTuple):
@@ -90,7 +91,7 @@ def redemption(
         return outsider(of_new_key)
     if invitation.expires_at is not None and now >= invitation.expires_at:
         return Refuse("invitation", "the ticket's invitation has expired; ask for another")
-    if invitation.uses_left == 0:
+    if invitation.uses_left is not None and invitation.uses_left <= 0:
         return Refuse("invitation", "the ticket's invitation is used up or was withdrawn; ask for another")
     if num_admitted >= capacity:
         return Refuse("full", f"{num_admitted} keys may join this run, its capacity is {capacity}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, Self
 
 from coordinator.invitations import Invitation, KeyState, Standing
-from coordinator.ledger import StorageError
+from coordinator.ledger import StorageError, connected_to_read, is_storage
 
 FORMAT: Final = "zo-keyring-1"
 _SCHEMA: Final = """
@@ -53,8 +53,13 @@ class KeyRecord(NamedTuple):
 class Keyring:
     """One run's keyring file, with a copy of it in memory."""
 
-    def __init__(self, path: Path, *, create: bool = False) -> None:
+    def __init__(self, path: Path, *, create: bool = False, read_only: bool = False) -> None:
         """Open.
+
+        Args:
+            path: of the SQLite file.
+            create: make a new one; there must be none.
+            read_only: refuse to write; it need not be possible.
 
         Raises:
             KeyringError: missing, damaged, or of another version.
@@ -70,12 +75,15 @@ class Keyring:
         try:
             if create:
                 os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            self._db = sqlite3.connect(path, isolation_level=None)
-        except (OSError, sqlite3.Error) as error:
+            self._db = connected_to_read(path) if read_only else sqlite3.connect(path, isolation_level=None)
+        except OSError as error:
             raise StorageError(f"cannot open {path}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise _unusable(path, error, read_only) from error
         try:
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
+            if not read_only:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("PRAGMA busy_timeout=5000")
             if create:
                 with self._transaction():
@@ -88,7 +96,7 @@ class Keyring:
             self.refresh()
         except sqlite3.DatabaseError as error:
             self.close()
-            raise KeyringError(f"{path} is not a keyring, or is damaged: {error}") from error
+            raise _unusable(path, error, read_only) from error
         except BaseException:
             self.close()
             raise
@@ -208,30 +216,49 @@ class Keyring:
                 (time.time(), identity),
             )
 
-    def redeem(self, invitation: Invitation, public: bytes) -> None:
+    def redeem(self, invitation: Invitation, public: bytes) -> bool:
         """Let a key in and count the use of its invitation, both or neither.
+
+        Another process may have written since the copy in memory was read, so the file itself is asked.
+
+        Returns:
+            Whether it has happened: not if the invitation has no use left by now, or the key is known by now.
 
         Raises:
             StorageError: neither has happened.
         """
         with self._change(public):
-            self._db.execute(
-                "INSERT INTO keys VALUES (?, ?, 'admitted', ?, ?, ?)",
-                (public, public, time.time(), invitation.number, _to_text(invitation.agents)),
-            )
-            self._db.execute(
-                "UPDATE invitations SET uses_left = uses_left - 1 WHERE id = ?", (invitation.number,)
-            )
+            counted = self._db.execute(
+                "UPDATE invitations SET uses_left = uses_left - 1 WHERE id = ? "
+                "AND (uses_left IS NULL OR uses_left > 0) AND NOT EXISTS (SELECT 1 FROM keys WHERE key = ?)",
+                (invitation.number, public),
+            ).rowcount
+            if counted:
+                self._db.execute(
+                    "INSERT INTO keys VALUES (?, ?, 'admitted', ?, ?, ?)",
+                    (public, public, time.time(), invitation.number, _to_text(invitation.agents)),
+                )
+        return bool(counted)
 
-    def rotate(self, old: bytes, new: bytes) -> None:
-        """Put another key in the place of a node's, both or neither. Raises StorageError."""
+    def rotate(self, old: bytes, new: bytes) -> bool:
+        """Put another key in the place of a node's, both or neither.
+
+        Returns:
+            Whether it has happened: not if the old key may not join any more, or the new one is known by now.
+
+        Raises:
+            StorageError: neither has happened.
+        """
         now = time.time()
         with self._change():
-            self._db.execute(
-                "INSERT INTO keys SELECT ?, identity, 'admitted', ?, invitation, agents FROM keys WHERE key = ?",
+            put = self._db.execute(
+                "INSERT INTO keys SELECT ?, identity, 'admitted', ?, invitation, agents FROM keys "
+                "WHERE key = ? AND state = 'admitted' ON CONFLICT DO NOTHING",
                 (new, now, old),
-            )
-            self._db.execute("UPDATE keys SET state = 'replaced', since = ? WHERE key = ?", (now, old))
+            ).rowcount
+            if put:
+                self._db.execute("UPDATE keys SET state = 'replaced', since = ? WHERE key = ?", (now, old))
+        return bool(put)
 
     def set_address(self, host: str, port: int) -> None:
         """Remember where the run is served, for the tickets of `invite`. Raises StorageError."""
@@ -302,3 +329,9 @@ def _to_text(agents: frozenset[int] | None) -> str | None:
 
 def _to_agents(text: str | None) -> frozenset[int] | None:
     return None if text is None else frozenset(map(int, text.split(",")))
+
+
+def _unusable(path: Path, error: sqlite3.DatabaseError, read_only: bool) -> KeyringError | StorageError:
+    if is_storage(error):
+        return StorageError(f"cannot open {path}{'' if read_only else ' for writing'}: {error}")
+    return KeyringError(f"{path} is not a keyring, or is damaged: {error}")

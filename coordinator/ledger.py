@@ -24,6 +24,8 @@ FORMAT: Final = "zo-ledger-3"
 _NO_ROUND: Final = 2**62
 _CHECKPOINT: Final = "round, digest, mean_square, exponent, moves_exponent"
 _EVENT: Final = "at, agent, round, kind, node, text"
+_NOTE: Final = f"INSERT INTO events ({_EVENT}) VALUES (?, ?, ?, ?, ?, ?)"
+_SHUT_OUT: Final = "UPDATE members SET is_quarantined = ? WHERE node = ?"
 _SCHEMA: Final = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE commits (
@@ -109,13 +111,14 @@ class Ledger:
         """
         if create == path.exists():
             raise LedgerError(f"{path} {'exists already' if create else 'does not exist'}")
-        mode = "ro" if read_only else "rwc"
         try:
-            self._db = sqlite3.connect(
-                f"{path.resolve().as_uri()}?mode={mode}", uri=True, isolation_level=None
+            self._db = (
+                connected_to_read(path)
+                if read_only
+                else sqlite3.connect(path.resolve(), isolation_level=None)
             )
-        except sqlite3.Error as error:
-            raise StorageError(f"cannot open {path}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise _unusable(path, error, read_only) from error
         try:
             if not read_only:
                 self._db.execute("PRAGMA journal_mode=WAL")
@@ -131,9 +134,7 @@ class Ledger:
             meta = dict(self._db.execute("SELECT key, value FROM meta"))
         except sqlite3.DatabaseError as error:
             self.close()
-            if _is_storage(error):
-                raise StorageError(f"cannot open {path} for writing: {error}") from error
-            raise LedgerError(f"{path} is not a ledger, or is damaged: {error}") from error
+            raise _unusable(path, error, read_only) from error
         if meta.get("format") != FORMAT.encode():
             self.close()
             found = bytes(meta.get("format", b"none")).decode(errors="replace")
@@ -214,21 +215,18 @@ class Ledger:
             enrolment.is_quarantined,
         )
 
+    def release(self, node: int) -> None:
+        """Let a node in again, with a clean slate since an event says so: both or neither. Raises StorageError."""
+        event = time.time(), self.agent, self.num_commits(), "released", node, f"node {node} may join again"
+        self._write_together((_SHUT_OUT, (False, node)), (_NOTE, event))
+
     def set_quarantined(self, node: int, is_quarantined: bool) -> None:
         """Shut a node out of all tracks, or let it in again. Raises StorageError."""
-        self._write("UPDATE members SET is_quarantined = ? WHERE node = ?", is_quarantined, node)
+        self._write(_SHUT_OUT, is_quarantined, node)
 
     def note(self, round: int, kind: str, node: int | None, text: str) -> None:
         """Record an event. Raises StorageError."""
-        self._write(
-            "INSERT INTO events (at, agent, round, kind, node, text) VALUES (?, ?, ?, ?, ?, ?)",
-            time.time(),
-            self.agent,
-            round,
-            kind,
-            node,
-            text,
-        )
+        self._write(_NOTE, time.time(), self.agent, round, kind, node, text)
 
     def set_status(self, status: bytes) -> None:
         """Replace the status that readers see: JSON. Raises StorageError."""
@@ -453,9 +451,14 @@ class Ledger:
             raise
 
     def _write(self, statement: str, *values: Any) -> None:
+        self._write_together((statement, values))
+
+    def _write_together(self, *statements: tuple[str, tuple[Any, ...]]) -> None:
+        """All of them, or none."""
         try:
             with self._transaction():
-                self._db.execute(statement, values)
+                for statement, values in statements:
+                    self._db.execute(statement, values)
         except sqlite3.DatabaseError as error:
             raise StorageError(
                 f"cannot write {self.path}: {error}. What was acknowledged is safe; make room or repair the disk, "
@@ -474,7 +477,42 @@ class Ledger:
         return next(self._read(statement, *values))
 
 
-def _is_storage(error: sqlite3.DatabaseError) -> bool:
+def connected_to_read(path: Path) -> sqlite3.Connection:
+    """A connection to a database that can only read, also where nothing beside the file can be written.
+
+    SQLite keeps who reads a WAL database in a file beside it. On a medium that is read-only it cannot, and need not: as
+    long as there is no log beside the database, nobody writes it.
+
+    Raises:
+        sqlite3.DatabaseError: it cannot be opened.
+    """
+    address = f"{path.resolve().as_uri()}?mode=ro"
+    db = sqlite3.connect(address, uri=True, isolation_level=None)
+    try:
+        db.execute("PRAGMA schema_version")
+    except sqlite3.DatabaseError as error:
+        db.close()
+        if not is_storage(error):
+            raise
+        if path.with_name(path.name + "-wal").exists():
+            told = sqlite3.OperationalError(
+                f"{error}; a log lies beside it, which SQLite can only read where it can write: copy the run to such a "
+                "place"
+            )
+            told.sqlite_errorcode = error.sqlite_errorcode
+            raise told from error
+        db = sqlite3.connect(f"{address}&immutable=1", uri=True, isolation_level=None)
+    return db
+
+
+def _unusable(path: Path, error: sqlite3.DatabaseError, read_only: bool) -> LedgerError | StorageError:
+    if is_storage(error):
+        return StorageError(f"cannot open {path}{'' if read_only else ' for writing'}: {error}")
+    return LedgerError(f"{path} is not a ledger, or is damaged: {error}")
+
+
+def is_storage(error: sqlite3.DatabaseError) -> bool:
+    """Whether it is the disk that fails, not what is in the file."""
     return (getattr(error, "sqlite_errorcode", 0) & 0xFF) in (
         sqlite3.SQLITE_FULL,
         sqlite3.SQLITE_READONLY,

@@ -11,7 +11,7 @@ import msgspec
 
 from coordinator.config import ConfigError, ServiceConfig, parse_config
 from coordinator.keyring import Keyring
-from coordinator.ledger import Ledger, StorageError
+from coordinator.ledger import Ledger, LedgerError, StorageError
 from coordinator.snapshots import SnapshotStore, Stored
 from transport.durable import agent_folder, write_atomically
 from transport.keys import (
@@ -31,6 +31,7 @@ from zo.manifest import Manifest, ManifestError, parse_manifest
 from zo.replica import Replica
 from zo.snapshot import SnapshotError, decode_snapshot, encode_snapshot
 from zo.toml import documented_toml
+from zo.weights import WeightsOverflow
 
 _MANIFEST_TITLE: Final = (
     "The manifest of this run: what all its nodes share. Its hash is the run id, so it cannot be edited; "
@@ -162,9 +163,9 @@ class RunDirectory:
         """The ledger. Raises LedgerError, StorageError."""
         return Ledger(self.ledger_path, manifest.run_id, bits=manifest.codes.bits, read_only=read_only)
 
-    def keyring(self) -> Keyring:
+    def keyring(self, *, read_only: bool = False) -> Keyring:
         """Which keys may join. Raises KeyringError, StorageError."""
-        return Keyring(self.keyring_path)
+        return Keyring(self.keyring_path, read_only=read_only)
 
     def initial(self, manifest: Manifest, agent: int = 0) -> Replica:
         """The weights of round 0, the same for every agent.
@@ -220,10 +221,13 @@ class RunDirectory:
         return None, reason
 
     def state_at(self, round: int, manifest: Manifest, ledger: Ledger) -> Replica:
-        """The replica after `round` commits, from the nearest snapshot before. Raises LedgerError, ChainError."""
+        """The replica after `round` commits, from the nearest snapshot before. Raises LedgerError."""
         replica, _ = self.newest(manifest, ledger, before=round)
         for entry in ledger.entries(replica.round, round):
-            replica.apply(entry, history=ledger.entries)
+            try:
+                replica.apply(entry, history=ledger.entries)
+            except (ValueError, WeightsOverflow) as error:
+                raise LedgerError(f"{ledger.path} is damaged at round {replica.round}: {error}") from error
         ledger.check_seal(manifest.run.signer, round)
         return replica
 

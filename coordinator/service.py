@@ -240,6 +240,7 @@ class Service:
             raise  # nothing more can be written, and why is in this error
         except BaseException:
             self._stop(show)
+            self.close()
             raise
         self._stop(show)
 
@@ -319,13 +320,15 @@ class Service:
                 time.time(),
             )
             if refusal is None and new.state is None and standing.invitation is not None:
-                self._keyring.redeem(standing.invitation, message.key)
+                if not self._keyring.redeem(standing.invitation, message.key):
+                    return self._on_key(self._keyring.standing(key), message, key)  # as it is by now
                 how = f"invitation {standing.invitation.number}"
                 self._note(0, "admitted", None, f"{how} let the key {message.key.hex()} in")
         else:
             refusal = rotation(standing, new, self._keyring.num_keys_of(standing.identity))
             if refusal is None and new.state is None:
-                self._keyring.rotate(key, message.key)
+                if not self._keyring.rotate(key, message.key):
+                    return self._on_key(self._keyring.standing(key), message, key)
                 node = self._roster.node_of(standing.identity)
                 self._note(0, "rotated", node, f"the key {key.hex()} was replaced by {message.key.hex()}")
         return Admitted(message.key) if refusal is None else refusal
@@ -338,9 +341,10 @@ class Service:
         """Shut out whoever was revoked since the last look, and cut the connections of those who have been told."""
         now = time.monotonic()
         if self._keyring.refresh():
-            session_by_identity = {
-                member.key: member.session for conductor in self.conductors for member in conductor.present
-            }
+            session_by_identity: dict[bytes, bytes | None] = {}
+            for conductor in self.conductors:
+                for member in conductor.concerned:
+                    session_by_identity[member.key] = member.session or session_by_identity.get(member.key)
             for identity, session in session_by_identity.items():
                 if self._keyring.is_revoked(identity):
                     self._carry_out(self.conductors.on_shut_out(identity, REVOKED, now))
@@ -411,6 +415,7 @@ class Service:
                 self._findings += [(agent, finding) for finding in findings]
             case Quarantine(node):
                 ledger.set_quarantined(node, True)
+                self.conductors.withdraw(node)
             case PersistCheckpoint(round, digest, scale):
                 ledger.checkpoint(Checkpoint(round, digest, scale))
                 track.digest = round, digest.hex()

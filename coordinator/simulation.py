@@ -402,7 +402,13 @@ class _World:
             if self.rng.random() < 0.7:
                 if node.is_witness:
                     replica = Replica(
-                        self.manifest, replica.weights, replica.round, replica.head, agent, replica.state
+                        self.manifest,
+                        replica.weights,
+                        replica.round,
+                        replica.head,
+                        agent,
+                        replica.state,
+                        replica.pool,
                     )
                 node.saved[agent] = self.manifest, replica
 

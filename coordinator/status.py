@@ -198,10 +198,19 @@ def read_status(manifest: Manifest, ledger: Ledger) -> Status:
         agents = [_unserved(track) for track in tracks]
         status = status_of(manifest, agents, serving=False, malformed_frames=0, updated_at=0.0)
     rounds = [track.num_commits() for track in tracks]
+    shut_out = {
+        each.node for each in ledger.nodes() if each.is_quarantined
+    }  # a release changes the ledger alone
     agents = [
-        msgspec.structs.replace(each, round=round) for each, round in zip(status.agents, rounds, strict=False)
+        msgspec.structs.replace(each, round=round, members=_as_is(each.members, shut_out))
+        for each, round in zip(status.agents, rounds, strict=False)
     ]
-    return msgspec.structs.replace(status, round=min(rounds), agents=agents, alerts=alerts)
+    members = _as_is(status.members, shut_out)
+    return msgspec.structs.replace(status, round=min(rounds), members=members, agents=agents, alerts=alerts)
+
+
+def _as_is(members: list[MemberStatus], shut_out: set[int]) -> list[MemberStatus]:
+    return [msgspec.structs.replace(each, quarantined=each.node in shut_out) for each in members]
 
 
 def _unserved(ledger: Ledger) -> AgentStatus:

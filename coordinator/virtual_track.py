@@ -103,7 +103,9 @@ class VirtualTrack:
         return Conductor(
             self._manifest,
             config,
-            Replica(self._manifest, truth.weights, truth.round, truth.head, self.agent, truth.state),
+            Replica(
+                self._manifest, truth.weights, truth.round, truth.head, self.agent, truth.state, truth.pool
+            ),
             scale,
             [
                 Member(node=each.node, key=each.key, name=each.name, has_left=each.node in self.left)

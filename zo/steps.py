@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from zo.codes import CUT_OFF_BY_BITS, LIMIT, NO_VOTE
 from zo.commit import STEP_MAX
-from zo.manifest import Decay, Manifest, Moves
+from zo.manifest import Decay, Manifest, Moves, Schedule
 from zo.packing import bits_of_commits
 from zo.schedules import scheduled
 from zo.weights import FRACTION_BITS
@@ -237,12 +237,17 @@ def _moves_exponent_max(moves: Moves, size: int) -> int:
     )
 
 
+def step_bits(schedule: Schedule) -> int:
+    """Bits after the point of a manifest's step, which is rounded to them."""
+    return FRACTION_BITS if schedule.normalised else _RAW_BITS
+
+
 def step_rule(manifest: Manifest) -> StepRule:
     """The rule of a run."""
     schedule = manifest.schedule
     return StepRule(
         rounds=manifest.run.rounds,
-        step=round(schedule.step * 2 ** (FRACTION_BITS if schedule.normalised else _RAW_BITS)),
+        step=round(schedule.step * 2 ** step_bits(schedule)),
         decay=schedule.decay,
         smoothing=schedule.smoothing,
         first_exponent=schedule.first_exponent,

@@ -272,6 +272,22 @@ def test_a_quarantine_is_of_all_tracks(served):
     assert read_status(served.manifest, served.ledger).members[0].quarantined
 
 
+def test_codes_of_a_node_that_is_found_out_in_one_track_count_in_no_other(served):
+    for agent in range(2):
+        for node in range(2):
+            served.hello(node, agent)
+        served.play(agent, 4, 0, 1)
+    round, codes = served.service.conductors[0].round, np.ones(2, np.int8).tobytes()
+    served.say(0, 0, Report(round % 256, codes))
+    for _ in range(2):
+        served.say(0, 1, Progress(4, bytes(16), None))
+        served.hello(0, 1)
+    assert served.service.conductors[0].round == round  # it waits for node 1, and for nobody else
+    served.say(1, 0, Report(round % 256, codes))
+    (commit,) = served.tracks[0].entries(round)
+    assert commit.participants == (1,)
+
+
 def test_counts_and_losses_of_each_agent_go_on_over_restarts(served):
     served.hello(0, 0)
     served.hello(0, 1)

@@ -33,6 +33,27 @@ def played(manifest, virtual_coordinator):
     return coordinator
 
 
+def test_a_round_that_closes_while_it_is_read_is_no_damage(manifest, played, tmp_path):
+    class Served(Ledger):
+        """A ledger that another process appends to, as soon as its digests have been read."""
+
+        def checkpoints(self, *bounds):
+            yield from super().checkpoints(*bounds)
+            if self.num_commits() < ROUNDS:
+                self.append(decode_entry(played.frames[ROUNDS - 1]))
+                digest, scale = played.checkpoints[max(played.checkpoints)]
+                self.checkpoint(Checkpoint(max(played.checkpoints), digest, scale))
+
+    with Served(tmp_path / "ledger.sqlite", manifest.run_id, create=True) as ledger:
+        for frame in played.frames[:-1]:
+            ledger.append(decode_entry(frame))
+        for number, (digest, scale) in played.checkpoints.items():
+            if number < ROUNDS:
+                ledger.checkpoint(Checkpoint(number, digest, scale))
+        initial = Replica(manifest, zeros(manifest.adapter.size))
+        assert audit(manifest, initial, ledger, lambda *_: None).rounds == ROUNDS
+
+
 @pytest.fixture
 def check(manifest, played, tmp_path):
     """Audit a ledger of these commits and checkpoints."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import sqlite3
 import struct
 import subprocess
@@ -319,7 +320,23 @@ def test_a_ledger_that_is_none(made, command):
 
 
 def test_an_address_that_cannot_be_bound(made):
-    fails(run("serve", made, "--host", "192.0.2.1"), Exit.BUSY, "cannot bind 192.0.2.1:0")
+    fails(run("serve", made, "--host", "192.0.2.1"), Exit.INPUT, "cannot bind 192.0.2.1:0")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        fails(run("serve", made, "--port", port), Exit.BUSY, f"127.0.0.1:{port} is in use")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--step", 1e-9), "is rounded to 0, and nothing would be learnt; the smallest is 3.73e-09"),
+        (("--column", "text=body"), "--column is for the files of --calibrate"),
+        (("--max-new-tokens", 5), "with --objective cross-entropy nothing is said after a prompt"),
+    ],
+)
+def test_what_would_change_nothing_is_refused(base, tmp_path, options, reason):
+    fails(run("init", tmp_path / "run", "--model", base, *options), Exit.INPUT, reason)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_key_that_others_could_read(made):

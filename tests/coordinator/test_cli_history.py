@@ -1,19 +1,22 @@
 """The commands that look back: what they print for people and for programs, and with which exit code they end."""
 
 import json
+import shutil
+import sqlite3
 import struct
 
+import msgspec
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from coordinator.cli import app
-from coordinator.ledger import Checkpoint, Enrolment
+from coordinator.ledger import Checkpoint, Enrolment, StorageError
 from coordinator.rundir import RunDirectory
 from node.state import load_result
 from transport.exits import Exit
 from zo.combine import combined
-from zo.commit import Commit, genesis
+from zo.commit import Commit, decode_entry, genesis
 from zo.steps import step_rule
 
 ROUNDS = 12
@@ -139,9 +142,32 @@ def test_what_peers_wrote_is_shown_and_never_obeyed(made, path):
     assert len(output.splitlines()) == 2
 
 
-@pytest.mark.parametrize("option", [("--from", 13), ("--from", -1), ("--last", -1)])
+@pytest.mark.parametrize("option", [("--from", 13), ("--from", -1)])
 def test_log_of_rounds_that_are_not_there(path, option):
     fails(run("log", path, *option), Exit.INPUT, "the ledger has 12 rounds")
+
+
+@pytest.mark.parametrize("command", [("log", "--last", -1), ("retract", 0, "--from", -3)])
+def test_no_round_is_below_0(path, command):
+    name, *rest = command
+    result = run(name, path, *rest)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{rest[-2]}'" in result.stderr
+
+
+@pytest.mark.parametrize("spoilt", ["bit", "length"])
+def test_what_is_damaged_in_the_ledger_is_said_and_no_bug(path, tmp_path, spoilt):
+    with sqlite3.connect(path / "ledger.sqlite") as db:
+        (frame,) = db.execute("SELECT frame FROM commits WHERE round = 7").fetchone()
+        entry = decode_entry(frame)
+        codes = bytes([entry.codes[0] ^ 1, *entry.codes[1:]]) if spoilt == "bit" else entry.codes[:-1]
+        spoilt_frame = msgspec.structs.replace(entry, codes=codes).encode()
+        db.execute("UPDATE commits SET frame = ? WHERE round = 7", (spoilt_frame,))
+    for command in (("export", "-o", tmp_path / "out"), ("rollback", "--to", 3), ("retract", 0)):
+        name, *rest = command
+        fails(run(name, path, *rest), Exit.DAMAGED, "is damaged")
+    if spoilt == "length":
+        fails(run("log", path), Exit.DAMAGED, "is damaged at round 7")
 
 
 # ---- diff ---------------------------------------------------------------------------------------------------------
@@ -202,6 +228,16 @@ def test_an_exported_round_can_be_loaded(made, path, tmp_path):
     assert load_result(tmp_path / "newest")[1].round == 12
     fails(run("export", path, "--round", 13, "-o", tmp_path / "no"), Exit.INPUT, "got --round 13")
     fails(run("export", path, "-o", tmp_path / "state"), Exit.INPUT, "exists already")
+
+
+def test_what_manifests_say_is_not_read_as_markup(base, tmp_path):
+    for number in (1, 2):
+        template = f"{{text}} [/INST] Answer{number}:"
+        labels = ("--task", "verbalizer", "--label", "x=yes", "--label", "y=no", "--template", template)
+        succeeds("init", tmp_path / f"r{number}", "--model", base, *labels)
+    result = run("diff", tmp_path / "r1", tmp_path / "r2", width=200)
+    assert result.exit_code == Exit.MISMATCH, result.exception
+    assert "[/INST] Answer1:" in result.output.replace("\n", "")
 
 
 # ---- rollback, retract, release -----------------------------------------------------------------------------------
@@ -301,6 +337,26 @@ def test_a_quarantined_node_is_released_with_a_clean_slate(made, path):
     fails(run("release", path, 1), Exit.INPUT, "not in quarantine")
 
 
+def test_a_release_that_cannot_be_noted_lets_nobody_in(made):
+    with made.ledger(made.manifest()) as ledger:
+        ledger.set_quarantined(1, True)
+        ledger._db.execute("DROP TABLE events")
+        with pytest.raises(StorageError):
+            ledger.release(1)
+        assert next(each for each in ledger.nodes() if each.node == 1).is_quarantined
+
+
+def test_a_rollback_whose_snapshot_cannot_be_kept_has_happened_all_the_same(path):
+    shutil.rmtree(path / "snapshots", ignore_errors=True)
+    (path / "snapshots").write_text("")
+    result = run("rollback", path, "--to", 5)
+    assert result.exit_code == 0, result.output
+    assert "it is taken back, but" in result.stderr
+    assert "rolled-back: took back rounds 5 to 11" in succeeds("log", path)
+    (path / "snapshots").unlink()
+    assert "13 commits in one chain" in succeeds("verify", path)
+
+
 # ---- backup -------------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +367,29 @@ def test_backup_while_the_run_is_served(made, path, tmp_path):
     assert result.stderr == f"copied 12 rounds to {tmp_path / 'copy'}\n"
     assert "12 commits in one chain" in succeeds("verify", tmp_path / "copy")
     fails(run("backup", path, tmp_path / "copy"), Exit.INPUT, "exists already")
+    (tmp_path / "copy[").mkdir()
+    assert "copy[/x]" in run("backup", path, tmp_path / "copy[/x]").stderr
+
+
+def test_a_run_that_can_only_be_read_is_read(path, monkeypatch):
+    """As on a read-only medium, where SQLite cannot note beside the file who reads it."""
+    connect = sqlite3.connect
+
+    class ReadOnlyMedium(sqlite3.Connection):
+        def execute(self, *arguments):
+            error = sqlite3.OperationalError("unable to open database file")
+            error.sqlite_errorcode = sqlite3.SQLITE_CANTOPEN
+            raise error
+
+    def connected(address, **options):
+        is_immutable = "immutable=1" in str(address)
+        return connect(address, **options, **({} if is_immutable else {"factory": ReadOnlyMedium}))
+
+    monkeypatch.setattr(sqlite3, "connect", connected)
+    assert "12 commits in one chain" in succeeds("verify", path)
+    succeeds("members", path)
+    (path / "ledger.sqlite-wal").write_bytes(b"")
+    fails(run("verify", path), Exit.STORAGE, "a log lies beside it")
 
 
 # ---- too large ----------------------------------------------------------------------------------------------------

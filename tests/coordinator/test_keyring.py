@@ -6,9 +6,8 @@ import stat
 
 import pytest
 
-from coordinator.invitations import NOBODY, KeyState
+from coordinator.invitations import NOBODY, KeyState, Standing, redemption
 from coordinator.keyring import Keyring, KeyringError
-from coordinator.ledger import StorageError
 
 ADA, BEN, DOOR = b"a" * 32, b"b" * 32, b"d" * 32
 
@@ -37,13 +36,50 @@ def test_key_and_use_are_one(keyring, path):
     keyring.redeem(invitation, ADA)
     assert keyring.passes(ADA)
     assert keyring.standing(DOOR).invitation.uses_left == 1
-    with pytest.raises(StorageError, match="Nothing has changed"):
-        keyring.redeem(invitation, ADA)  # the key is there already: the use must not count either
+    assert not keyring.redeem(invitation, ADA)  # the key is there already: the use must not count either
     assert keyring.standing(DOOR).invitation.uses_left == 1
     with Keyring(path) as again:
         assert again.records() == keyring.records()
         assert again.invitations() == keyring.invitations()
         assert [record.invitation for record in again.records()] == [1]
+
+
+def test_what_another_process_took_back_meanwhile_lets_nobody_in(keyring, path):
+    invitation = keyring.invite(DOOR)
+    keyring.allow(ADA)
+    with Keyring(path) as other:
+        other.withdraw(invitation.number)
+        other.revoke(ADA)
+    assert keyring.passes(ADA)  # as it knows yet
+    assert not keyring.redeem(invitation, BEN)
+    assert keyring.standing(DOOR).invitation.uses_left == 0
+    assert not keyring.rotate(ADA, BEN)
+    assert keyring.is_revoked(ADA)
+    assert keyring.standing(BEN) == NOBODY
+
+
+def test_a_key_that_another_process_let_in_meanwhile_takes_no_use_and_no_other_node(keyring, path):
+    invitation = keyring.invite(DOOR, uses=1)
+    keyring.allow(ADA)
+    with Keyring(path) as other:
+        other.allow(BEN)
+    assert not keyring.redeem(invitation, BEN)
+    assert not keyring.rotate(ADA, BEN)
+    assert keyring.passes(ADA)
+    assert keyring.standing(BEN)[:2] == (KeyState.ADMITTED, BEN)
+    assert keyring.standing(DOOR).invitation.uses_left == 1
+
+
+def test_an_invitation_that_was_counted_below_nothing_stays_closed(keyring, path):
+    keyring.invite(DOOR)
+    keyring.close()
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE invitations SET uses_left = -1")
+    with Keyring(path) as again:
+        invitation = again.standing(DOOR).invitation
+        assert not invitation.is_open(0.0)
+        assert redemption(Standing(invitation=invitation), b"", b"", NOBODY, 0, 1, 0.0).cause == "invitation"
+        assert not again.redeem(invitation, ADA)
 
 
 def test_an_invitation_without_limits_stays_so(keyring):

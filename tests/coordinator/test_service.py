@@ -581,6 +581,21 @@ def test_a_token_that_is_used_up_or_expired_or_of_another_run_lets_nobody_in(ser
 
 
 @pytest.mark.attack
+def test_what_is_taken_back_while_a_node_asks_is_refused_as_if_it_had_been_before(served):
+    door = served.keyring.invite(DOOR)
+    with served.directory.keyring() as another_process:
+        another_process.withdraw(door.number)
+        another_process.revoke((0).to_bytes(32, "big"))
+        another_process.allow(NEW)
+    run = served.manifest.run_id
+    (refuse,) = speak(served, DOOR, Redeem(run, b"o" * 32))
+    assert "was withdrawn" in refuse.reason
+    assert speak(served, (0).to_bytes(32, "big"), Rotate(b"p" * 32))[0].cause == "revoked"
+    assert speak(served, DOOR, Redeem(run, NEW)) == [Admitted(NEW)]  # a person has let it in meanwhile
+    assert not served.noted("admitted")
+
+
+@pytest.mark.attack
 def test_the_key_of_an_invitation_can_do_nothing_else(served):
     served.keyring.invite(DOOR)
     for message in (Report(0, bytes(DIRECTIONS)), Leave(), Rotate(NEW)):
@@ -617,6 +632,25 @@ def test_a_key_revoked_in_the_middle_of_a_round_is_out_of_that_round(tmp_path, m
     assert served.noted("left")[-1].text.startswith("node 2 (n2) was shut out: this node's key was revoked")
     assert served.say(2, Report((round + 1) % 256, bytes(DIRECTIONS)))[0].cause == "revoked"
     assert served.hello(2)[0].cause == "revoked"
+    served.ledger.close()
+
+
+@pytest.mark.attack
+def test_a_key_that_is_revoked_while_its_node_is_away_is_out_of_that_round(tmp_path, manifest):
+    served = Served(tmp_path / "run", manifest, ServiceConfig(quorum=2))
+    for node in range(3):
+        served.hello(node)
+    for node in range(3):
+        served.say(node, Report(0, bytes(DIRECTIONS)))
+    round = served.service.conductors[0].round
+    served.say(2, Report(round % 256, b"\x7f" * DIRECTIONS))
+    served.say(2, Leave())
+    with served.directory.keyring() as another_process:
+        another_process.revoke((2).to_bytes(32, "big"))
+    served.service._enforce()
+    for node in range(2):
+        served.say(node, Report(round % 256, bytes(DIRECTIONS)))
+    assert decode_entry(list(served.ledger.frames())[round]).participants == (0, 1)
     served.ledger.close()
 
 

@@ -72,6 +72,8 @@ def test_a_swarm_with_narrow_codes_in_a_storm(make_manifest, bits):
     [
         {"policy": "shared", "combine": "majority", "bits": 1},
         {"policy": "groups", "groups": 3, "combine": "median"},
+        {"policy": "pool"},
+        {"policy": "pool", "pool_draw": "importance", "momentum": 3},
     ],
 )
 def test_a_swarm_that_shares_directions_in_a_storm(make_manifest, fields):
