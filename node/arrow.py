@@ -7,7 +7,7 @@ dataset_info.json says which columns hold numbers that stand for the names of cl
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,14 +19,15 @@ _SPLITS: Final = "dataset_dict.json"
 
 
 def dataset_records(
-    folder: Path, named: Mapping[str, str], labels: Container[str] | None = None
+    folder: Path, named: Mapping[str, str], labels: Collection[str] | None = None
 ) -> Iterator[Record]:
     """The rows of a saved dataset; the place of a row is its index, as in `dataset[3]`.
 
     Args:
         folder: what `save_to_disk` wrote.
         named: the column of each field.
-        labels: names of classes that a label may have. A class that has none of them is known by its number.
+        labels: those of the task, which say whether classes go by their names or by their numbers, all of them alike.
+            None: by their names.
 
     Raises:
         DataError: it is no such directory, or holds several splits; a column is missing; a value is no text.
@@ -46,11 +47,10 @@ def dataset_records(
             f"{folder}: its rows are chosen by a table of indices; save it again with a newer version of datasets"
         )
     features = (_json(folder, _INFO) or {}).get("features") or {}
-    classes = {
-        field: feature.get("names") or []
-        for field, column in named.items()
-        if field == LABEL and (feature := features.get(column, {})).get("_type") == "ClassLabel"
-    }
+    feature = features.get(named.get(LABEL, ""), {})
+    classes = (feature.get("names") or []) if feature.get("_type") == "ClassLabel" else []
+    if _go_by_number(classes, labels):
+        classes = []
     index = 0
     for entry in state.get("_data_files") or []:
         for batch in _batches(folder / str(entry["filename"])):
@@ -61,7 +61,7 @@ def dataset_records(
                 yield Record(
                     place,
                     tuple(
-                        _text(value, field, name, place, classes.get(field), labels)
+                        _text(value, field, name, place, classes)
                         for value, (field, name) in zip(row, named.items(), strict=True)
                     ),
                 )
@@ -70,14 +70,20 @@ def dataset_records(
         raise DataError(f"{folder}: the dataset is empty")
 
 
-def _text(
-    value: Any, field: str, name: str, place: str, classes: list[str] | None, labels: Container[str] | None
-) -> str:
+def _go_by_number(classes: Sequence[str], labels: Collection[str] | None) -> bool:
+    """Whether a task means the numbers of classes: its labels are numbers, and not all of them are names of classes.
+
+    It is never decided value by value: of classes named "1" and "2", the task's "1" would be the first by its name, and
+    the second by its number.
+    """
+    return labels is not None and not set(labels) <= set(classes) and all(map(str.isdecimal, labels))
+
+
+def _text(value: Any, field: str, name: str, place: str, classes: Sequence[str]) -> str:
     if isinstance(value, str):
         return value
     if field == LABEL and type(value) is int:
-        known = classes[value] if classes and 0 <= value < len(classes) else None
-        return known if known is not None and (labels is None or known in labels) else str(value)
+        return classes[value] if 0 <= value < len(classes) else str(value)
     raise DataError(f"{place}: {name!r} is {value!r}, not text")
 
 

@@ -295,6 +295,26 @@ def check_unchanged(path: str, digest: str, tokenizer_digest: str, manifest: Man
             )
 
 
+def check_base(path: str, manifest: Manifest, named: str | None) -> None:
+    """Check that a base is a run's.
+
+    Args:
+        path: where it is.
+        manifest: the run's.
+        named: what a person called it; None if nobody did.
+
+    Raises:
+        BaseError: it is another one.
+    """
+    digest = read_digest(path)
+    if digest != manifest.base.digest:
+        spelled = hub.spelled(manifest.base.name, manifest.base.revision)
+        cure = "" if named else ". Name the run's base with --model"
+        raise BaseError(
+            f"the base {path} has digest {digest}, the run's base {spelled!r} has {manifest.base.digest}{cure}"
+        )
+
+
 def resolve(path: str | Path) -> Path:
     """The directory that holds the files of a base; a hub name is fetched, or found in the cache.
 

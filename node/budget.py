@@ -287,7 +287,7 @@ class PrivateTrainer:
             StateError: what is spent cannot be written.
         """
         pool = b"" if importances is None else importances.tobytes()
-        query = _query(weights, pool, round, node, exponent, agent, walk_step)
+        query = _query(weights, pool, round, node, exponent, agent)
         guard = self._guard
         known = guard.account.answer(agent, query)
         if known is not None:
@@ -315,6 +315,9 @@ class PrivateTrainer:
 
 
 def _query(weights: NDArray[np.int32], pool: bytes, *asked: int) -> bytes:
-    """All that codes depend on but data and chance, the weights and some numbers: (16,) bytes."""
+    """What is asked for, the weights and some numbers: (16,) bytes.
+
+    The step of a walk is not in it: a node that was started again may not know it any more, and its answer stands.
+    """
     text = ",".join(map(str, asked)).encode() + digest(0, weights) + pool
     return hashlib.blake2b(text, digest_size=16, person=b"zo-query").digest()

@@ -2,14 +2,16 @@
 
 import json as json_format
 import os
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 
 from node import cli_join, embedded  # noqa: F401  # join first, so that `--help` begins with it
-from node.base import BaseError, load_base, read_digest
+from node.base import check_base, load_base
 from node.cli_app import (
     AdapterOption,
     ColumnOption,
@@ -43,9 +45,8 @@ from node.records import DataError
 from node.scores import load_score
 from node.service import NodeError
 from node.start import check_start, start_of
-from node.state import StateError, held_agents, load_result
+from node.state import DamagedStateError, StateError, held_agents, load_result
 from node.tasks import adapters_in, asked, check_mix, judged_by, keep_manifest
-from transport import hub
 from transport.exits import Exit
 from zo.directions import run_key
 from zo.initial import initial_weights
@@ -121,7 +122,7 @@ def export(
                 Exit.INPUT, "--merge makes one model of one agent: name it with --agent, as in --agent 0"
             )
         path = model or str(embedded.path())
-        _check_base(path, manifest, model)
+        check_base(path, manifest, model)
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise DataError(f"{output} exists already; choose another directory")
         from node.language import adapt
@@ -144,8 +145,11 @@ def export(
                 else:
                     trained.export(folder, replica.weights, path)
                 keep_manifest(folder, manifest)
-        except OSError as error:
-            raise StateError(f"cannot write {output}: {error}") from error
+        except BaseException as error:
+            shutil.rmtree(output, ignore_errors=True)  # it was not there before, or empty
+            if isinstance(error, OSError | SafetensorError):
+                raise StateError(f"cannot write {output}: {error}") from error
+            raise
         for replica in replicas:
             whose = f"agent {replica.agent}, " if several else ""
             out.print(f"{whose}round {replica.round}, digest {replica.digest().hex()}", highlight=False)
@@ -291,7 +295,8 @@ def _results(source: Path, agent: int | None) -> tuple[Manifest, list[Replica]]:
         if not found:
             found = [load_result(source)]  # which says what is missing
     except StateError as error:
-        raise NodeError(Exit.INPUT, str(error)) from error
+        code = Exit.DAMAGED if isinstance(error, DamagedStateError) else Exit.INPUT
+        raise NodeError(code, str(error)) from error
     return found[0][0], [replica for _, replica in found]
 
 
@@ -312,16 +317,6 @@ def _rebuilt(kept: PoolFile, start: Replica) -> Replica:
         return kept.rebuilt(start)
     except PoolFileError as error:
         raise NodeError(Exit.DAMAGED, str(error)) from error
-
-
-def _check_base(path: str, manifest: Manifest, model: str | None) -> None:
-    digest = read_digest(path)
-    if digest != manifest.base.digest:
-        spelled = hub.spelled(manifest.base.name, manifest.base.revision)
-        cure = "" if model else ". Name the run's base with --model"
-        raise BaseError(
-            f"the base {path} has digest {digest}, the run's base {spelled!r} has {manifest.base.digest}{cure}"
-        )
 
 
 # After the commands above, so that `--help` lists these below them.

@@ -3,6 +3,7 @@
 import json as json_format
 import os
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from node import embedded
-from node.base import load_base
+from node.base import check_base, load_base
 from node.calibration import GOOD_ERROR, Row, proposed
 from node.cli_app import (
     ColumnOption,
@@ -84,6 +85,7 @@ def calibrate(
         num_threads = threads or len(os.sched_getaffinity(0))
         kernels.compile_kernels()
         path = model or str(embedded.path())
+        check_base(path, manifest, model)
         base = load_base(path, threads=num_threads, labels=manifest.task.head_labels, **form._asdict())
         rows = read_data(data, base, manifest.task, manifest.probe.sequence_length, columns_by_field(column))
         err.print(f"data: {rows}", style="dim", highlight=False, soft_wrap=True)
@@ -100,6 +102,8 @@ def calibrate(
         best = proposed(found)
         if json:
             figures = [asdict(each) for each in found]
+            for row in figures:
+                row["error"] = row["error"] if isfinite(row["error"]) else None  # JSON has no infinity
             print(
                 json_format.dumps(
                     {"epsilon": best and best.epsilon, "directions": directions, "rows": figures}

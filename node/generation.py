@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from node import labelled
 from node.base import Base
@@ -62,18 +64,18 @@ def continuations(
     if isinstance(model, Mixture):
         made = [_generate(model, list(prompt), max_new_tokens, ends) for prompt in prompts]
     else:
-        made = _generate_batch(model, prompts, max_new_tokens, ends)
+        made = _generate_batch(model, base, prompts, max_new_tokens, ends)
     return [list(takewhile(lambda token: token not in ends, each)) for each in made]
 
 
 def _generate_batch(
-    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: set[int]
+    model: Any, base: Base, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: set[int]
 ) -> list[list[int]]:
     width, padding = max(map(len, prompts)), min(ends, default=0)
     tokens = np.array([[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     device = next(model.parameters()).device
-    with torch.inference_mode():
+    with torch.inference_mode(), _by_likelihood_alone(base.model):
         made = model.generate(
             input_ids=torch.from_numpy(tokens).to(device),
             attention_mask=torch.from_numpy(mask).to(device),
@@ -86,6 +88,20 @@ def _generate_batch(
         )
     new: list[list[int]] = made[:, width:].tolist()
     return new
+
+
+@contextmanager
+def _by_likelihood_alone(model: Any) -> Iterator[None]:
+    """Without what the base's files say of how to choose tokens.
+
+    A penalty of repetition, say, would be followed by `generate`; but no digest covers it, so that nodes might differ.
+    """
+    configured = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = configured
 
 
 def _generate(model: Mixture, ids: list[int], room: int, ends: set[int]) -> list[int]:

@@ -31,6 +31,7 @@ from node.estimators import (
     choose,
     is_right,
 )
+from node.heads import HeadModule
 from node.labelled import read_labelled
 from node.losses import evaluate
 from node.memory import PROBING, memory_explained
@@ -45,7 +46,9 @@ from node.rehearsal import Rehearsal, rehearse, try_out
 from node.scores import Score
 from node.start import start_of
 from node.tasks import Mix
+from transport import base_files
 from transport.adapter_files import Start
+from transport.base_files import BaseFilesError
 from zo import kernels
 from zo.directions import AUDIT, Direction, run_key
 from zo.initial import initial_weights
@@ -341,16 +344,28 @@ def open_model(
         BaseError: one of them is missing or broken, or they do not belong together, or there is no trained head.
     """
     base = load_base(path, threads=threads, labels=task.head_labels, **form._asdict())
+    if base.head is not None and not base.head.is_in_files:
+        lacking = [each for each in adapters if not _has_head(each, base.head)]
+        if lacking or not adapters:
+            raise BaseError(
+                f"the base {path} has no classification head of {len(task.labels)} labels"
+                + (f", nor has {lacking[0]}" if lacking else "")
+                + "; name an adapter that has one with --adapter"
+            )
     if len(adapters) == 1:
         return base, with_adapter(base.model, adapters[0])
     if adapters:
         return base, Mixture(base.model, adapters, mix)
-    if base.head is not None and not base.head.is_in_files:
-        raise BaseError(
-            f"the base {path} has no classification head of {len(task.labels)} labels; name an adapter that has one "
-            "with --adapter"
-        )
     return base, base.model
+
+
+def _has_head(adapter: Path, head: HeadModule) -> bool:
+    """Whether a PEFT adapter brings a head: else transformers' own would count, which is random."""
+    try:
+        names = base_files.tensor_shapes(adapter)
+    except BaseFilesError:
+        return True  # it is no directory of safetensors: loading it says what it is
+    return any(f".{head.path}." in f".{name}" for name in names)
 
 
 def read_data(

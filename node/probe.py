@@ -21,6 +21,7 @@ from node.data import AnyBatch, Sequences, batch, stacked
 from node.frozen import Answers, frozen_backbone, once_per_batch
 from node.gradients import Gradients
 from node.losses import Objective, RowLosses, row_losses
+from node.objectives import Judged
 from node.privacy import Mechanism
 from node.stacked import side_by_side
 from zo import kernels
@@ -365,6 +366,8 @@ class Probe:
         num_views = sides * len(batches)
         together = stacked([drawn for drawn in batches for _ in range(sides)])
         num_copies = sides if sides == 2 else num_views
+        if isinstance(self.objective, Judged):
+            num_copies = 1  # after the first token that is said, copies differ
         with side_by_side(self.adapter, num_views, num_copies):
             return self.objective(self.adapter.model, together)
 

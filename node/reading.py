@@ -5,7 +5,7 @@ What becomes of the rows is the task's business (`node.data`, `node.completions`
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from node.arrow import dataset_records
@@ -16,7 +16,7 @@ def read_records(
     paths: Sequence[str | Path],
     fields: Sequence[str],
     columns: Mapping[str, str] | None = None,
-    labels: Container[str] | None = None,
+    labels: Collection[str] | None = None,
 ) -> Iterator[Record]:
     """The rows of some files, in the order given; blank lines are passed over.
 
@@ -29,7 +29,7 @@ def read_records(
         fields: names of the values of a row.
         columns: what a field is called in the files, or the number of its column from 1; a field's own name if it is
             not in here.
-        labels: those of the task; a dataset may have both names and numbers for its classes.
+        labels: those of the task; a dataset has both names and numbers for its classes, and these tell which are meant.
 
     Raises:
         DataError: a file is missing, empty, not UTF-8 or of another kind; a column is missing; a row is malformed.

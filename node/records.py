@@ -94,24 +94,24 @@ def table_records(file: Path, named: Mapping[str, str]) -> Iterator[Record]:
         named: what the column of each field is called, or its number from 1.
 
     Raises:
-        DataError: the file cannot be read, has no such column, or a row has fewer or more cells than the first line.
+        DataError: the file cannot be read, has no such column, or a row has fewer or more cells than the first line:
+            of a text that holds a tab, what follows would be lost.
     """
     lines = [(number, line.rstrip("\r")) for number, line in enumerate(read_text(file).split("\n"), start=1)]
     rows = [(number, line.split("\t")) for number, line in lines if line.strip()]
     numbered = [name.isdecimal() for name in named.values()]
+    width = len(rows[0][1]) if rows else 0
     if all(numbered):
-        width = None
         places = [int(name) - 1 for name in named.values()]
     else:
         header = rows.pop(0)[1]
-        width = len(header)
         places = [_column(file, header, field, name) for field, name in named.items()]
     if not rows:
         raise DataError(f"{file}: no row follows the names of the columns")
     for number, cells in rows:
         place = f"{file}, line {number}"
-        if width is not None and len(cells) != width:
-            raise DataError(f"{place}: {len(cells)} cells, the first line names {width}")
+        if len(cells) != width:
+            raise DataError(f"{place}: {len(cells)} cells, the first line has {width}")
         if missing := [i + 1 for i in places if not 0 <= i < len(cells)]:
             raise DataError(f"{place}: no column {missing[0]}; there are {len(cells)}, counted from 1")
         yield Record(place, tuple(cells[i] for i in places))

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from node.estimators import FIRST_ORDER, EstimatorError, Trial
+from node.objectives import Judged
 from node.probe import Probe
 from node.stacked import frozen_layers
 from zo.directions import Direction
@@ -143,8 +144,7 @@ def rehearse(
     for candidate in _candidates(probe) if at_once is None else [at_once] if at_once else []:
         tried = [*names, *(Direction(0, i) for i in range(len(names), candidate))]
         try:
-            if not best and not (off := _difference(probe, weights)) <= MOST_DIFFERENCE:  # also if it is NaN
-                why_not = f"several have other losses, by {off:.0%}: this model mixes the rows of a batch"
+            if not best and (why_not := _why_apart(probe, weights)):
                 break
             stacked_s = min(seconds(candidate, tried), seconds(candidate, tried))
         except (RuntimeError, MemoryError) as error:
@@ -205,15 +205,21 @@ def try_out(
     return Trial(seconds=took * passes, error=float(np.sqrt(np.mean(off**2))))
 
 
-def _difference(probe: Probe, weights: NDArray[np.int32]) -> float:
-    """How far losses from one pass are from those one by one, as a share of what the views change."""
+def _why_apart(probe: Probe, weights: NDArray[np.int32]) -> str:
+    """Why views cannot share a pass, from how far losses are from those one by one; empty if they can."""
     names = [Direction(0, 0)]
     probe.at_once = 0
     apart, unmoved = probe.losses(weights, names, 2, WIDE), probe.losses(weights, names, 2)
     probe.at_once = 1
     error = np.abs(probe.losses(weights, names, 2, WIDE) - apart).max()
     change = max(np.ptp(apart), np.abs(apart - unmoved).max())
-    return float(error / max(change, math.ulp(0.0))) if error else 0.0
+    if not change and isinstance(probe.objective, Judged):
+        # Others may have been said and scored the same: equal losses prove nothing here.
+        return "all that is said scores the same, so nothing tells whether several would too"
+    off = float(error / max(change, math.ulp(0.0))) if error else 0.0
+    if off <= MOST_DIFFERENCE:  # not if it is NaN
+        return ""
+    return f"several have other losses, by {off:.0%}: this model mixes the rows of a batch"
 
 
 def _candidates(probe: Probe) -> Iterator[int]:

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
+from transformers import Cache
 
 from node.adapter import NAME, Adapter
 from zo.layout import HEAD, HEAD_BIAS, HEAD_WEIGHT
+
+_CACHES: Final = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+"""What layers call what they are to remember, where it is not of the class Cache."""
 
 
 @contextmanager
@@ -29,7 +33,7 @@ def side_by_side(adapter: Adapter, num_views: int, num_copies: int = 1) -> Itera
         adapter: holds at least `num_views` views.
         num_views: at least 1.
         num_copies: how many parts after each other hold the same rows: 2 for both signs on one batch. Layers below the
-            first adapted one then run on one of them, unless text is generated.
+            first adapted one then run on one of them, unless they are given a cache, as where text is generated.
 
     Raises:
         ValueError: the adapter holds fewer views.
@@ -130,8 +134,8 @@ def _once(
 ) -> Callable[..., Any]:
     """The forward of a frozen layer on a stack of which `num_copies` parts after each other are equal.
 
-    It runs on one of each, and so do the layers up to the last, which gives every copy the result. With keys and values
-    to remember, text is generated, and the copies do not stay equal.
+    It runs on one of each, and so do the layers up to the last, which gives every copy the result. With a cache, under
+    whatever name and in whatever place, text is generated, and the copies do not stay equal.
     """
 
     num_batches = num_views // num_copies
@@ -148,7 +152,8 @@ def _once(
         return parts.expand(-1, num_copies, *parts.shape[2:]).flatten(0, 2)
 
     def once(hidden: torch.Tensor, *others: Any, **more: Any) -> Any:
-        if more.get("past_key_values") is not None:
+        has_cache = any(isinstance(value, Cache) for value in (*others, *more.values()))
+        if has_cache or any(more.get(name) is not None for name in _CACHES):
             return forward(hidden, *others, **more)
         num_rows = len(hidden) if is_first else len(hidden) * num_copies
         others = first_of_each(others, num_rows)

@@ -26,6 +26,10 @@ class StateError(RuntimeError):
     """A state directory that cannot be used; the message says why."""
 
 
+class DamagedStateError(StateError):
+    """What was saved is damaged, or another version's."""
+
+
 class StateBusyError(RuntimeError):
     """Another process uses the state directory."""
 
@@ -213,7 +217,8 @@ def load_result(path: Path, agent: int = 0) -> tuple[Manifest, Replica]:
     """The manifest and an agent's newest weights in a node's state directory or a coordinator's run directory.
 
     Raises:
-        StateError: there are none, or they are damaged; the message says which.
+        DamagedStateError: they are damaged.
+        StateError: there are none.
     """
     directory = StateDirectory(path)
     try:
@@ -226,7 +231,7 @@ def load_result(path: Path, agent: int = 0) -> tuple[Manifest, Replica]:
             f"({error.strerror}). Name a node's state directory or a coordinator's run directory"
         ) from error
     except ValueError as error:
-        raise StateError(f"{path}: {error}") from error
+        raise DamagedStateError(f"{path}: {error}") from error
 
 
 def _start(path: Path, manifest: Manifest, agent: int) -> Replica | None:

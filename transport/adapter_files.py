@@ -22,7 +22,18 @@ CONFIGURATION: Final = "adapter_config.json"
 TENSORS: Final = "adapter_model.safetensors"
 _FACTOR: Final = re.compile(r"^(?P<path>.+)\.(?P<factor>lora_[AB])\.weight$")
 _PREFIX: Final = "base_model.model."
-_PLAIN: Final = ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens")
+_PLAIN: Final = (
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "arrow_config",
+    "ensure_weight_tying",
+)
 _EMPTY: Final = (
     "rank_pattern",
     "alpha_pattern",
@@ -31,6 +42,8 @@ _EMPTY: Final = (
     "target_parameters",
 )
 """Settings of PEFT that make more of an adapter than B A on some modules; a run has no form for them."""
+_STARTS: Final = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Ways in which factors began that left the base as it was; with others, PEFT changes it whenever it loads them."""
 _DTYPES: Final = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 
@@ -140,6 +153,11 @@ def _settings(path: Path) -> dict[str, Any]:
     for name in (*_PLAIN, *_EMPTY):
         if settings.get(name):
             raise AdapterFilesError(f"{path} has {name} = {settings[name]!r}, which a run has no form for")
+    if (start := settings.get("init_lora_weights", True)) not in _STARTS:
+        raise AdapterFilesError(
+            f"{path} has init_lora_weights = {start!r}: it belongs to a base that PEFT changes as it loads it. Save "
+            "it as plain LoRA, by save_pretrained(..., path_initial_model_for_weight_conversion=...) of PEFT"
+        )
     if settings.get("bias", "none") != "none":
         raise AdapterFilesError(f"{path} has bias = {settings['bias']!r}; a run trains no biases")
     for name, kind in (("r", int), ("lora_alpha", (int, float))):

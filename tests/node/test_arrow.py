@@ -71,7 +71,21 @@ def test_classes_are_known_by_number_to_a_task_that_knows_no_names():
         ("well", "1"),
         ("bad\nline", "0"),
     ]
-    assert values([SAVED], PAIR, labels=("positive", "0"))[:2] == [("so nice", "positive"), ("so so", "0")]
+
+
+def test_all_classes_go_by_names_or_all_by_numbers(save):
+    """Of classes named "1" and "2", a task of 0 and 1 would take both for its 1, one by name and one by number."""
+    columns = {"text": ["bad", "good"], "label": [0, 1]}
+    folder = save(columns, label={"_type": "ClassLabel", "names": ["1", "2"]})
+    assert values([folder], PAIR, labels=("0", "1")) == [("bad", "0"), ("good", "1")]
+    assert values([folder], PAIR, labels=("1", "2")) == [("bad", "1"), ("good", "2")]
+    swapped = save(columns, "swapped", label={"_type": "ClassLabel", "names": ["1", "0"]})
+    assert values([swapped], PAIR, labels=("0", "1")) == [("bad", "1"), ("good", "0")]
+    some = save(columns, "some", label={"_type": "ClassLabel", "names": ["negative", "positive"]})
+    three = ("negative", "neutral", "positive")
+    assert values([some], PAIR, labels=three) == [("bad", "negative"), ("good", "positive")], (
+        "fewer are there"
+    )
 
 
 def test_any_column_may_be_the_label_or_the_text(save):

@@ -92,6 +92,12 @@ def test_a_round_asked_for_again_has_the_same_codes_and_costs_nothing(node):
     assert not node.begin().trainer.probe(WEIGHTS, 0, 0, -4).num_no_votes
 
 
+def test_the_step_of_a_walk_that_a_restart_forgot_is_not_another_question(node):
+    said = node.codes(0, walk_step=7)
+    assert node.begin().codes(0, walk_step=3) == said
+    assert node.releases == 2
+
+
 def test_in_a_pipelined_run_both_rounds_that_are_not_settled_are_answered_as_before(tmp_path, make_manifest):
     node = Node(tmp_path / "privacy.json", make_manifest(rounds=100, pipeline=1))
     said = [node.codes(round) for round in range(3)]
@@ -107,7 +113,6 @@ def test_in_a_pipelined_run_both_rounds_that_are_not_settled_are_answered_as_bef
         {"weights": zeros(500) + 1},
         {"exponent": -5},
         {"agent": 1},
-        {"walk_step": 3},
         {"importances": zeros(4)},
     ],
     ids=str,

@@ -1,9 +1,11 @@
 """Calibration: what is noise and what is curvature is told apart, and the proposal lies between the two."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from node import cli, embedded
@@ -123,6 +125,16 @@ def test_the_command_proposes_what_its_table_says(run, text):
     said = json.loads(command(run / "manifest.toml", "--data", text, "--directions", 4, "--json").stdout)
     assert f"{said['epsilon']:g}" == marked[0]
     assert [row["epsilon"] for row in said["rows"]] == list(EPSILONS[1:])
+
+
+def test_another_base_of_the_same_shapes_is_refused(run, text, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(embedded.path(), other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: 2 * value for name, value in weights.items()}, other / "model.safetensors")
+    result = command(run, "--data", text, "--model", other)
+    assert result.exit_code == Exit.BASE
+    assert "has digest" in result.stderr
 
 
 def test_a_run_that_is_none(text, tmp_path):

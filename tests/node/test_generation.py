@@ -25,6 +25,16 @@ def test_each_token_is_the_likeliest(base):
     assert complete(base, base.model, "Return the", 4) == base.tokenizer.decode(ids[start:])
 
 
+def test_what_the_bases_files_say_of_choosing_tokens_is_not_followed(base, monkeypatch):
+    """No digest covers generation_config.json: nodes that hold the same base must say the same."""
+    said = complete(base, base.model, "Return the", 8)
+    configured = base.model.generation_config
+    for name, value in (("repetition_penalty", 5.0), ("no_repeat_ngram_size", 1), ("min_length", 40)):
+        monkeypatch.setattr(configured, name, value)
+    assert complete(base, base.model, "Return the", 8) == said
+    assert base.model.generation_config is configured
+
+
 def test_what_does_not_fit_is_said_or_cut(base):
     long = "Return the " * 2000
     with pytest.raises(DataError, match=rf"tokens, the base takes {base.max_sequence_length}; shorten it"):

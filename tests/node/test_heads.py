@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from coordinator.trained import default_targets, head_of
 from node.adapter import Adapter
 from node.base import BaseError, load_base
 from node.heads import find_head, padding
+from node.language import open_model
+from node.quantization import Form
 from transport.base_files import configuration, linear_shapes, tensor_shapes
 from zo.initial import initial_weights
 from zo.layout import HEAD_BIAS, HEAD_WEIGHT, Head, initial_lora_A, lora_layout
+from zo.manifest import Task
 from zo.weights import to_float
 
 KEY = (17, 4)
@@ -124,6 +127,23 @@ def test_two_nodes_load_the_same_model_although_files_lack_the_head(encoder, bat
         adapter.load(to_float(initial_weights(adapter.layout, KEY, "B")))
         start.append(logits(adapter.model, batch, base.padding))
     assert torch.equal(*start)
+
+
+def test_no_adapter_without_a_head_is_measured_on_a_base_without_one(encoder, tmp_path):
+    task = Task(kind="head", labels=LABELS)
+    for name, kind in (("with", "SEQ_CLS"), ("without", None)):
+        model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+        config = LoraConfig(r=2, target_modules=["query"], task_type=kind)
+        get_peft_model(model, config).save_pretrained(tmp_path / name)
+    form = Form("none", (), "float32", "cpu")
+    open_model(str(encoder), [tmp_path / "with"], task, threads=1, form=form)
+    for adapters in ([tmp_path / "without"], [tmp_path / "with", tmp_path / "without"]):
+        with pytest.raises(
+            BaseError, match=r"has no classification head of 2 labels, nor has .*without; name"
+        ):
+            open_model(str(encoder), adapters, task, threads=1, form=form)
+    with pytest.raises(BaseError, match="has no classification head of 2 labels; name an adapter"):
+        open_model(str(encoder), [], task, threads=1, form=form)
 
 
 def test_a_head_starts_as_a_small_generated_layer():

@@ -32,7 +32,7 @@ def test_a_table_names_its_columns_in_the_first_line(write):
 
 
 def test_a_table_without_names_is_read_by_number(write):
-    file = write("a.tsv", "so nice\t1\nso so\t0\tmore\n")
+    file = write("a.tsv", "so nice\t1\tmore\nso so\t0\tmore\n")
     assert values([file], PAIR, text="1", label="2") == [("so nice", "1"), ("so so", "0")]
 
 
@@ -73,13 +73,14 @@ def test_files_of_several_kinds_follow_each_other(write):
         ),
         ("a.tsv", "text\tgold\na\t1\n", {}, r"with --column label=NAME, or give all columns by number"),
         ("a.tsv", f"{'long ' * 20}\t1\n", {}, r"the first line names '(long ){7}long…', '1'"),
-        ("a.tsv", "text\tlabel\na\t1\nb\n", {}, r"a\.tsv, line 3: 1 cells, the first line names 2"),
+        ("a.tsv", "text\tlabel\na\t1\nb\n", {}, r"a\.tsv, line 3: 1 cells, the first line has 2"),
         (
             "a.tsv",
             "a\t1\nb\n",
             {"text": "1", "label": "2"},
-            r"line 2: no column 2; there are 1, counted from 1",
+            r"line 2: 1 cells, the first line has 2",
         ),
+        ("a.tsv", "a\t1\nb\t1\tc\n", {"text": "1", "label": "2"}, r"line 2: 3 cells, the first line has 2"),
         ("a.tsv", "a\t1\n", {"text": "0", "label": "2"}, r"line 1: no column 0; there are 2, counted from 1"),
         (
             "a.jsonl",

@@ -10,10 +10,19 @@ import transformers
 from node import embedded
 from node.adapter import Adapter
 from node.base import load_base
-from node.data import Batch, LabelledBatch, stacked
+from node.completions import arrange, completion_ids, prompt_ids
+from node.data import Batch, LabelledBatch, Pair, stacked
+from node.generation import continuations
 from node.losses import row_losses
+from node.objectives import Judged
+from node.probe import Probe
+from node.scores import by_words, exact_match, token_f1
 from node.stacked import frozen_layers, side_by_side
+from zo import kernels
+from zo.directions import Direction
+from zo.initial import initial_weights
 
+KEY = (17, 4)
 TARGETS = ("q_proj", "v_proj", "layers.1.mlp.up_proj", "down_proj")
 
 
@@ -182,6 +191,43 @@ def test_generated_copies_do_not_stay_equal_and_are_not_shared():
     second = generated(prompt)
     assert torch.equal(together, torch.cat([first, second]))
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("objective", ["exact-match", "token-f1"])
+def test_a_model_that_calls_its_cache_otherwise_says_what_each_view_says(objective, save_model, tmp_path):
+    """GPT-NeoX: its layers are given a `layer_past`. What is right for the one view is said by no other."""
+    torch.manual_seed(3)
+    config = transformers.GPTNeoXConfig(
+        vocab_size=1024, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64
+    )
+    base = load_base(save_model(transformers.GPTNeoXForCausalLM(config), tmp_path), threads=1)
+    adapter = Adapter(base, key=KEY, targets=("layers.2.mlp.dense_h_to_4h",), rank=4, alpha=64, train="AB")
+    weights = initial_weights(adapter.layout, KEY, "AB") + 2**24
+    views = np.empty(adapter.size, np.float32), np.empty(adapter.size, np.float32)
+    kernels.perturbed(weights, KEY, Direction(0, 1), 0.05, out=views)
+    prompts = [prompt_ids(base.tokenizer, text) for text in ("def one", "Return the", "class A", "for x in")]
+    adapter.load(views[1])
+    said = [base.tokenizer.decode(each) for each in continuations(base.model, base, prompts, 6)]
+    pairs = [Pair(base.tokenizer.decode(ids), text or "x") for ids, text in zip(prompts, said, strict=True)]
+    ids = [
+        (prompt, completion_ids(base.tokenizer, pair)) for prompt, pair in zip(prompts, pairs, strict=True)
+    ]
+    judge = {"exact-match": exact_match, "token-f1": token_f1}[objective]
+    probe = Probe(
+        adapter,
+        arrange(pairs, ids, 64),
+        key=KEY,
+        epsilon=0.05,
+        directions=1,
+        batch_size=4,
+        seed=3,
+        objective=Judged(base, 6, by_words(judge)),
+    )
+    losses = []
+    for probe.at_once in (0, 1):
+        losses.append(probe.losses(weights, [Direction(0, 1)], 2))
+    assert np.array_equal(*losses)
+    assert losses[0][0, 0] != losses[0][0, 1]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""A pool file, made by the coordinator, becomes an adapter by the base and the file alone."""
+"""Exports: a pool file and the base become the adapter; what goes wrong is said and leaves nothing."""
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from coordinator.cli import app as coordinator_app
@@ -95,3 +96,34 @@ def test_only_a_run_with_a_pool_has_a_pool_file(tmp_path):
     neither = run(coordinator_app, "export", tmp_path / "run")
     assert neither.exit_code == Exit.INPUT
     assert "give -o DIR, or of a pool run --pool FILE" in neither.stderr
+
+
+@pytest.fixture
+def state(tmp_path):
+    """A node's state after three rounds."""
+    make(tmp_path / "run")
+    assert run(coordinator_app, "export", tmp_path / "run", "-o", tmp_path / "state").exit_code == 0
+    return tmp_path / "state"
+
+
+@pytest.mark.parametrize("how", [(), ("--merge",)])
+def test_a_full_disk_is_said_and_leaves_nothing_behind(state, tmp_path, monkeypatch, how):
+    def full(*_arguments, **_options):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("node.adapter.save_file", full)
+        patched.setattr("transformers.modeling_utils.safe_save_file", full)
+        result = run(node_app, "export", state, "-o", tmp_path / "out", *how)
+    assert result.exit_code == Exit.STORAGE, result.output
+    assert "No space left on device" in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert run(node_app, "export", state, "-o", tmp_path / "out", *how).exit_code == 0
+
+
+def test_a_damaged_snapshot_is_called_damaged(state, tmp_path):
+    content = bytearray((state / "snapshot.zo").read_bytes())
+    content[-9] ^= 1
+    (state / "snapshot.zo").write_bytes(content)
+    result = run(node_app, "export", state, "-o", tmp_path / "out")
+    assert result.exit_code == Exit.DAMAGED, result.output
