@@ -77,7 +77,10 @@ def test_a_different_digest_is_a_failure(monkeypatch, capsys):
         "seconds": 1.0,
         "digest_equal": False,
     }
-    found = {"rows": [row], "digest_equal": False, "restart_seconds": 1.0}
+    found = dict.fromkeys(("commits", "nodes", "directions", "parameters", "ledger_bytes", "num_cores"), 1)
+    found |= {"rows": [row], "digest_equal": False, "snapshots": [], "load_average": 0.5}
+    found |= {"restarts": [1.0], "restart_seconds": 1.0, "restart_cpu_seconds": None}
+    found |= dict.fromkeys(("command", "cpu", "commit"), "")
     monkeypatch.setattr(join, "measure", lambda *_: found)
     assert join.main([]) == 1
     assert "DIFFERENT" in capsys.readouterr().out
