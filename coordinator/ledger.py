@@ -481,7 +481,7 @@ def connected_to_read(path: Path) -> sqlite3.Connection:
     """A connection to a database that can only read, also where nothing beside the file can be written.
 
     SQLite keeps who reads a WAL database in a file beside it. On a medium that is read-only it cannot, and need not: as
-    long as there is no log beside the database, nobody writes it.
+    long as there is nothing in a log beside it, all is in the database. Who only reads leaves an empty log.
 
     Raises:
         sqlite3.DatabaseError: it cannot be opened.
@@ -494,7 +494,8 @@ def connected_to_read(path: Path) -> sqlite3.Connection:
         db.close()
         if not is_storage(error):
             raise
-        if path.with_name(path.name + "-wal").exists():
+        log = path.with_name(path.name + "-wal")
+        if log.exists() and log.stat().st_size:
             told = sqlite3.OperationalError(
                 f"{error}; a log lies beside it, which SQLite can only read where it can write: copy the run to such a "
                 "place"

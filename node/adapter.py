@@ -17,7 +17,7 @@ import node.bnb  # noqa: F401  # before peft imports what this imports
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, inject_adapter_in_model, load_peft_weights
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.numpy import save_file
 from transformers.pytorch_utils import Conv1D
@@ -100,6 +100,7 @@ class Adapter:
                 warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
                 inject_adapter_in_model(self.config, base.model, adapter_name=NAME)
         self.model = base.model
+        self._use_cache = base.use_cache
         self.model.eval()
         self.model.requires_grad_(False)
 
@@ -246,6 +247,10 @@ class Adapter:
                 model.config.tie_word_embeddings = False
             module.merge()
             setattr(self.model.get_submodule(parent), last, layer)
+        if self._use_cache is None:
+            del model.config.use_cache  # nor is it in the base's configuration
+        else:
+            model.config.use_cache = self._use_cache
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
 
@@ -276,6 +281,15 @@ def with_adapter(model: torch.nn.Module, adapter: Path, name: str = NAME) -> tor
     except Exception as error:  # PEFT raises many kinds for a broken file
         raise BaseError(f"cannot load the adapter {adapter}: {error}") from error
     return loaded
+
+
+def brings_head(adapter: Path, head: HeadModule) -> bool:
+    """Whether a PEFT adapter brings a head: else transformers' own would count, which is random, also below factors."""
+    try:
+        names = load_peft_weights(str(adapter), device="cpu")
+    except Exception:  # PEFT raises many kinds for a broken file
+        return True  # loading it for good says what is wrong
+    return any(f".{name}".endswith(f".{head.path}.weight") for name in names)
 
 
 def _num_holders(model: torch.nn.Module, weight: torch.nn.Parameter) -> int:

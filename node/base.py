@@ -65,6 +65,8 @@ class Base:
     """The token that fills up rows of a classifier."""
     max_sequence_length: int | None
     """The longest sequence the model was made for, in tokens; None if its configuration does not say."""
+    use_cache: bool | None
+    """Whether its configuration has it keep keys and values; None if it does not say. Loaded here, it does not."""
 
     @property
     def usual_length(self) -> int:
@@ -170,6 +172,7 @@ def load_base(
         except ValueError as error:
             raise BaseError(f"the base in {folder} cannot classify: {error}") from error
 
+    use_cache = getattr(model.config, "use_cache", None)
     model.config.use_cache = False  # no token is generated here: keys and values would be kept for nothing
     model.eval()
     model.requires_grad_(False)
@@ -195,6 +198,7 @@ def load_base(
         head=head,
         padding=padding,
         max_sequence_length=_longest_sequence(model),
+        use_cache=use_cache,
     )
 
 
@@ -295,23 +299,30 @@ def check_unchanged(path: str, digest: str, tokenizer_digest: str, manifest: Man
             )
 
 
-def check_base(path: str, manifest: Manifest, named: str | None) -> None:
+def check_base(path: str, manifest: Manifest, named: str | None, *, tokens_count: bool = False) -> None:
     """Check that a base is a run's.
 
     Args:
         path: where it is.
         manifest: the run's.
         named: what a person called it; None if nobody did.
+        tokens_count: whether the tokenizer must be the run's as well.
 
     Raises:
         BaseError: it is another one.
     """
+    run = manifest.base
+    spelled = hub.spelled(run.name, run.revision)
+    cure = "" if named else ". Name the run's base with --model"
     digest = read_digest(path)
-    if digest != manifest.base.digest:
-        spelled = hub.spelled(manifest.base.name, manifest.base.revision)
-        cure = "" if named else ". Name the run's base with --model"
+    if digest != run.digest:
         raise BaseError(
-            f"the base {path} has digest {digest}, the run's base {spelled!r} has {manifest.base.digest}{cure}"
+            f"the base {path} has digest {digest}, the run's base {spelled!r} has {run.digest}{cure}"
+        )
+    if tokens_count and (found := read_tokenizer_digest(path)) != run.tokenizer_digest:
+        raise BaseError(
+            f"the tokenizer in {path} has digest {found}, that of the run's base {spelled!r} has "
+            f"{run.tokenizer_digest}{cure}"
         )
 
 

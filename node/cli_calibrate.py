@@ -76,6 +76,7 @@ def calibrate(
 
     A difference of losses is wrong by noise where epsilon is small, and by the curvature of the loss where it is large.
     The manifest's own epsilon is of no matter. Exit code 12 if no epsilon gives slopes that are more right than wrong.
+    In JSON a figure that is not finite is null.
     """
     with failures_explained():
         manifest = _manifest(run)
@@ -85,7 +86,7 @@ def calibrate(
         num_threads = threads or len(os.sched_getaffinity(0))
         kernels.compile_kernels()
         path = model or str(embedded.path())
-        check_base(path, manifest, model)
+        check_base(path, manifest, model, tokens_count=True)
         base = load_base(path, threads=num_threads, labels=manifest.task.head_labels, **form._asdict())
         rows = read_data(data, base, manifest.task, manifest.probe.sequence_length, columns_by_field(column))
         err.print(f"data: {rows}", style="dim", highlight=False, soft_wrap=True)
@@ -101,9 +102,11 @@ def calibrate(
             )
         best = proposed(found)
         if json:
-            figures = [asdict(each) for each in found]
-            for row in figures:
-                row["error"] = row["error"] if isfinite(row["error"]) else None  # JSON has no infinity
+            # JSON has neither infinity nor NaN: null.
+            figures = [
+                {name: value if isfinite(value) else None for name, value in asdict(each).items()}
+                for each in found
+            ]
             print(
                 json_format.dumps(
                     {"epsilon": best and best.epsilon, "directions": directions, "rows": figures}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from node.adapter import Adapter, with_adapter
+from node.adapter import Adapter, brings_head, with_adapter
 from node.base import Base, BaseError, load_base
 from node.calibration import Row, calibrate
 from node.completions import read_completions
@@ -31,7 +31,6 @@ from node.estimators import (
     choose,
     is_right,
 )
-from node.heads import HeadModule
 from node.labelled import read_labelled
 from node.losses import evaluate
 from node.memory import PROBING, memory_explained
@@ -46,9 +45,7 @@ from node.rehearsal import Rehearsal, rehearse, try_out
 from node.scores import Score
 from node.start import start_of
 from node.tasks import Mix
-from transport import base_files
 from transport.adapter_files import Start
-from transport.base_files import BaseFilesError
 from zo import kernels
 from zo.directions import AUDIT, Direction, run_key
 from zo.initial import initial_weights
@@ -345,7 +342,7 @@ def open_model(
     """
     base = load_base(path, threads=threads, labels=task.head_labels, **form._asdict())
     if base.head is not None and not base.head.is_in_files:
-        lacking = [each for each in adapters if not _has_head(each, base.head)]
+        lacking = [each for each in adapters if not brings_head(each, base.head)]
         if lacking or not adapters:
             raise BaseError(
                 f"the base {path} has no classification head of {len(task.labels)} labels"
@@ -357,15 +354,6 @@ def open_model(
     if adapters:
         return base, Mixture(base.model, adapters, mix)
     return base, base.model
-
-
-def _has_head(adapter: Path, head: HeadModule) -> bool:
-    """Whether a PEFT adapter brings a head: else transformers' own would count, which is random."""
-    try:
-        names = base_files.tensor_shapes(adapter)
-    except BaseFilesError:
-        return True  # it is no directory of safetensors: loading it says what it is
-    return any(f".{head.path}." in f".{name}" for name in names)
 
 
 def read_data(

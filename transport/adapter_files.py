@@ -42,8 +42,8 @@ _EMPTY: Final = (
     "target_parameters",
 )
 """Settings of PEFT that make more of an adapter than B A on some modules; a run has no form for them."""
-_STARTS: Final = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Ways in which factors began that left the base as it was; with others, PEFT changes it whenever it loads them."""
+_STARTS: Final = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+"""Ways in which factors began that left the base as it was; for others PEFT changes it, mostly at every load."""
 _DTYPES: Final = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 
@@ -155,8 +155,9 @@ def _settings(path: Path) -> dict[str, Any]:
             raise AdapterFilesError(f"{path} has {name} = {settings[name]!r}, which a run has no form for")
     if (start := settings.get("init_lora_weights", True)) not in _STARTS:
         raise AdapterFilesError(
-            f"{path} has init_lora_weights = {start!r}: it belongs to a base that PEFT changes as it loads it. Save "
-            "it as plain LoRA, by save_pretrained(..., path_initial_model_for_weight_conversion=...) of PEFT"
+            f"{path} has init_lora_weights = {start!r}: it belongs to a base that PEFT changes for it. Save it as "
+            "plain LoRA, by save_pretrained(..., path_initial_model_for_weight_conversion=...) of PEFT, or start from "
+            "the model that it is merged into"
         )
     if settings.get("bias", "none") != "none":
         raise AdapterFilesError(f"{path} has bias = {settings['bias']!r}; a run trains no biases")

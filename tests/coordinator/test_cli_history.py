@@ -1,6 +1,7 @@
 """The commands that look back: what they print for people and for programs, and with which exit code they end."""
 
 import json
+import os
 import shutil
 import sqlite3
 import struct
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from coordinator.cli import app
 from coordinator.ledger import Checkpoint, Enrolment, StorageError
 from coordinator.rundir import RunDirectory
+from coordinator.status import MemberStatus, read_status
 from node.state import load_result
 from transport.exits import Exit
 from zo.combine import combined
@@ -337,6 +339,21 @@ def test_a_quarantined_node_is_released_with_a_clean_slate(made, path):
     fails(run("release", path, 1), Exit.INPUT, "not in quarantine")
 
 
+def test_a_release_is_seen_in_the_status_before_the_run_is_served_again(made, path):
+    manifest = made.manifest()
+    with made.ledger(manifest) as ledger:
+        status = read_status(manifest, ledger)
+        names = MemberStatus.__struct_fields__
+        shut_out = dict.fromkeys(names, 0) | {"node": 1, "name": "n1", "key": "", "quarantined": True}
+        shut_out |= {"estimator": "two-sided", "presence": "gone", "digest": None}
+        member = msgspec.convert(shut_out, MemberStatus, strict=False)
+        ledger.set_status(msgspec.json.encode(msgspec.structs.replace(status, members=[member])))
+        ledger.set_quarantined(1, True)
+    assert json.loads(succeeds("status", path, "--json"))["members"][0]["quarantined"]
+    succeeds("release", path, 1)
+    assert not json.loads(succeeds("status", path, "--json"))["members"][0]["quarantined"]
+
+
 def test_a_release_that_cannot_be_noted_lets_nobody_in(made):
     with made.ledger(made.manifest()) as ledger:
         ledger.set_quarantined(1, True)
@@ -388,8 +405,24 @@ def test_a_run_that_can_only_be_read_is_read(path, monkeypatch):
     monkeypatch.setattr(sqlite3, "connect", connected)
     assert "12 commits in one chain" in succeeds("verify", path)
     succeeds("members", path)
-    (path / "ledger.sqlite-wal").write_bytes(b"")
+    (path / "ledger.sqlite-wal").write_bytes(b"")  # as a reader leaves it
+    succeeds("verify", path)
+    (path / "ledger.sqlite-wal").write_bytes(b"log")
     fails(run("verify", path), Exit.STORAGE, "a log lies beside it")
+
+
+def test_a_backup_is_on_disk_when_it_is_done(path, tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+
+    def noted(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    copy = tmp_path / "copy"
+    succeeds("backup", path, copy)
+    names = ("coordinator.key", "signing.key", "coordinator.toml", "initial.zo", "manifest.toml", ".")
+    assert {(copy / name).stat().st_ino for name in names} <= synced
 
 
 # ---- too large ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The commands about who may join: what they print, and what they say to bad input."""
 
 import json
+import sqlite3
 import struct
 
 import pytest
@@ -129,6 +130,28 @@ def test_agents_are_named_only_where_nodes_name_theirs(new_run):
 def test_what_is_wrong_is_said(new_run, arguments, reason):
     path = new_run()
     fails(*(path if each == "RUN" else each for each in arguments), reason=reason)
+
+
+@pytest.mark.parametrize("command", [("invite", "--uses"), ("revoke", "--invitation")])
+def test_a_number_that_sqlite_cannot_count_is_a_usage_error(new_run, command):
+    name, option = command
+    assert run(name, new_run(), option, 10**20).exit_code == 2
+
+
+def test_a_keyring_that_cannot_be_written_is_the_disks_fault(new_run, monkeypatch):
+    class ReadOnlyMedium(sqlite3.Connection):
+        def execute(self, *arguments):
+            error = sqlite3.OperationalError("unable to open database file")
+            error.sqlite_errorcode = sqlite3.SQLITE_CANTOPEN
+            raise error
+
+    path, connect = new_run(), sqlite3.connect
+    monkeypatch.setattr(
+        sqlite3, "connect", lambda *given, **named: connect(*given, **named, factory=ReadOnlyMedium)
+    )
+    result = run("allow", path, KEY)
+    assert result.exit_code == 7, (result.output, result.exception)
+    assert "for writing: unable to open database file" in result.stderr
 
 
 def test_the_key_of_an_invitation_is_nobodys(new_run):

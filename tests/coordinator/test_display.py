@@ -95,6 +95,12 @@ def test_the_live_line():
     assert line.plain == "round 8/30 · 1 live · loss 3.250 · up 1.2 kB down 99 B · 2.0 rounds/s, 11 s left"
 
 
+def test_a_run_that_was_over_before_it_was_taken_back_has_nothing_left():
+    line = status_line(changed(round=31, live=0), "round 31: all rounds are done").plain
+    assert "left" not in line
+    assert "waiting for nodes" not in line
+
+
 def test_the_live_line_says_what_the_run_waits_for():
     assert status_line(changed(live=0), "").plain.endswith("waiting for nodes")
     waiting = status_line(

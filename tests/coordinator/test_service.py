@@ -45,7 +45,7 @@ from transport.sockets import Sent
 from zo.commit import Commit, decode_entry
 from zo.replica import Replica
 from zo.snapshot import decode_snapshot
-from zo.weights import zeros
+from zo.weights import WeightsOverflow, zeros
 
 SIZE = 64
 DIRECTIONS = 400
@@ -149,6 +149,18 @@ def test_when_it_stops_the_status_shows_the_digest_of_the_end(served):
     served.service.close()
     status = served.service.status
     assert (status.digest_round, status.digest) == (5, served.replay(5).digest().hex())
+
+
+def test_a_service_that_ends_with_an_overflow_says_that_it_serves_no_more(served, monkeypatch):
+    def overflow(now):
+        raise WeightsOverflow("too far")
+
+    served.service._save_status()
+    monkeypatch.setattr(served.wire, "receive", lambda wait: [], raising=False)
+    monkeypatch.setattr(served.service.conductors, "on_tick", overflow)
+    with pytest.raises(WeightsOverflow):
+        served.service.run(lambda: False, False, lambda *_: None)
+    assert not stored_status(served.ledger).serving
 
 
 # ---- few bytes ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The adapter: views of one vector, an unchanged base at the start, and an export that plain PEFT loads."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,6 +130,16 @@ def test_a_merged_export_is_a_plain_model_with_the_same_loss(train, targets, tok
     assert merged.tokenizer_digest == base.tokenizer_digest or merged.tokenizer("a b") == base.tokenizer(
         "a b"
     )
+
+
+@pytest.mark.parametrize("said", [True, False, None])
+def test_a_merged_export_keeps_keys_and_values_as_the_base_does(said, tmp_path):
+    """They are not kept here, where no text is generated; what is exported goes elsewhere."""
+    base = load_base(embedded.path(), threads=1)
+    adapter = Adapter(replace(base, use_cache=said), key=KEY, targets=TARGETS, rank=2, alpha=4, train="B")
+    adapter.export_merged(tmp_path, some_weights(adapter.size), base.tokenizer)
+    assert base.use_cache is True
+    assert json.loads((tmp_path / "config.json").read_text()).get("use_cache") is said
 
 
 def test_an_export_holds_both_factors_and_is_the_same_every_time(adapted, tmp_path):

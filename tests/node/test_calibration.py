@@ -134,7 +134,33 @@ def test_another_base_of_the_same_shapes_is_refused(run, text, tmp_path):
     save_file({name: 2 * value for name, value in weights.items()}, other / "model.safetensors")
     result = command(run, "--data", text, "--model", other)
     assert result.exit_code == Exit.BASE
+    assert "the base" in result.stderr
     assert "has digest" in result.stderr
+
+
+def test_another_tokenizer_is_refused(run, text, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(embedded.path(), other)
+    with (other / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    result = command(run, "--data", text, "--model", other)
+    assert result.exit_code == Exit.BASE
+    assert f"the tokenizer in {other} has digest" in result.stderr
+
+
+def test_figures_that_are_not_finite_are_null_in_json(run, text, monkeypatch):
+    def losses(_trainer, _num_directions, progress=None):
+        return calibrate(lambda epsilon: np.full(4, np.inf if epsilon > 0.01 else 2 * epsilon), 2, progress)
+
+    monkeypatch.setattr("node.language.LanguageTrainer.calibrate", losses)
+
+    def no_json(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    shown = command(run, "--data", text, "--json")
+    rows = json.loads(shown.stdout, parse_constant=no_json)["rows"]
+    assert rows[0]["signal"] == pytest.approx(2 * EPSILONS[1])
+    assert [rows[-1][name] for name in ("error", "signal", "curvature")] == [None] * 3
 
 
 def test_a_run_that_is_none(text, tmp_path):

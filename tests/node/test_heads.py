@@ -1,12 +1,14 @@
 """The head of a classifier: found in any architecture, its surroundings neutral, and exported for plain PEFT."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from coordinator.trained import default_targets, head_of
@@ -137,9 +139,17 @@ def test_no_adapter_without_a_head_is_measured_on_a_base_without_one(encoder, tm
         get_peft_model(model, config).save_pretrained(tmp_path / name)
     form = Form("none", (), "float32", "cpu")
     open_model(str(encoder), [tmp_path / "with"], task, threads=1, form=form)
-    for adapters in ([tmp_path / "without"], [tmp_path / "with", tmp_path / "without"]):
+    tensors = load_file(tmp_path / "without" / "adapter_model.safetensors")
+    (tmp_path / "pickled").mkdir()
+    shutil.copy(tmp_path / "without" / "adapter_config.json", tmp_path / "pickled")
+    torch.save(tensors, tmp_path / "pickled" / "adapter_model.bin")
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+    on_head = LoraConfig(r=2, target_modules=["classifier"])  # factors of a head that is not there
+    get_peft_model(model, on_head).save_pretrained(tmp_path / "factors")
+    with_head, *others = (tmp_path / name for name in ("with", "without", "pickled", "factors"))
+    for adapters in (*([each] for each in others), [with_head, others[0]]):
         with pytest.raises(
-            BaseError, match=r"has no classification head of 2 labels, nor has .*without; name"
+            BaseError, match=rf"has no classification head of 2 labels, nor has {adapters[-1]}; name"
         ):
             open_model(str(encoder), adapters, task, threads=1, form=form)
     with pytest.raises(BaseError, match="has no classification head of 2 labels; name an adapter"):

@@ -8,8 +8,10 @@ import pytest
 from node import embedded, rehearsal
 from node.adapter import Adapter
 from node.base import load_base
-from node.data import Windows
+from node.completions import arrange, completion_ids, prompt_ids
+from node.data import Pair, Windows
 from node.losses import RowLosses, row_losses
+from node.objectives import Judged
 from node.probe import Probe
 from node.rehearsal import rehearse
 
@@ -131,6 +133,35 @@ def test_a_model_whose_rows_depend_on_each_other_is_not_stacked(adapter):
     found = rehearse(make_probe(adapter, mixed), at_start(adapter))
     assert found.at_once == 0
     assert "this model mixes the rows of a batch" in str(found)
+
+
+@pytest.mark.parametrize("at_once", [None, 1])
+def test_where_all_that_is_said_scores_the_same_views_have_passes_of_their_own(at_once):
+    """Equal scores do not prove that the same was said."""
+    base = load_base(embedded.path(), threads=1)
+    tuned = Adapter(base, key=(1, 2), targets=("up_proj",), rank=2, alpha=64, train="B")
+    pair = Pair("Return the", " number")
+    ids = prompt_ids(base.tokenizer, pair.prompt), completion_ids(base.tokenizer, pair)
+    judged = {
+        "never right": lambda pairs, said: [0.0] * len(said),
+        "as is said": lambda pairs, said: [sum(map(ord, text)) / 1000 for text in said],
+    }
+    found = {}
+    for name, judge in judged.items():
+        probe = Probe(
+            tuned,
+            arrange([pair], [ids], 32),
+            key=(1, 2),
+            epsilon=EPSILON,
+            directions=1,
+            batch_size=1,
+            seed=3,
+            objective=Judged(base, 8, judge),
+        )
+        found[name] = rehearse(probe, at_start(tuned), at_once)
+    assert found["never right"].at_once == 0
+    assert "all that is said scores the same" in str(found["never right"])
+    assert found["as is said"].why_not == ""
 
 
 def test_a_pass_that_fails_only_when_stacked_is_not_stacked(adapter):

@@ -101,6 +101,13 @@ def test_rank_stabilised_scaling_becomes_a_larger_alpha(folder, shapes):
     assert read_start(folder, shapes, HEAD).factors.alpha == pytest.approx(6 * 3**0.5)
 
 
+@pytest.mark.parametrize("begun", [True, False, "gaussian", "orthogonal", "eva", "mica"])
+def test_factors_that_began_without_a_change_of_the_base_are_read(folder, shapes, begun):
+    before = read_start(folder, shapes, HEAD).values
+    change(folder, init_lora_weights=begun)
+    assert read_start(folder, shapes, HEAD).values.keys() == before.keys()
+
+
 def test_what_lies_beside_the_head_is_kept_by_its_path(folder, shapes):
     change_tensors(folder, lambda tensors: tensors.update({
         "base_model.model.bert.pooler.dense.weight": np.eye(32, dtype=np.float32)
@@ -119,6 +126,7 @@ def test_what_lies_beside_the_head_is_kept_by_its_path(folder, shapes):
         ({"kasa_config": {"svd": True}}, "has kasa_config = .*, which a run has no form for"),
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4': it belongs to a base that PEFT changes"),
         ({"init_lora_weights": "olora"}, "Save it as plain LoRA"),
+        ({"init_lora_weights": "loftq"}, "or start from the model that it is merged into"),
         ({"bias": "all"}, "has bias = 'all'; a run trains no biases"),
         ({"r": "3"}, "has r = '3', expected a number above 0"),
         ({"r": 0}, "has r = 0, expected a number above 0"),
